@@ -1,0 +1,41 @@
+# make demo: train on real digits and sample from them.   make test: the whole test suite.   make lint: ruff and types.
+# Everything is installed into .venv; PYTHON chooses another interpreter of 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/digits
+TRAIN ?=
+DEMO ?=
+
+.PHONY: demo test lint parity clean
+
+demo: .venv/installed
+	$(BIN)/python train.py digits --workdir $(RUN) $(TRAIN)
+	$(BIN)/python -m diffjax.demo $(RUN) $(DEMO)
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: .venv/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+parity: .venv/installed-parity .venv/installed-test
+	$(BIN)/python -m pytest tests/test_parity.py -rs
+
+clean:
+	rm -rf .venv runs
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "diffjax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/installed-%: .venv/installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@

@@ -1,0 +1,1 @@
+"""One file per experiment: its docstring tells the command, the hardware and the expected result."""

@@ -1,0 +1,16 @@
+"""scikit-learn's 8x8 handwritten digits, class-conditional.
+
+    python train.py digits --workdir runs/digits
+
+Hardware: two CPU cores, about two minutes.
+Expected: a held-out loss near 0.07; of 500 samples (DDIM, 50 steps, guidance scale 2) at least 97% are recognised as
+their label by a support vector machine trained on the real digits (`make demo` prints it).
+"""
+
+from diffjax.experiment import Config, Data, Network, Train
+
+config = Config(
+    data=Data(name="digits"),
+    network=Network(channels=24, multipliers=(1, 2), blocks=1, attention=(4,), heads=4),
+    train=Train(steps=1000, batch=64, learning_rate=2e-3, warmup=100),
+)

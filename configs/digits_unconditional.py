@@ -1,0 +1,14 @@
+"""scikit-learn's 8x8 handwritten digits without their labels: no classes, no guidance.
+
+    python train.py digits_unconditional --workdir runs/digits-unconditional
+
+Hardware: two CPU cores, about two minutes.
+Expected: a held-out loss near 0.07, and samples that are digits.
+"""
+
+import dataclasses
+
+from configs.digits import config as digits
+from diffjax.experiment import Config
+
+config: Config = dataclasses.replace(digits, data=dataclasses.replace(digits.data, labels=False))

@@ -1,0 +1,87 @@
+"""What the programs share: typed options, and errors of one sentence."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+from diffjax.experiment import suggest
+
+
+def stop(program: str, message: object) -> NoReturn:
+    """Print one line and end with exit code 2: something that the user can put right."""
+    print(f"{program}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def one_sentence(program: str) -> Iterator[None]:
+    """Inside, a ValueError or OSError is the user's to put right: its message is printed, without a traceback.
+
+    For checking what was asked, and for reading and writing files; not around computations, where such an error is a
+    defect of ours and its traceback is wanted.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error
+        stop(program, reason)
+    except ValueError as error:
+        stop(program, error)
+
+
+def parse(kind: type, program: str, arguments: Sequence[str], default: Any = None) -> Any:
+    """The options of a program, as the typed dataclass `kind`; its docstrings are the help."""
+    options = {"prog": program, "args": list(arguments), "return_unknown_args": True}
+    if default is not None:
+        options["default"] = default
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parsed, unknown = tyro.cli(kind, **options)
+    except SystemExit as end:
+        if end.code:
+            stop(program, _sentence(errors.getvalue()) + f" (see {program} --help)")
+        raise
+    if unknown:
+        known = re.findall(r"--[\w.-]+", _help(kind, options))
+        hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else f"see {program} --help"
+        stop(program, f"there is no option {unknown[0]!r}: {hint}")
+    return parsed
+
+
+def check_output(path: Path, suffix: str) -> Path:
+    """The path, if a file of this suffix can be written there; its folder is made. ValueError or OSError if not:
+    better before an hour of sampling than after it."""
+    if path.suffix != suffix:
+        raise ValueError(f"{path} is to be a {suffix} file: give it that ending")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+    return path
+
+
+def _sentence(box: str) -> str:
+    # tyro draws its errors in boxes: a title, what is wrong, a rule, and advice.
+    body = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(body) if line.startswith("─")), len(body))
+    return " ".join(line for line in body[:rule] if line) or box.strip()
+
+
+def _help(kind: type, options: dict[str, Any]) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(kind, **{**options, "args": ["--help"]})
+    return text.getvalue()

@@ -1,0 +1,88 @@
+"""What one trained network can do: `python -m diffjax.demo runs/digits`, part of `make demo`.
+
+Samples class-conditional digits by DDPM in 1000 steps, by DDIM in 50, and by DDIM in 50 guided at scales 1 to 4, all
+from the same seeds; writes a picture each and one of all, and prints times and verdicts.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from diffjax import cli, picture, sampler, schedule
+from diffjax.evaluation.digits import judge
+from diffjax.evaluation.record import as_dict, markdown
+from diffjax.run import Generator, open_run, record
+
+PROGRAM = "diffjax.demo"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sample from one trained network by DDPM, DDIM and guided DDIM, and compare."""
+
+    run: tyro.conf.Positional[str] = "runs/digits"
+    """Run folder of the configuration `digits`."""
+    num: int = 100
+    """Images per sampler, in one batch."""
+    seed: int = 0
+    """The same for every sampler."""
+
+
+def main(arguments: list[str]) -> None:
+    """Sample, write, print."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    options = cli.parse(Options, PROGRAM, arguments)
+    folder = Path(options.run)
+    with cli.one_sentence(PROGRAM):
+        run = open_run(folder)
+        if run.description.config.data.name != "digits" or not run.description.classes:
+            raise ValueError(f"{folder} is not a run of the configuration 'digits': use sample.py")
+        if options.num < 10:
+            raise ValueError(f"--num is {options.num}: ask for ten images or more, one of each digit")
+    levels = run.schedule
+    ddpm = sampler.ddpm(levels, schedule.trailing(levels, schedule.length(levels)))
+    ddim = sampler.ddim(levels, schedule.trailing(levels, 50))
+    jobs = [("ddpm(fixed_small, trailing)", ddpm, 1.0)]
+    jobs += [("ddim(eta=0, trailing)", ddim, scale) for scale in (1.0, 2.0, 3.0, 4.0)]
+
+    _, image_shape, classes = run.description
+    generate = Generator(run.network, run.prediction, image_shape, classes)
+    labels = np.arange(options.num, dtype=np.int32) % 10
+    batch = -(-options.num // jax.device_count()) * jax.device_count()
+    rows, first_images, verdicts = [], [], []
+    for name, plan, scale in jobs:
+        with tqdm(total=plan.steps, desc=f"{name} guidance {scale:g}", unit="step", dynamic_ncols=True) as bar:
+            made = generate(
+                run.params, plan, labels, options.num, scale=scale, seed=options.seed, batch=batch, progress=bar.update
+            )
+        rows.append(record(run, made, plan, name, scale, batch))
+        verdicts.append(judge(made.images, labels))
+        first_images.append(made.images[:10])
+        captions = [str(label) for label in labels]
+        sheet = picture.grid(made.images, captions, columns=10)
+        picture.save_png(folder / f"{name.split('(')[0]}-{plan.steps}-guidance-{scale:g}.png", sheet)
+
+    titles = [f"{row.sampler.split('(')[0].upper()} {row.steps}, scale {row.guidance:g}" for row in rows]
+    overview = picture.grid(np.concatenate(first_images), list("0123456789") * len(rows), columns=10, titles=titles)
+    picture.save_png(folder / "overview.png", overview)
+    speedup = rows[0].run_seconds / rows[1].run_seconds
+    report = markdown(rows)
+    (folder / "demo.md").write_text(report + "\n")
+    result = {"rows": [as_dict(row) for row in rows], "verdicts": [asdict(v) for v in verdicts], "speedup": speedup}
+    (folder / "demo.json").write_text(json.dumps(result, indent=1))
+    print(report)
+    for title, verdict in zip(titles, verdicts, strict=True):
+        print(f"{title}: {verdict}")
+    print(f"DDIM 50 is {speedup:.1f} times as fast as DDPM 1000 (network, batch, device and dtype as above)")
+    print(f"wrote {folder}/overview.png, a picture per row, demo.md and demo.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

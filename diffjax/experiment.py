@@ -1,0 +1,243 @@
+"""The typed configuration of an experiment, and the parts of the library that it describes.
+
+Only programs speak of configurations: what is built here are plain modules, functions and tables. A configuration is
+stored with every checkpoint, so a run folder needs nothing else.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+import typing
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from diffjax import process, schedule
+from diffjax.models.unet import UNet
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+SCHEDULES = {"linear": schedule.linear, "cosine": schedule.cosine}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images."""
+
+    name: str = "digits"
+    """Dataset: digits, or any image dataset of the tensorflow-datasets catalogue."""
+    dir: str | None = None
+    """Folder of prepared datasets; None for tensorflow-datasets' own."""
+    labels: bool = True
+    """Condition the network on the class label."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """The UNet."""
+
+    channels: int = 32
+    """Width at full resolution; an even number."""
+    multipliers: tuple[int, ...] = (1, 2)
+    """Width of each resolution, in units of channels; each resolution is half of the one before."""
+    blocks: int = 1
+    """Residual blocks per resolution."""
+    attention: tuple[int, ...] = ()
+    """Sizes in pixels at which self-attention follows each block."""
+    heads: int = 1
+    """Attention heads; they divide the width."""
+    dropout: float = 0.0
+    """Rate of dropout inside residual blocks."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's computation; parameters are float32."""
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The forward process and what the network predicts of it."""
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule."""
+    T: int = 1000
+    """Number of noise levels."""
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    """What the network says about a noisy image."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Optimization, and what is written on the way."""
+
+    steps: int = 1000
+    """Steps to train in all."""
+    batch: int = 64
+    """Examples per step, over all devices."""
+    learning_rate: float = 2e-3
+    """Of AdamW, after the warm-up."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: Literal["cosine", "none"] = "cosine"
+    """Of the learning rate after the warm-up: to 0 at the last step, or none."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    clip: float = 1.0
+    """Largest norm of the averaged gradient."""
+    ema: float = 0.999
+    """Decay of the moving average of the parameters, after its warm-up."""
+    label_dropout: float = 0.1
+    """Share of labels that are withheld, so that the network can be guided."""
+    seed: int = 0
+    """Of parameters, data order and noise."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 200
+    """Steps between losses on held-out images."""
+    preview_every: int = 500
+    """Steps between grids of samples at fixed seeds."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints to keep, the latest ones."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    data: Data = field(default_factory=Data)
+    network: Network = field(default_factory=Network)
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    train: Train = field(default_factory=Train)
+
+
+# What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
+BOUND = ("data.name", "data.labels", "network.", "diffusion.")
+
+
+def names() -> list[str]:
+    """The files of configs/."""
+    return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module("configs").__path__))
+
+
+def named(name: str) -> Config:
+    """The configuration configs/NAME.py. ValueError for another name, with the nearest one."""
+    if name not in names():
+        raise ValueError(f"there is no configuration {name!r}: {suggest(name, names())}")
+    return importlib.import_module(f"configs.{name}").config
+
+
+def suggest(name: str, names: typing.Sequence[str]) -> str:
+    """The end of a sentence that tells what could have been meant."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+
+
+def check(config: Config) -> None:
+    """ValueError, naming the field, for values that no run can have. What types exclude needs no check here."""
+    fields = flat(config)
+    positive = ("network.channels", "network.blocks", "network.heads", "diffusion.T")
+    positive += ("train.steps", "train.batch", "train.clip", "train.keep")
+    positive += tuple(name for name in fields if name.endswith("_every"))
+    for name in positive:
+        if fields[name] <= 0:
+            raise ValueError(f"{name} is {fields[name]}: use more than 0")
+    for name in ("network.dropout", "train.ema", "train.label_dropout"):
+        if not 0 <= fields[name] < 1:
+            raise ValueError(f"{name} is {fields[name]}: use 0 or more, and less than 1")
+    for name in ("train.learning_rate", "train.weight_decay", "train.warmup", "train.seed"):
+        if fields[name] < 0:
+            raise ValueError(f"{name} is {fields[name]}: use 0 or more")
+    network = config.network
+    if not network.multipliers or min(network.multipliers) < 1:
+        raise ValueError(f"network.multipliers is {network.multipliers}: name at least one resolution, each 1 or more")
+    if network.channels % 2:
+        raise ValueError(f"network.channels is {network.channels}: use an even number")
+    for multiplier in network.multipliers if network.attention else ():
+        if network.channels * multiplier % network.heads:
+            raise ValueError(f"network.heads is {network.heads}: it must divide every width, and not {network.channels * multiplier}")
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 1000, ...}: every field by its option name."""
+    if not dataclasses.is_dataclass(config):
+        return {prefix: config}
+    dot = prefix + "." if prefix else ""
+    return {k: v for f in dataclasses.fields(config) for k, v in flat(getattr(config, f.name), dot + f.name).items()}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """For JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
+    """The inverse of `to_dict`, through JSON. Fields that are missing, from an older version, take their defaults;
+    ValueError for fields that this version does not know."""
+    types = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise ValueError(f"the stored configuration has the unknown field {unknown[0]!r}: it is from another version of diffjax")
+
+    def parse(value: Any, hint: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return from_dict(value, hint)
+        return tuple(value) if isinstance(value, list) and not isinstance(hint, UnionType) else value
+
+    return kind(**{name: parse(value, types[name]) for name, value in values.items()})
+
+
+def check_resume(stored: Config, given: Config) -> list[str]:
+    """What changed, as "name: old -> new". ValueError where the checkpoint cannot serve the change."""
+    old, new = flat(stored), flat(given)
+    changed = [name for name in new if old[name] != new[name]]
+    for name in changed:
+        if name.startswith(BOUND):
+            raise ValueError(
+                f"{name} is {new[name]} but the checkpoint was trained with {old[name]}:"
+                f" take another --workdir, or leave {name} as it was"
+            )
+    return [f"{name}: {old[name]} -> {new[name]}" for name in changed]
+
+
+# ---------------------------------------------------------------------------------------------- what it describes
+
+
+def build_schedule(config: Config) -> schedule.Schedule:
+    """The noise schedule."""
+    return SCHEDULES[config.diffusion.schedule](config.diffusion.T)
+
+
+def build_prediction(config: Config) -> process.Prediction:
+    """What the network says."""
+    return process.PREDICTIONS[config.diffusion.prediction]
+
+
+def build_unet(config: Config, image_shape: tuple[int, int, int], classes: int) -> UNet:
+    """The network, for images of a shape [H, W, C] and a number of classes, 0 for none."""
+    options = dataclasses.asdict(config.network) | {"dtype": DTYPES[config.network.dtype]}
+    return UNet(**options, out_channels=image_shape[-1], num_classes=classes)
+
+
+def init_params(unet: UNet, image_shape: tuple[int, int, int], key: jax.Array) -> Any:
+    """Fresh parameters. ValueError for images that the network cannot take."""
+    label = jnp.zeros(1, jnp.int32) if unet.num_classes else None
+    return jax.jit(unet.init)(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), label)["params"]
+
+
+def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW behind a clip of the gradient's norm, and its learning rate by step."""
+    train = config.train
+    warmup = min(train.warmup, train.steps)
+    rate = optax.linear_schedule(0.0, train.learning_rate, warmup) if warmup else None
+    then = (
+        optax.cosine_decay_schedule(train.learning_rate, max(1, train.steps - warmup))
+        if train.decay == "cosine"
+        else optax.constant_schedule(train.learning_rate)
+    )
+    rate = optax.join_schedules([rate, then], [warmup]) if rate else then
+    adamw = optax.adamw(rate, weight_decay=train.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(train.clip), adamw), rate

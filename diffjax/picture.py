@@ -1,0 +1,55 @@
+"""Images as arrays and as files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+    """uint8 0..255 -> float32 in [-1, 1]: x/127.5 - 1."""
+    return images.astype(np.float32) / np.float32(127.5) - 1
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> uint8 0..255: round((x + 1)*127.5), clipped. The inverse of `to_float` on its images."""
+    return np.clip(np.round((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def grid(
+    images: np.ndarray,
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    titles: Sequence[str] | None = None,
+) -> Image.Image:
+    """Images in rows, each with its caption above it.
+
+    images: uint8 [N, H, W, C] with C of 1 or 3 (else ValueError); captions: N strings; columns: as square a grid as
+    possible if not given; titles: one string per row, at its left. Small images are enlarged by a whole factor, to 48 pixels or more, without smoothing.
+    """
+    n, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"images have {channels} channels: a picture takes 1 (grey) or 3 (RGB)")
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    zoom, gap, header = max(1, -(-48 // max(height, width))), 4, 14 if captions else 0
+    cell_w, cell_h = width * zoom + gap, height * zoom + header + gap
+    font = ImageFont.load_default(12)
+    margin = gap + int(max((font.getlength(title) + gap for title in titles or ()), default=0))
+    sheet = Image.new("RGB", (margin + columns * cell_w, -(-n // columns) * cell_h + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, title in enumerate(titles or ()):
+        draw.text((gap, gap + header + row * cell_h + height * zoom / 2), title, fill="black", font=font, anchor="lm")
+    for i, image in enumerate(images):
+        x, y = margin + i % columns * cell_w, gap + i // columns * cell_h
+        if captions:
+            draw.text((x + width * zoom / 2, y), captions[i], fill="black", font=font, anchor="ma")
+        tile = Image.fromarray(image[..., 0] if channels == 1 else image)
+        sheet.paste(tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST), (x, y + header))
+    return sheet
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Write a picture, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)

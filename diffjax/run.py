@@ -1,0 +1,207 @@
+"""A trained run opened from its folder, and images from a network on all devices, timed."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from diffjax import denoiser, experiment, sampler
+from diffjax.denoiser import Denoiser, Network
+from diffjax.evaluation.record import Sampling
+from diffjax.models.unet import UNet
+from diffjax.picture import to_uint8
+from diffjax.process import Prediction
+from diffjax.sampler import Carry, Plan
+from diffjax.schedule import Schedule
+from diffjax.training import parallel
+from diffjax.training.checkpoint import open_checkpoint
+
+
+class Description(NamedTuple):
+    """What is stored beside the weights: all that it takes to use them."""
+
+    config: experiment.Config
+    image_shape: tuple[int, int, int]
+    classes: int  # 0: the network is not conditioned
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return self._asdict() | {"config": experiment.to_dict(self.config)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Description":
+        """The inverse of `to_dict`."""
+        return Description(experiment.from_dict(values["config"]), tuple(values["image_shape"]), values["classes"])
+
+
+class Run(NamedTuple):
+    """A trained network with the process that it was trained for."""
+
+    name: str
+    description: Description
+    network: Network
+    params: Any
+    prediction: Prediction
+    schedule: Schedule
+    weights: str  # "ema" or "params"
+    step: int
+
+
+def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Run:
+    """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema") or the parameters as
+    trained ("params"). FileNotFoundError where there is none."""
+    checkpoints, step = open_checkpoint(workdir, step)
+    description = Description.from_dict(checkpoints.config(step))
+    config, image_shape, classes = description
+    unet = experiment.build_unet(config, image_shape, classes)
+    like = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
+    params = checkpoints.restore_weights(step, weights, like, parallel.whole(parallel.device_mesh()))
+    checkpoints.close()
+    return Run(
+        name=f"unet of {workdir.resolve().name}", description=description, network=network_of(unet), params=params,
+        prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
+        weights=weights, step=step,
+    )  # fmt: skip
+
+
+def network_of(unet: UNet) -> Network:
+    """A linen module as a plain function (params, x, t, condition) -> output."""
+    return lambda params, x, t, condition: unet.apply({"params": params}, x, t, condition)
+
+
+def count_parameters(params: Any) -> int:
+    """Numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+class Images(NamedTuple):
+    """What a sampler made."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N], -1 where the network has no classes
+    nfe: int  # network evaluations per image
+    compile_seconds: float
+    run_seconds: float
+
+
+class Generator:
+    """Images of one network, spread over all devices. Compiled programs are kept: another plan, label, scale or set of
+    parameters does not compile again."""
+
+    def __init__(self, network: Network, prediction: Prediction, image_shape: Sequence[int], classes: int):
+        """classes: 0 for a network without a condition; else `classes` itself is its label for none."""
+        self._network, self._prediction = network, prediction
+        self._image_shape, self._classes = tuple(image_shape), classes
+        self._mesh = parallel.device_mesh()
+        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._compile_seconds = 0.0
+
+    def __call__(
+        self,
+        params: Any,
+        plan: Plan,
+        labels: np.ndarray | None,
+        num: int,
+        *,
+        scale: float,
+        seed: int,
+        batch: int,
+        clip: bool = True,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> Images:
+        """Sample `num` images in batches of `batch` (the last one filled up and cut).
+
+        labels: int [num], None for a network without classes; scale: guidance scale, 1 for none. Image i is the same
+        for any batch and any number of devices. progress(rows) is called whenever rows of the plan are done.
+        ValueError for a batch that the devices cannot share equally.
+        """
+        parallel.check_divisible(batch, len(self._mesh.devices))
+        guided = self._classes > 0 and scale != 1
+        whole, split = parallel.whole(self._mesh), parallel.split(self._mesh)
+        params = jax.block_until_ready(jax.device_put(params, whole))
+        scale_array = jax.device_put(jnp.float32(scale), whole)
+        key = jax.random.key(seed)
+        before, seconds, made = self._compile_seconds, 0.0, []
+        for first in range(0, num, batch):
+            index = np.arange(first, first + batch)
+            keys = jax.device_put(sampler.image_keys(key, index), split)
+            condition = None if labels is None else jax.device_put(np.resize(labels[first:], batch), split)
+
+            def run(rows: Plan, carry: Carry, keys: Any, condition: Any = condition) -> Carry:
+                arguments = params, condition, scale_array, rows, carry, keys
+                program = self._program((guided, clip), self._build(guided, clip), arguments)
+                return program(*arguments)
+
+            def done(rows: int, carry: Carry) -> None:
+                # Waiting costs little with ten rows a call, and the bar tells the truth.
+                jax.block_until_ready(carry)
+                progress(rows)
+
+            compiled, began = self._compile_seconds, time.perf_counter()
+            x = self._program("noise", self._noise(), (keys,))(keys)
+            made.append(to_uint8(jax.device_get(sampler.sample(run, plan, x, keys, done))))
+            seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
+        images = np.concatenate(made)[:num]
+        shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
+        x = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
+        build = self._denoiser(params, condition, scale, guided, clip)
+        nfe = sampler.count_nfe(build, self._network, plan, x)
+        return Images(images, shown, nfe, self._compile_seconds - before, seconds)
+
+    def _denoiser(
+        self, params: Any, condition: Any, scale: Any, guided: bool, clip: bool
+    ) -> Callable[[Network], Denoiser]:
+        def build(network: Network) -> Denoiser:
+            denoise = denoiser.from_network(network, params, self._prediction)
+            if guided:
+                denoise_x0 = denoiser.guide(denoise, condition, self._classes, scale)
+            else:
+                denoise_x0 = denoiser.condition_on(denoise, condition)
+            return denoiser.clip(denoise_x0) if clip else denoise_x0
+
+        return build
+
+    def _build(self, guided: bool, clip: bool) -> Callable[..., Any]:
+        def program(params: Any, condition: Any, scale: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
+            denoise = self._denoiser(params, condition, scale, guided, clip)(self._network)
+            return sampler.advance(denoise, rows, carry, keys)
+
+        # Explicitly per device: no image ever leaves the device that makes it.
+        whole, split = P(), P(parallel.AXIS)
+        specs = (whole, split, whole, whole, split, split)
+        sharded = jax.shard_map(program, mesh=self._mesh, in_specs=specs, out_specs=split, check_vma=False)
+        return jax.jit(sharded, donate_argnums=4)
+
+    def _noise(self) -> Callable[..., Any]:
+        split = parallel.split(self._mesh)
+        return jax.jit(lambda keys: sampler.noise(keys, self._image_shape), out_shardings=split)
+
+    def _program(self, name: Any, function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        # Compiled ahead of time, so that compiling can be told from running.
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
+        if (name, shapes) not in self._programs:
+            began = time.perf_counter()
+            self._programs[name, shapes] = function.lower(*arguments).compile()
+            self._compile_seconds += time.perf_counter() - began
+        return self._programs[name, shapes]
+
+
+def describe_devices() -> str:
+    """As in "8 x cpu"."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def record(run: Run, made: Images, plan: Plan, sampler_name: str, guidance: float, batch: int) -> Sampling:
+    """The row that describes what was made, with its whole context."""
+    config, image_shape, _ = run.description
+    return Sampling(
+        sampler=sampler_name, steps=plan.steps, nfe=made.nfe, guidance=guidance,
+        compile_seconds=made.compile_seconds, run_seconds=made.run_seconds, images=len(made.images), batch=batch,
+        network=run.name, parameters=count_parameters(run.params), weights=f"{run.weights}, step {run.step}",
+        image_size="x".join(map(str, image_shape)), device=describe_devices(), dtype=config.network.dtype,
+    )  # fmt: skip

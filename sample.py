@@ -1,0 +1,145 @@
+"""Sample from a trained run.
+
+    python sample.py runs/digits --sampler ddim --steps 50 --guidance 2.0 --num 64 --labels 0,1,2 --out grid.png
+    python sample.py runs/digits --sampler ddpm --num 16
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from diffjax import cli, picture, sampler, schedule
+from diffjax.evaluation.record import markdown
+from diffjax.run import Generator, Run, open_run, record
+
+PROGRAM = "sample.py"
+LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sample from a trained run, with any sampler, on all devices."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder, as train.py leaves it."""
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    """DDPM is the Markov chain, DDIM the sampler for few steps."""
+    steps: int | None = None
+    """Calls of the network, 1 to T; None for all T with ddpm and 50 with ddim."""
+    eta: float | None = None
+    """Noise of ddim: 0 (if None) is deterministic, 1 has the variance of DDPM."""
+    variance: Literal["fixed_small", "fixed_large"] | None = None
+    """Noise of ddpm: fixed_small (if None) is right at any number of steps, fixed_large at all T."""
+    spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing"
+    """Which levels the steps visit."""
+    guidance: float = 1.0
+    """Guidance scale: 0 unconditional, 1 conditional, more is guided."""
+    labels: str | None = None
+    """Comma-separated labels, repeated over the images; None for all classes."""
+    num: int = 64
+    """Images."""
+    batch: int | None = None
+    """Images at a time, over all devices; None for all, up to 64."""
+    seed: int = 0
+    """Image i of a seed is the same for any batch and any number of devices."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the parameters, or the parameters as trained."""
+    checkpoint: int | None = None
+    """Training step of the checkpoint; None for the latest."""
+    clip: Annotated[bool, tyro.conf.arg(help="Clip the estimates of x0 to the range of images.")] = True
+    out: str | None = None
+    """Picture of all images (.png); None for a name in the run folder."""
+    save: str | None = None
+    """Arrays of all images (.npz): images uint8 [N, H, W, C], labels int [N], -1 for none."""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, sample, write, print."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    options = cli.parse(Options, PROGRAM, arguments)
+    with cli.one_sentence(PROGRAM):
+        run = open_run(Path(options.run), options.checkpoint, {"ema": "ema", "raw": "params"}[options.weights])
+        plan, name = make_plan(options, run.schedule)
+        labels = make_labels(options, run)
+        batch = make_batch(options)
+        out = Path(options.out or Path(options.run) / f"{options.sampler}-{plan.steps}-guidance-{options.guidance:g}.png")
+        cli.check_output(out, ".png")
+        save = cli.check_output(Path(options.save), ".npz") if options.save else None
+
+    _, image_shape, classes = run.description
+    generate = Generator(run.network, run.prediction, image_shape, classes)
+    with tqdm(total=plan.steps * -(-options.num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
+        made = generate(
+            run.params, plan, labels, options.num,
+            scale=options.guidance, seed=options.seed, batch=batch, clip=options.clip, progress=bar.update,
+        )  # fmt: skip
+    with cli.one_sentence(PROGRAM):
+        captions = None if labels is None else [str(label) for label in labels]
+        picture.save_png(out, picture.grid(made.images, captions))
+        if save:
+            np.savez(save, images=made.images, labels=made.labels)
+    print(markdown([record(run, made, plan, name, options.guidance, batch)]))
+    print(f"wrote {out}" + (f" and {save}" if save else ""))
+
+
+def make_plan(options: Options, levels: schedule.Schedule) -> tuple[sampler.Plan, str]:
+    """The plan and its full name. ValueError for steps that the schedule does not have, or a misplaced option."""
+    T = schedule.length(levels)
+    spacing = schedule.SPACINGS[options.spacing]
+    if options.sampler == "ddim":
+        if options.variance is not None:
+            raise ValueError("--variance belongs to ddpm: with ddim use --eta, 0 to 1")
+        eta = options.eta or 0.0
+        plan = sampler.ddim(levels, spacing(levels, min(50, T) if options.steps is None else options.steps), eta)
+        return plan, f"ddim(eta={eta:g}, {options.spacing})"
+    if options.eta is not None:
+        raise ValueError("--eta belongs to ddim: with ddpm use --variance fixed_small or fixed_large")
+    variance = options.variance or "fixed_small"
+    t = spacing(levels, T if options.steps is None else options.steps)
+    return sampler.ddpm(levels, t, sampler.VARIANCES[variance]), f"ddpm({variance}, {options.spacing})"
+
+
+def make_labels(options: Options, run: Run) -> np.ndarray | None:
+    """A label per image, or None for a network without classes. ValueError for labels or a scale that it cannot take."""
+    if options.num < 1:
+        raise ValueError(f"--num is {options.num}: ask for at least one image")
+    if options.seed < 0:
+        raise ValueError(f"--seed is {options.seed}: use 0 or more")
+    if not (np.isfinite(options.guidance) and options.guidance >= 0):
+        raise ValueError(f"--guidance is {options.guidance}: use a number of 0 or more")
+    config, _, classes = run.description
+    if not classes:
+        if options.labels is not None or options.guidance != 1:
+            wrong = "--labels" if options.labels is not None else "--guidance"
+            raise ValueError(f"{run.name} was trained without labels: leave out {wrong}")
+        return None
+    if options.guidance != 1 and config.train.label_dropout == 0:
+        raise ValueError(
+            f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label:"
+            " leave out --guidance, or train again with --train.label-dropout 0.1"
+        )
+    text = options.labels.split(",") if options.labels is not None else [str(label) for label in range(classes)]
+    if not all(label.strip().isdecimal() and int(label) < classes for label in text):
+        raise ValueError(f"--labels is {options.labels!r}: name labels of 0 to {classes - 1}, separated by commas")
+    return np.resize(np.asarray(text, np.int32), options.num)
+
+
+def make_batch(options: Options) -> int:
+    """Images at a time: as asked, or as many as there are, up to a limit, shared equally by the devices."""
+    devices = jax.device_count()
+    if options.batch is None:
+        return -(-min(options.num, LARGEST_BATCH) // devices) * devices
+    if options.batch < 1 or options.batch % devices:
+        raise ValueError(f"--batch is {options.batch}: use a multiple of the {devices} devices")
+    return options.batch
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

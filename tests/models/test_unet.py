@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.models.unet import UNet, time_features
+from diffjax.training.step import example_keys
+
+SMALL = {"channels": 8, "out_channels": 1, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "heads": 2}
+
+
+def build(num_classes=3, random_output=True, **options):
+    """A network, its parameters (zero-initialised layers filled, so that everything matters), and its inputs."""
+    unet = UNet(**{**SMALL, **options}, num_classes=num_classes)
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    inputs = x, jnp.arange(4) * 200, jnp.arange(4) % num_classes if num_classes else None
+    params = jax.jit(unet.init)(jax.random.key(1), *inputs)
+    if random_output:
+        generator = np.random.default_rng(2)
+        params = jax.tree.map(lambda p: p + 0.1 * generator.normal(size=p.shape).astype(np.float32), params)
+    return jax.jit(unet.apply), params, inputs
+
+
+def test_a_fresh_network_says_nothing():
+    apply, params, inputs = build(random_output=False)
+    assert (apply(params, *inputs) == 0).all()
+
+
+def test_every_input_matters_and_images_do_not_mix():
+    apply, params, (x, t, label) = build()
+    out = apply(params, x, t, label)
+    assert out.shape == x.shape
+    for changed in (
+        (x.at[0].add(1), t, label),
+        (x, t.at[0].add(1), label),
+        (x, t, label.at[0].set(3)),  # no label
+    ):
+        moved = np.abs(apply(params, *changed) - out).max((1, 2, 3))
+        assert moved[0] > 1e-3
+        assert (moved[1:] < 1e-5).all()
+
+
+def test_the_class_table_has_a_row_for_no_label():
+    unet = UNet(**SMALL, num_classes=3)
+    inputs = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    params = jax.eval_shape(unet.init, jax.random.key(0), *inputs)
+    assert params["params"]["label"]["embedding"].shape[0] == 4
+
+
+def test_attention_only_where_it_is_asked_for():
+    for sizes, expected in [((4,), 4), ((8, 4), 7), ((), 0)]:
+        unet = UNet(**{**SMALL, "attention": sizes})
+        params = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+        assert sum(name.startswith("SelfAttention") for name in params["params"]) == expected
+
+
+def test_bfloat16_computes_near_float32_and_answers_in_it():
+    apply, params, inputs = build()
+    half, _, _ = build(dtype=jnp.bfloat16)
+    out = half(params, *inputs)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, apply(params, *inputs), atol=0.3)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_time_features_are_told_apart_in_float32():
+    t = jnp.arange(1000, dtype=jnp.bfloat16).astype(jnp.float32)
+    features = time_features(jnp.arange(1000), 32)
+    assert features.dtype == jnp.float32
+    assert len(np.unique(features, axis=0)) == 1000
+    np.testing.assert_allclose((features[:, :16] ** 2 + features[:, 16:] ** 2), 1, atol=1e-5)
+    assert len(np.unique(t)) < 600  # why they are not computed in bfloat16
+
+
+def test_dropout_is_keyed_by_example():
+    apply, params, (x, t, label) = build(dropout=0.5)
+    keys = example_keys(0, 0, jnp.arange(4, dtype=jnp.uint32))
+    out = apply(params, x, t, label, keys)
+    assert np.abs(out - apply(params, x, t, label)).max() > 1e-3
+    np.testing.assert_allclose(apply(params, x[2:], t[2:], label[2:], keys[2:]), out[2:], atol=1e-5)
+    assert np.abs(apply(params, x, t, label, keys[::-1]) - out).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "inputs", "message"),
+    [
+        ({"multipliers": (1, 1, 1, 1, 1)}, {}, "8x8 cannot be halved 4 times"),
+        ({"channels": 7, "heads": 1}, {}, "7: use an even number"),
+        ({}, {"condition": None}, "needs a label per image, 3 for no label"),
+        ({"num_classes": 0}, {"condition": jnp.zeros(4, jnp.int32)}, "has no classes"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, inputs, message):
+    unet = UNet(**{**SMALL, "num_classes": 3, **options})
+    inputs = {"condition": jnp.zeros(4, jnp.int32), **inputs}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: unet.init(jax.random.key(0), jnp.zeros((4, 8, 8, 1)), jnp.zeros(4), **inputs))

@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffjax import denoiser, process, schedule
+from diffjax.schedule import Level
+
+NULL = 10
+LEVELS = schedule.linear(1000)
+
+
+def network(params, x, t, condition):
+    """Nonlinear, and different for every example: sees x, t and the label."""
+    shift = condition[:, None, None] * 0.1 + t[:, None, None] / 1000
+    return params * jnp.tanh(x + shift)
+
+
+def inputs(seed=0, batch=6):
+    x = jax.random.normal(jax.random.key(seed), (batch, 3, 2))
+    return x, jnp.arange(batch) % 10, schedule.at(LEVELS, 400)
+
+
+def conditional(prediction="eps"):
+    return denoiser.from_network(network, 0.7, process.PREDICTIONS[prediction])
+
+
+def test_networks_count_levels_from_zero():
+    seen = []
+
+    def spy(params, x, t, condition):
+        seen.append(np.asarray(t))
+        return x
+
+    denoise = denoiser.condition_on(denoiser.from_network(spy, None, process.PREDICTIONS["x0"]), None)
+    denoise(jnp.zeros((3, 2)), schedule.at(LEVELS, 1000))
+    denoise(jnp.zeros((3, 2)), schedule.at(LEVELS, [1, 2, 1000]))
+    assert [list(t) for t in seen] == [[999] * 3, [0, 1, 999]]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_scale_one_is_conditional_and_zero_unconditional(prediction):
+    x, labels, level = inputs()
+    denoise = conditional(prediction)
+    for scale, condition in [(1.0, labels), (0.0, jnp.full_like(labels, NULL))]:
+        guided = denoiser.guide(denoise, labels, NULL, scale)(x, level)
+        np.testing.assert_allclose(guided, denoise(x, level, condition), atol=1e-4)
+
+
+@settings(max_examples=20)
+@given(st.floats(0, 10), st.integers(0, 99))
+def test_guidance_is_two_passes_in_one_and_affine_in_the_scale(scale, seed):
+    x, labels, level = inputs(seed)
+    denoise = conditional("v")
+    guided = denoiser.guide(denoise, labels, NULL, scale)(x, level)
+    with_label = np.float64(denoise(x, level, labels))
+    without = np.float64(denoise(x, level, jnp.full_like(labels, NULL)))
+    np.testing.assert_allclose(guided, without + scale * (with_label - without), atol=1e-5 * (1 + scale))
+
+
+@pytest.mark.usefixtures("x64")
+def test_guiding_x0_is_guiding_eps_as_the_paper_writes_it():
+    """(1 + w) eps_c - w eps_null, w = scale - 1: equation 6 of arXiv:2207.12598."""
+    x, labels, level = inputs()
+    x, scale = x.astype(jnp.float64), 3.0
+    t = jnp.full(len(x), level.t - 1)
+    eps = scale * network(0.7, x, t, labels) - (scale - 1) * network(0.7, x, t, jnp.full_like(labels, NULL))
+    guided = denoiser.guide(conditional(), labels, NULL, scale)(x, level)
+    np.testing.assert_allclose(guided, process.x0_from_eps(x, eps, level), atol=1e-10)
+
+
+def test_one_pass_of_interleaved_pairs():
+    seen = []
+
+    def spy(params, x, t, condition):
+        seen.append((x.shape, list(condition), list(t)))
+        return x
+
+    denoise = denoiser.from_network(spy, None, process.PREDICTIONS["x0"])
+    level = Level(*(jnp.asarray(leaf) for leaf in schedule.at(LEVELS, [3, 5])))
+    denoiser.guide(denoise, jnp.array([7, 8]), NULL, 2.0)(jnp.zeros((2, 4, 4, 1)), level)
+    assert seen == [((4, 4, 4, 1), [7, NULL, 8, NULL], [2, 2, 4, 4])]
+
+
+@given(st.floats(-1, 0.9), st.floats(0.05, 1))
+def test_clip_bounds_x0_and_eps_follows(low, width):
+    x, labels, level = inputs()
+    x0 = denoiser.clip(denoiser.condition_on(conditional(), labels), low, low + width)(x, level)
+    assert ((x0 >= np.float32(low)) & (x0 <= np.float32(low + width))).all()
+    eps = process.eps_from_x0(x, x0, level)
+    np.testing.assert_allclose(process.q_sample(x0, eps, level), x, atol=1e-5)

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffjax import process, schedule
+from diffjax.schedule import Level
+from diffjax.testing import pairs, schedules
+
+
+def draw(seed, shape=(5, 2, 3)):
+    return np.random.default_rng(seed).normal(size=(2, *shape))
+
+
+@given(schedules(), st.data(), st.sampled_from(sorted(process.PREDICTIONS)), st.integers(0, 99))
+def test_every_prediction_gives_back_x0(levels, data, name, seed):
+    x0, eps = draw(seed)
+    t = data.draw(st.lists(st.integers(1, schedule.length(levels)), min_size=5, max_size=5))
+    level, prediction = schedule.at(levels, t), process.PREDICTIONS[name]
+    x_t = process.q_sample(x0, eps, level)
+    found = prediction.to_x0(x_t, prediction.target(x0, eps, level), level)
+    # Dividing by alpha enlarges the rounding of x_t, which is about sigma*eps there.
+    bound = 1e-14 * (1 + 1 / level.alpha.reshape(5, 1, 1))
+    assert (np.abs(found - x0) < bound * 10).all()
+
+
+@given(schedules(), st.data(), st.integers(0, 99))
+def test_eps_is_what_x0_implies_also_after_clipping(levels, data, seed):
+    x_t, x0 = draw(seed)
+    level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
+    x0 = np.clip(x0, -1, 1)
+    np.testing.assert_allclose(process.q_sample(x0, process.eps_from_x0(x_t, x0, level), level), x_t, atol=1e-12)
+
+
+@given(pairs(), st.integers(0, 99))
+def test_posterior_is_bayes_product_of_two_gaussians(levels, seed):
+    """q(x_s | x_t, x0) is proportional to q(x_t | x_s) q(x_s | x0): precisions add."""
+    level_t, level_s = levels
+    if level_s.sigma == 0:
+        return
+    x_t, x0 = draw(seed)
+    forward = level_t.alpha / level_s.alpha
+    noise = level_t.sigma**2 - forward**2 * level_s.sigma**2
+    precision = forward**2 / noise + 1 / level_s.sigma**2
+    mean = (forward * x_t / noise + level_s.alpha * x0 / level_s.sigma**2) / precision
+    found_mean, found_std = process.q_posterior(x_t, x0, level_t, level_s)
+    np.testing.assert_allclose(found_mean, mean, atol=1e-9)
+    np.testing.assert_allclose(found_std**2 * precision, 1, rtol=1e-9)
+
+
+@given(pairs(), st.integers(0, 99))
+def test_posterior_keeps_the_marginal(levels, seed):
+    """The posterior of x_t ~ q(x_t | x0) is q(x_s | x0): the mean maps alpha_t*x0 to alpha_s*x0, variances add up."""
+    level_t, level_s = levels
+    x0, unit = draw(seed)
+    mean, std = process.q_posterior(level_t.alpha * x0, x0, level_t, level_s)
+    np.testing.assert_allclose(mean, level_s.alpha * x0, atol=1e-12)
+    gain, _ = process.q_posterior(unit, 0 * unit, level_t, level_s)
+    gain = (gain / unit).flat[0]
+    assert gain**2 * level_t.sigma**2 + std**2 == pytest.approx(level_s.sigma**2, abs=1e-14)
+
+
+def test_levels_per_example_meet_images():
+    levels = Level(np.arange(2), np.array([1.0, 0.5]), np.array([0.0, 2.0]))
+    x_t = process.q_sample(np.ones((2, 3, 4, 1)), np.ones((2, 3, 4, 1)), levels)
+    assert (x_t[0] == 1).all()
+    assert (x_t[1] == 2.5).all()

@@ -1,0 +1,148 @@
+"""Train a diffusion model.
+
+    python train.py CONFIG --workdir FOLDER [--train.steps 2000 ...]
+
+The same command again resumes from the last checkpoint. `python train.py CONFIG --help` lists every field of a
+configuration with its default.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import tyro
+
+from diffjax import cli, experiment, loss, picture, sampler, schedule
+from diffjax.run import Description, Generator, count_parameters, describe_devices, network_of
+from diffjax.training import data, loop, parallel
+from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+PROGRAM = "train.py"
+HELD_OUT_BATCHES = 10  # at most, per evaluation
+PREVIEW = {"steps": 50, "scale": 2.0, "seed": 0, "num": 40}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a diffusion model. The same command again resumes from the last checkpoint."""
+
+    workdir: str
+    """Run folder: checkpoints, metrics.jsonl, preview pictures."""
+    config: Annotated[experiment.Config, tyro.conf.arg(name="")]
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and train."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save at length
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__}\nconfigurations: {', '.join(experiment.names())}")
+        return
+    with cli.one_sentence(PROGRAM):
+        config = experiment.named(arguments[0])
+    options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], Options(tyro.MISSING, config))
+    train(options.config, Path(options.workdir))
+
+
+def train(config: experiment.Config, workdir: Path) -> None:
+    """Train a configuration in a run folder, from its last checkpoint if it holds one."""
+    steps, batch, seed = config.train.steps, config.train.batch, config.train.seed
+    devices = jax.device_count()
+    with cli.one_sentence(PROGRAM):
+        experiment.check(config)
+        parallel.check_divisible(batch, devices, "train.batch")
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir, config.train.keep)
+        start = max(checkpoints.steps(), default=0)
+        if start:
+            stored = Description.from_dict(checkpoints.config(start)).config
+            for change in experiment.check_resume(stored, config):
+                print(f"changed since the checkpoint: {change}")
+        if start >= steps:
+            print(f"{workdir} has done its {start} steps: sample with 'python sample.py {workdir}', or raise --train.steps")
+            return
+        dataset = data.load(config.data.name, config.data.dir)
+        if config.data.labels and not dataset.classes:
+            raise ValueError(f"dataset {config.data.name!r} has no labels: train with --data.no-labels")
+        classes = dataset.classes if config.data.labels else 0
+        batches = data.batches(dataset.train, batch, seed, start, labels=config.data.labels)
+        held_out = data.first_batches(dataset.held_out, batch, devices, HELD_OUT_BATCHES, labels=config.data.labels)
+        unet = experiment.build_unet(config, dataset.image_shape, classes)
+        params = experiment.init_params(unet, dataset.image_shape, jax.random.key(seed))
+
+    optimizer, rate = experiment.build_optimizer(config)
+    # Whole on every device from the start, so that the first step can reuse its memory like every other.
+    everywhere = parallel.whole(parallel.device_mesh())
+    state = init_state(params, optimizer)
+    state = checkpoints.restore(start, state, everywhere) if start else jax.device_put(state, everywhere)
+
+    description = Description(config, dataset.image_shape, classes)
+    levels, prediction = experiment.build_schedule(config), experiment.build_prediction(config)
+
+    def network(params: Any, x: Any, t: Any, condition: Any, keys: Any) -> Any:
+        return unet.apply({"params": params}, x, t, condition, keys)
+
+    def without_dropout(params: Any, x: Any, t: Any, condition: Any, keys: Any) -> Any:
+        return unet.apply({"params": params}, x, t, condition)
+
+    objective = loss.simple(network, prediction, levels, null=classes, drop_rate=config.train.label_dropout)
+    train_step = parallel.pmap(make_train_step(objective, optimizer, config.train.ema, seed), donate=True)
+    eval_step = parallel.pmap(make_eval_step(loss.simple(without_dropout, prediction, levels), seed))
+    metrics = loop.MetricsFile(workdir / "metrics.jsonl", start)
+
+    def evaluate(state: TrainState) -> None:
+        losses = [float(eval_step(state.ema, parallel.shard(b, devices))) for b in held_out]
+        metrics.write(int(state.step), held_out_loss=np.mean(losses))
+
+    def log(step: int, **values: Any) -> None:
+        metrics.write(step, learning_rate=rate(step - 1), **values)
+
+    print(
+        f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data.name}, "
+        f"{count_parameters(params):,} parameters, batch {batch}, {describe_devices()}, {config.network.dtype}"
+    )
+    try:
+        loop.fit(
+            train_step, state, (parallel.shard(b, devices) for b in batches), steps,
+            log=log, log_every=config.train.log_every,
+            every=(
+                loop.Every(config.train.eval_every, evaluate),
+                loop.Every(config.train.preview_every, preview(workdir, network_of(unet), description)),
+                loop.Every(config.train.save_every, lambda s: checkpoints.save(s, description.to_dict())),
+            ),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        checkpoints.close()
+        print(f"\ninterrupted: the same command goes on from step {max(checkpoints.steps(), default=0)}", file=sys.stderr)
+        raise SystemExit(130) from None
+    checkpoints.close()
+    print(f"done: sample with 'python sample.py {workdir}'")
+
+
+def preview(workdir: Path, network: Any, description: Description) -> Callable[[TrainState], None]:
+    """Writes preview-STEP.png: the same seeds every time, from the moving average."""
+    config, image_shape, classes = description
+    levels = experiment.build_schedule(config)
+    plan = sampler.ddim(levels, schedule.trailing(levels, min(PREVIEW["steps"], schedule.length(levels))))
+    generate = Generator(network, experiment.build_prediction(config), image_shape, classes)
+    devices, num = jax.device_count(), PREVIEW["num"]
+    labels = np.arange(num, dtype=np.int32) % classes if classes else None
+    scale = PREVIEW["scale"] if classes and config.train.label_dropout > 0 else 1.0
+
+    def write(state: TrainState) -> None:
+        batch = -(-num // devices) * devices
+        made = generate(state.ema, plan, labels, num, scale=scale, seed=PREVIEW["seed"], batch=batch)
+        captions = None if labels is None else [str(label) for label in labels]
+        sheet = picture.grid(made.images, captions, columns=10)
+        picture.save_png(workdir / "previews" / f"{int(state.step):07d}.png", sheet)
+
+    return write
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
