@@ -7,11 +7,15 @@ RUN ?= runs/digits
 TRAIN ?=
 DEMO ?=
 
-.PHONY: demo test lint parity clean
+.PHONY: demo readme test lint parity clean
 
 demo: .venv/installed
 	$(BIN)/python train.py digits --workdir $(RUN) $(TRAIN)
 	$(BIN)/python -m diffjax.demo $(RUN) $(DEMO)
+
+readme: demo
+	mkdir -p docs && cp $(RUN)/overview.png docs/
+	sed -i -e '/<!-- demo.md -->/,/<!-- \/demo.md -->/{//!d}' -e '/<!-- demo.md -->/r $(RUN)/demo.md' README.md
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(TESTS)

@@ -12,5 +12,5 @@ from diffjax.experiment import Config, Data, Network, Train
 config = Config(
     data=Data(name="digits"),
     network=Network(channels=24, multipliers=(1, 2), blocks=1, attention=(4,), heads=4),
-    train=Train(steps=1000, batch=64, learning_rate=2e-3, warmup=100),
+    train=Train(steps=1000, batch=64, learning_rate=3e-3, warmup=100),
 )

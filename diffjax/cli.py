@@ -74,10 +74,10 @@ def check_output(path: Path, suffix: str) -> Path:
 
 
 def _sentence(box: str) -> str:
-    # tyro draws its errors in boxes: a title, what is wrong, a rule, and advice.
-    body = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(body) if line.startswith("─")), len(body))
-    return " ".join(line for line in body[:rule] if line) or box.strip()
+    # tyro draws its errors in boxes of unicode or ASCII: a title, what is wrong, a rule, and advice.
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    blocks = "\n".join("" if set(line) <= set("─-╰╯") else line for line in lines).split("\n\n")
+    return next((" ".join(block.split()) for block in blocks if block.strip()), box.strip())
 
 
 def _help(kind: type, options: dict[str, Any]) -> str:

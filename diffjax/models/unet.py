@@ -111,7 +111,9 @@ class UNet(nn.Module):
         embedding = nn.Dense(width, name="time_in")(time_features(t, self.channels))
         embedding = nn.Dense(width, name="time_out")(nn.silu(embedding))
         if condition is not None:
-            embedding += nn.Embed(self.num_classes + 1, width, name="label")(condition)
+            # As large as the time's part of the vector: a table of small numbers takes long to be heard.
+            table = nn.Embed(self.num_classes + 1, width, embedding_init=nn.initializers.normal(1.0), name="label")
+            embedding += table(condition)
 
         blocks = itertools.count()
 

@@ -1,5 +1,16 @@
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import sys
+import tarfile
+import threading
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
 from diffjax.picture import to_uint8
@@ -73,14 +84,84 @@ def test_held_out_batches_are_always_the_same(digits, batch, multiple, sizes):
     assert (np.concatenate([b["index"] for b in found]) == np.arange(sum(sizes))).all()
 
 
-def test_a_dataset_of_the_catalogue_goes_the_same_way(tmp_path):
-    """Real TFDS code over generated images; only the download is replaced."""
-    import tensorflow_datasets as tfds
+@pytest.fixture
+def download_site(tmp_path):
+    """A web server on the loopback, in the place of a dataset's download site: its folder and its address."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
 
-    with tfds.testing.mock_data(num_examples=20, policy=tfds.testing.MockPolicy.USE_CODE):
-        mnist = data.load("mnist", str(tmp_path))
-        assert (mnist.image_shape, mnist.classes) == ((28, 28, 1), 10)
-        assert next(data.batches(mnist.train, 8, seed=0))["image"].shape == (8, 28, 28, 1)
+
+def serve(monkeypatch, builder, folder, url, files):
+    """Put files on the site, and tell the builder's checksums of them."""
+    infos = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+        checksum = tfds.download.checksums.UrlInfo(
+            size=tfds.core.utils.Size(len(content)), checksum=hashlib.sha256(content).hexdigest(), filename=name
+        )
+        infos[url + name] = checksum
+    monkeypatch.setattr(builder, "url_infos", infos)
+
+
+def test_mnist_is_downloaded_and_prepared_without_tensorflow(tmp_path, monkeypatch, download_site):
+    """The catalogue's own builder, its own download and unpacking; only the address and the number of images differ."""
+    from tensorflow_datasets.image_classification import mnist
+
+    folder, url = download_site
+    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    labels = np.arange(20, dtype=np.uint8) % 10
+    idx = {"images-idx3": bytes(16) + images.tobytes(), "labels-idx1": bytes(8) + labels.tobytes()}
+    files = {f"{split}-{kind}-ubyte.gz": gzip.compress(content) for split in ("train", "t10k") for kind, content in idx.items()}
+    serve(monkeypatch, mnist.MNIST, folder, url, files)
+    monkeypatch.setattr(mnist.MNIST, "URL", url)
+    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 20)
+    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 20)
+
+    found = data.load("mnist", str(tmp_path / "data"))
+    assert (found.image_shape, found.classes, len(found.train)) == ((28, 28, 1), 10, 20)
+    pairs = sorted((e["image"].tobytes(), e["label"]) for e in (found.train[i] for i in range(20)))
+    assert pairs == sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+    assert "tensorflow" not in sys.modules
+
+
+def test_cifar10_too_through_an_archive(tmp_path, monkeypatch, download_site):
+    from tensorflow_datasets.image_classification import cifar
+
+    folder, url = download_site
+    rows = np.random.default_rng(0).integers(0, 256, (4, 1 + 3072), np.uint8)
+    rows[:, 0] = [0, 9, 5, 5]
+    info = cifar.Cifar10._cifar_info.fget(SimpleNamespace(name="cifar10"))
+    members = {name: rows.tobytes() for name in [*info.train_files, *info.test_files]}
+    members |= {name: b"\n".join(b"class%d" % i for i in range(10)) for name in info.label_files}
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(info.prefix + name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    serve(monkeypatch, cifar.Cifar10, folder, url, {"cifar-10-binary.tar.gz": archive.getvalue()})
+    monkeypatch.setattr(cifar.Cifar10, "_cifar_info", info._replace(url=url + "cifar-10-binary.tar.gz"))
+
+    found = data.load("cifar10", str(tmp_path / "data"))
+    assert (found.image_shape, found.classes, len(found.train), len(found.held_out)) == ((32, 32, 3), 10, 20, 4)
+    expected = rows[1, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert any((found.held_out[i]["image"] == expected).all() and found.held_out[i]["label"] == 9 for i in range(4))
+
+
+def test_a_download_that_is_not_what_it_should_be_is_named(tmp_path, monkeypatch, download_site):
+    from tensorflow_datasets.image_classification import mnist
+
+    folder, url = download_site
+    names = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    serve(monkeypatch, mnist.MNIST, folder, url, dict.fromkeys(names, b"not an archive"))
+    monkeypatch.setattr(mnist.MNIST, "URL", url)
+    with pytest.raises(ValueError, match=r"'mnist' could not be prepared in .*extracting.*; where TensorFlow is installed"):
+        data.load("mnist", str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +179,6 @@ def test_a_dataset_that_cannot_be_used_is_named(tmp_path, name, message):
 
 def test_no_network_is_said_at_once(tmp_path, monkeypatch):
     """A port where nothing listens, in place of the download site: refused like any site that is out of reach."""
-    import tensorflow_datasets as tfds
-
     builder = tfds.builder("cifar10", data_dir=tmp_path, file_format="array_record")
     monkeypatch.setattr(type(builder), "url_infos", {"http://127.0.0.1:9/cifar.tar.gz": None})
     with pytest.raises(ValueError, match=r"'cifar10' .*127.0.0.1:9.* cannot be reached, .* point --data.dir at the copy"):

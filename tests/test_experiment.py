@@ -1,0 +1,55 @@
+import json
+
+import jax.numpy as jnp
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffjax import experiment
+from diffjax.experiment import Config, Data, Network, Train
+
+
+@pytest.mark.parametrize("name", experiment.names())
+def test_every_configuration_is_valid_and_tells_its_command(name):
+    config = experiment.named(name)
+    experiment.check(config)
+    doc = __import__(f"configs.{name}", fromlist=[name]).__doc__
+    assert f"python train.py {name} --workdir" in doc
+    assert "Hardware:" in doc
+    assert "Expected:" in doc
+
+
+@given(st.builds(Train), st.lists(st.integers(1, 4), min_size=1).map(tuple), st.none() | st.text())
+def test_a_configuration_survives_json(train, multipliers, folder):
+    config = Config(train=train, network=Network(multipliers=multipliers), data=Data(dir=folder))
+    assert experiment.from_dict(json.loads(json.dumps(experiment.to_dict(config)))) == config
+
+
+def test_a_stored_configuration_of_another_version():
+    assert experiment.from_dict({"train": {"steps": 7}}).train == Train(steps=7)
+    with pytest.raises(ValueError, match="unknown field 'flavour': it is from another version"):
+        experiment.from_dict({"train": {"flavour": 1}})
+
+
+def test_resuming_may_change_the_training_but_not_the_network():
+    stored = Config()
+    assert experiment.check_resume(stored, Config(train=Train(steps=9))) == ["train.steps: 1000 -> 9"]
+    assert experiment.check_resume(stored, stored) == []
+    with pytest.raises(ValueError, match="network.blocks is 3 but the checkpoint was trained with 1: take another"):
+        experiment.check_resume(stored, Config(network=Network(blocks=3)))
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    _, rate = experiment.build_optimizer(Config(train=Train(steps=100, warmup=10, learning_rate=1.0)))
+    assert [float(rate(n)) for n in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
+    _, constant = experiment.build_optimizer(Config(train=Train(steps=100, warmup=0, learning_rate=1.0, decay="none")))
+    assert [float(constant(n)) for n in (0, 100)] == [1, 1]
+
+
+def test_large_gradients_are_clipped():
+    """Through Adam the clip shows in its second moment."""
+    optimizer, _ = experiment.build_optimizer(Config(train=Train(clip=0.5)))
+    params = jnp.zeros(4)
+    _, state = optimizer.update(jnp.full(4, 100.0), optimizer.init(params), params)
+    assert float(jnp.sum(optax.tree.get(state, "nu"))) == pytest.approx(0.001 * 0.25, rel=1e-4)

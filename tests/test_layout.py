@@ -1,0 +1,72 @@
+"""The house keeps its shape: rooms import only from rooms above them, and nothing points out of it."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# From the top of the house to the bottom.
+ROOMS = [
+    "schedule", "process", "denoiser", "sampler", "loss",
+    "models.unet",
+    "picture",
+    "training.step", "training.parallel", "training.data", "training.checkpoint", "training.loop",
+    "evaluation.record", "evaluation.digits",
+    "testing",
+    "experiment", "cli", "run",
+    "demo",
+]  # fmt: skip
+MATHEMATICS = ROOMS[:5]
+
+
+def room(path):
+    return ".".join(path.relative_to(ROOT / "diffjax").with_suffix("").parts)
+
+
+def imports(path):
+    """Modules of diffjax, and packages from outside."""
+    ours, foreign = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffjax"):
+            base = node.module.removeprefix("diffjax").lstrip(".")
+            names = [f"{base}.{alias.name}".strip(".") for alias in node.names]
+            ours |= {name if name in ROOMS else base for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            foreign.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            foreign |= {alias.name.split(".")[0] for alias in node.names}
+    return ours, foreign
+
+
+FILES = [path for path in sorted((ROOT / "diffjax").rglob("*.py")) if path.name != "__init__.py"]
+
+
+def test_every_file_is_a_room():
+    assert sorted(map(room, FILES)) == sorted(ROOMS)
+
+
+def test_imports_point_one_way():
+    for path in FILES:
+        above = set(ROOMS[: ROOMS.index(room(path))])
+        assert imports(path)[0] <= above, f"{path.name} imports from below: {imports(path)[0] - above}"
+
+
+def test_the_mathematics_imports_jax_and_numpy_alone():
+    for path in FILES:
+        if room(path) in MATHEMATICS:
+            assert imports(path)[1] <= {"jax", "numpy", "collections", "typing"}, path.name
+
+
+def test_no_random_key_has_a_default():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = node.args.args[len(node.args.args) - len(node.args.defaults) :]
+                assert not {a.arg for a in arguments} & {"key", "keys", "seed"} or path.parent.name == "models"
+
+
+def test_the_library_example_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    scope = {}
+    exec(blocks[0], scope)  # noqa: S102
+    assert scope["images"].shape == (16, 8, 8, 1)

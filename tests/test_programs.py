@@ -1,0 +1,233 @@
+"""The two programs as their users run them: real processes, real digits, real files."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import QUICK, TINY
+from diffjax.evaluation.digits import judge
+from diffjax.run import open_run
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_learns_and_leaves_what_it_says(digits_run):
+    lines = metrics(digits_run)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert np.mean(losses[-3:]) < 0.25 * losses[0]
+    assert held_out[-1] < min(0.12, held_out[0])
+    assert sorted(int(path.name) for path in (digits_run / "checkpoints").iterdir()) == [200, 350]
+    assert Image.open(digits_run / "previews" / "0000350.png").size[0] > 400
+
+
+def test_the_same_command_again_says_that_it_has_finished(digits_run, run_program):
+    before = (digits_run / "metrics.jsonl").read_bytes()
+    code, out, _ = run_program("train.py", "digits", "--workdir", digits_run, "--train.steps", 350)
+    assert (code, "has done its 350 steps" in out) == (0, True)
+    assert (digits_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_guided_ddim_draws_the_digits_that_were_asked_for(digits_run, run_program, tmp_path):
+    """The cheaper version of what the README claims of the whole training: a third of the steps, 100 images."""
+    code, out, err = run_program(
+        "sample.py", digits_run, "--sampler", "ddim", "--steps", 50, "--eta", 0, "--guidance", 2.0, "--num", 100,
+        "--seed", 0, "--out", tmp_path / "grid.png", "--save", tmp_path / "samples.npz",
+    )  # fmt: skip
+    assert code == 0, err
+    for word in ("ddim(eta=0, trailing)", "| 50 ", "| 100 ", "426,961 parameters", "1 x cpu", "float32", "compile s"):
+        assert word in out
+    samples = np.load(tmp_path / "samples.npz")
+    assert (samples["images"].shape, samples["images"].dtype) == ((100, 8, 8, 1), np.uint8)
+    assert (samples["labels"] == np.arange(100) % 10).all()
+    verdict = judge(samples["images"], samples["labels"])
+    assert verdict.recognised >= 0.85  # the whole training: 0.97
+    assert verdict.distinct >= 0.99
+    assert verdict.novelty > 0.4
+
+
+def test_ddpm_takes_the_whole_chain(digits_run, run_program, tmp_path):
+    code, out, err = run_program(
+        "sample.py", digits_run, "--sampler", "ddpm", "--num", 16, "--guidance", 2, "--labels", "3,8",
+        "--out", tmp_path / "grid.png", "--save", tmp_path / "samples.npz",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "ddpm(fixed_small, trailing) | 1000  | 2000 |" in out
+    samples = np.load(tmp_path / "samples.npz")
+    assert samples["labels"].tolist() == [3, 8] * 8
+    assert judge(samples["images"], samples["labels"]).recognised >= 0.8
+
+
+def test_images_are_the_same_on_eight_devices_and_in_other_batches(digits_run, run_program, tmp_path):
+    made = []
+    for name, batch, flags in [("a", 16, ""), ("b", 8, "--xla_force_host_platform_device_count=8")]:
+        code, out, err = run_program(
+            "sample.py", digits_run, "--steps", 10, "--num", 13, "--eta", 1, "--batch", batch,
+            "--out", tmp_path / f"{name}.png", "--save", tmp_path / f"{name}.npz", flags=flags,
+        )  # fmt: skip
+        assert code == 0, err
+        assert ("8 x cpu" in out) == bool(flags)
+        made.append(np.load(tmp_path / f"{name}.npz")["images"].astype(int))
+    assert made[0].shape == (13, 8, 8, 1)
+    assert np.abs(made[0] - made[1]).max() <= 1  # a rounding to 8 bits apart
+
+
+def test_killed_and_started_again_ends_as_if_never_interrupted(run_program, program, tmp_path):
+    """SIGKILL, once a checkpoint is there; parameters, averages and metrics bit for bit."""
+    arguments = [*TINY, "--train.steps", 60, "--train.save-every", 5, "--train.log-every", 1, "--train.eval-every", 20]
+    arguments = ["train.py", "digits", *arguments, "--train.preview-every", 100]
+    code, _, err = run_program(*arguments, "--workdir", tmp_path / "whole", flags=QUICK)
+    assert code == 0, err
+
+    cut, process = tmp_path / "cut", program(*arguments, "--workdir", tmp_path / "cut", flags=QUICK)
+    while process.poll() is None and not (cut / "checkpoints" / "10").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    code, out, err = run_program(*arguments, "--workdir", cut, flags=QUICK)
+    assert code == 0, err
+    assert "resuming" in out
+    assert "at step 0 " not in out
+
+    for weights in ("params", "ema"):
+        trees = [open_run(tmp_path / name, weights=weights).params for name in ("whole", "cut")]
+        jax.tree.map(np.testing.assert_array_equal, *trees)
+    told = [
+        [{k: v for k, v in line.items() if k != "steps_per_second"} for line in metrics(tmp_path / name)]
+        for name in ("whole", "cut")
+    ]
+    assert told[0] == told[1]
+
+
+@pytest.fixture(scope="module")
+def unconditional_run(run_program, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "unconditional"
+    arguments = ["--train.steps", 3, "--workdir", folder]
+    code, _, err = run_program("train.py", "digits_unconditional", *TINY, *arguments, flags=QUICK)
+    assert code == 0, err
+    return folder
+
+
+def test_an_unconditional_run_works_too(unconditional_run, run_program, tmp_path):
+    arguments = ["--steps", 2, "--num", 5, "--out", tmp_path / "g.png", "--save", tmp_path / "s.npz"]
+    code, _, err = run_program("sample.py", unconditional_run, *arguments, "--weights", "raw", "--no-clip", flags=QUICK)
+    assert code == 0, err
+    assert (np.load(tmp_path / "s.npz")["labels"] == -1).all()
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+BAD_TRAIN = {
+    "digitz --workdir {tmp}/x": "there is no configuration 'digitz': did you mean 'digits'?",
+    "digits --workdir {tmp}/x --train.stepz 5": "there is no option '--train.stepz': did you mean '--train.steps'?",
+    "digits --workdir {tmp}/x --train.steps many": "Error parsing --train.steps",
+    "digits --workdir {tmp}/x --diffusion.schedule cosin": "'cosin'",
+    "digits": "--workdir",
+    "digits --workdir {tmp}/x extra": "there is no option 'extra'",
+    "digits --workdir {tmp}/file/x": "Not a directory",
+    "digits --workdir {tmp}/x --train.steps 0": "train.steps is 0: use more than 0",
+    "digits --workdir {tmp}/x --train.label-dropout 1.5": "train.label_dropout is 1.5",
+    "digits --workdir {tmp}/x --train.learning-rate -1": "train.learning_rate is -1",
+    "digits --workdir {tmp}/x --train.save-every 0": "train.save_every is 0",
+    "digits --workdir {tmp}/x --network.channels 7": "network.channels is 7: use an even number",
+    "digits --workdir {tmp}/x --network.heads 5": "network.heads is 5: it must divide every width",
+    "digits --workdir {tmp}/x --network.multipliers 1 1 1 1 1": "8x8 cannot be halved 4 times",
+    "digits --workdir {tmp}/x --train.batch 12": "which 8 devices cannot share equally",
+    "digits --workdir {tmp}/x --train.batch 4000": "a batch of 4000 is more than the 1500 images",
+    "digits --workdir {tmp}/x --data.name cifar1": "no dataset 'cifar1': did you mean 'cifar10'?",
+    "digits --workdir {run} --network.channels 32": "network.channels is 32 but the checkpoint was trained with 24",
+    "digits --workdir {run} --diffusion.T 500": "diffusion.T is 500 but the checkpoint was trained with 1000",
+}
+
+BAD_SAMPLE = {
+    "{tmp}/nowhere": "there is no run folder",
+    "{tmp}": "holds no checkpoint",
+    "{run} --checkpoint 7": "holds no checkpoint of step 7: it has 200, 350",
+    "{run} --sampler ddmi": "'ddmi'",
+    "{run} --stepps 5": "there is no option '--stepps': did you mean '--steps'?",
+    "{run} --steps 0": "steps is 0: this schedule takes 1 to 1000",
+    "{run} --steps 1001": "steps is 1001: this schedule takes 1 to 1000",
+    "{run} --steps 900 --spacing quadratic": "room for 801 of 1000 levels",
+    "{run} --eta 1.5": "eta is 1.5",
+    "{run} --sampler ddpm --eta 0.5": "--eta belongs to ddim",
+    "{run} --variance fixed_large": "--variance belongs to ddpm",
+    "{run} --labels 3,10": "name labels of 0 to 9",
+    "{run} --labels two": "name labels of 0 to 9",
+    "{run} --labels=-1": "name labels of 0 to 9",
+    "{run} --num 0": "--num is 0",
+    "{run} --seed=-1": "--seed is -1",
+    "{run} --guidance nan": "--guidance is nan",
+    "{run} --guidance=-2": "--guidance is -2",
+    "{run} --batch 12": "--batch is 12: use a multiple of the 8 devices",
+    "{run} --out {tmp}/file/grid.png": "cannot be written",
+    "{run} --out {tmp}/grid.jpg": "is to be a .png file",
+    "{run} --save {tmp}/samples.npy": "is to be a .npz file",
+    "{run} --save {tmp}": "is to be a .npz file",
+    "{unconditional} --guidance 2": "was trained without labels: leave out --guidance",
+    "{unconditional} --labels 1": "was trained without labels: leave out --labels",
+}
+
+
+def check_mistake(main, command, message, capsys, **places):
+    arguments = [word.format(**places) for word in command.split()]
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert "Traceback" not in said
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch, data_dir):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    return {"tmp": tmp_path}
+
+
+@pytest.mark.parametrize("command", BAD_TRAIN)
+def test_a_mistake_in_training_is_one_sentence(command, places, digits_run, capsys, data_dir):
+    import train
+
+    if "--data.dir" not in command and "--workdir" in command and "digitz" not in command:
+        command += f" --data.dir {data_dir}"
+    check_mistake(train.main, command, BAD_TRAIN[command.split(" --data.dir")[0]], capsys, run=digits_run, **places)
+
+
+@pytest.mark.parametrize("command", BAD_SAMPLE)
+def test_a_mistake_in_sampling_is_one_sentence(command, places, digits_run, unconditional_run, capsys):
+    import sample
+
+    runs = {"run": digits_run, "unconditional": unconditional_run}
+    check_mistake(sample.main, command, BAD_SAMPLE[command], capsys, **runs, **places)
+    assert sorted(path.name for path in places["tmp"].iterdir()) == ["file"]
+
+
+def test_guidance_needs_label_dropout(run_program, tmp_path, capsys):
+    import sample
+
+    arguments = ["--train.steps", 1, "--train.label-dropout", 0, "--workdir", tmp_path]
+    code, _, err = run_program("train.py", "digits", *TINY, *arguments, flags=QUICK)
+    assert code == 0, err
+    message = "trained with train.label_dropout 0, so it does not know images without a label"
+    check_mistake(sample.main, f"{tmp_path} --guidance 2", message, capsys)
+
+
+@pytest.mark.parametrize("command", ["train.py --help", "train.py digits --help", "sample.py --help"])
+def test_help_shows_every_option(command, run_program):
+    name, *arguments = command.split()
+    code, out, _ = run_program(name, *arguments)
+    assert code == 0
+    for word in {"train.py --help": ["digits", "digits_unconditional"], "sample.py --help": ["--spacing", "--no-clip"]}.get(
+        command, ["--train.steps", "--workdir", "(default: 1000)", "--network.multipliers"]
+    ):
+        assert word in out
