@@ -69,8 +69,8 @@ def run_program(program):
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory, run_program):
-    """A run of the real configuration, cut to a third: its folder."""
+    """A run of the real configuration, cut to a quarter: its folder."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    code, out, err = run_program("train.py", "digits", "--workdir", folder, "--train.steps", 350, "--train.keep", 9)
+    code, out, err = run_program("train.py", "digits", "--workdir", folder, "--train.steps", 250, "--train.keep", 9)
     assert code == 0, out + err
     return folder
