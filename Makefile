@@ -23,7 +23,7 @@ test: .venv/installed-test
 lint: .venv/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 parity: .venv/installed-parity .venv/installed-test
 	$(BIN)/python -m pytest tests/test_parity.py -rs

@@ -1,7 +1,7 @@
 """Sample from a trained run.
 
-    python sample.py runs/digits --sampler ddim --steps 50 --guidance 2.0 --num 64 --labels 0,1,2 --out grid.png
-    python sample.py runs/digits --sampler ddpm --num 16
+python sample.py runs/digits --sampler ddim --steps 50 --guidance 2.0 --num 64 --labels 0,1,2 --out grid.png
+python sample.py runs/digits --sampler ddpm --num 16
 """
 
 import logging
@@ -69,7 +69,9 @@ def main(arguments: list[str]) -> None:
         plan, name = make_plan(options, run.schedule)
         labels = make_labels(options, run)
         batch = make_batch(options)
-        out = Path(options.out or Path(options.run) / f"{options.sampler}-{plan.steps}-guidance-{options.guidance:g}.png")
+        out = Path(
+            options.out or Path(options.run) / f"{options.sampler}-{plan.steps}-guidance-{options.guidance:g}.png"
+        )
         cli.check_output(out, ".png")
         save = cli.check_output(Path(options.save), ".npz") if options.save else None
 
@@ -107,7 +109,7 @@ def make_plan(options: Options, levels: schedule.Schedule) -> tuple[sampler.Plan
 
 
 def make_labels(options: Options, run: Run) -> np.ndarray | None:
-    """A label per image, or None for a network without classes. ValueError for labels or a scale that it cannot take."""
+    """A label per image, or None for a network without classes. ValueError for labels or a scale it cannot take."""
     if options.num < 1:
         raise ValueError(f"--num is {options.num}: ask for at least one image")
     if options.seed < 0:

@@ -64,7 +64,7 @@ def train(config: experiment.Config, workdir: Path) -> None:
             for change in experiment.check_resume(stored, config):
                 print(f"changed since the checkpoint: {change}")
         if start >= steps:
-            print(f"{workdir} has done its {start} steps: sample with 'python sample.py {workdir}', or raise --train.steps")
+            print(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
             return
         dataset = data.load(config.data.name, config.data.dir)
         if config.data.labels and not dataset.classes:
@@ -118,7 +118,9 @@ def train(config: experiment.Config, workdir: Path) -> None:
         )  # fmt: skip
     except KeyboardInterrupt:
         checkpoints.close()
-        print(f"\ninterrupted: the same command goes on from step {max(checkpoints.steps(), default=0)}", file=sys.stderr)
+        print(
+            f"\ninterrupted: the same command goes on from step {max(checkpoints.steps(), default=0)}", file=sys.stderr
+        )
         raise SystemExit(130) from None
     checkpoints.close()
     print(f"done: sample with 'python sample.py {workdir}'")

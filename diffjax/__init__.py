@@ -1,0 +1,1 @@
+"""Diffusion models in JAX and Flax as pure functions."""

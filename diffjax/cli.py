@@ -37,7 +37,7 @@ def one_sentence(program: str) -> Iterator[None]:
 
 def parse(kind: type, program: str, arguments: Sequence[str], default: Any = None) -> Any:
     """The options of a program, as the typed dataclass `kind`; its docstrings are the help."""
-    options = {"prog": program, "args": list(arguments), "return_unknown_args": True}
+    options: dict[str, Any] = {"prog": program, "args": list(arguments), "return_unknown_args": True}
     if default is not None:
         options["default"] = default
     errors = io.StringIO()
@@ -57,7 +57,8 @@ def parse(kind: type, program: str, arguments: Sequence[str], default: Any = Non
 
 def check_output(path: Path, suffix: str) -> Path:
     """The path, if a file of this suffix can be written there; its folder is made. ValueError or OSError if not:
-    better before an hour of sampling than after it."""
+    better before an hour of sampling than after it.
+    """
     if path.suffix != suffix:
         raise ValueError(f"{path} is to be a {suffix} file: give it that ending")
     if path.is_dir():
@@ -83,5 +84,5 @@ def _sentence(box: str) -> str:
 def _help(kind: type, options: dict[str, Any]) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(kind, **{**options, "args": ["--help"]})
+        tyro.cli(kind, **(options | {"args": ["--help"]}))
     return text.getvalue()

@@ -95,9 +95,9 @@ class Train:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 200
-    """Steps between losses on held-out images."""
+    """Steps between losses on held-out images; 0 for none."""
     preview_every: int = 500
-    """Steps between grids of samples at fixed seeds."""
+    """Steps between grids of samples at fixed seeds; 0 for none."""
     save_every: int = 200
     """Steps between checkpoints."""
     keep: int = 3
@@ -140,15 +140,15 @@ def check(config: Config) -> None:
     """ValueError, naming the field, for values that no run can have. What types exclude needs no check here."""
     fields = flat(config)
     positive = ("network.channels", "network.blocks", "network.heads", "diffusion.T")
-    positive += ("train.steps", "train.batch", "train.clip", "train.keep")
-    positive += tuple(name for name in fields if name.endswith("_every"))
+    positive += ("train.steps", "train.batch", "train.clip", "train.keep", "train.log_every", "train.save_every")
     for name in positive:
         if fields[name] <= 0:
             raise ValueError(f"{name} is {fields[name]}: use more than 0")
     for name in ("network.dropout", "train.ema", "train.label_dropout"):
         if not 0 <= fields[name] < 1:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more, and less than 1")
-    for name in ("train.learning_rate", "train.weight_decay", "train.warmup", "train.seed"):
+    counts = ("train.warmup", "train.seed", "train.eval_every", "train.preview_every")
+    for name in ("train.learning_rate", "train.weight_decay", *counts):
         if fields[name] < 0:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more")
     network = config.network
@@ -158,7 +158,9 @@ def check(config: Config) -> None:
         raise ValueError(f"network.channels is {network.channels}: use an even number")
     for multiplier in network.multipliers if network.attention else ():
         if network.channels * multiplier % network.heads:
-            raise ValueError(f"network.heads is {network.heads}: it must divide every width, and not {network.channels * multiplier}")
+            raise ValueError(
+                f"network.heads is {network.heads}: it must divide every width, and not {network.channels * multiplier}"
+            )
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -176,11 +178,14 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
     """The inverse of `to_dict`, through JSON. Fields that are missing, from an older version, take their defaults;
-    ValueError for fields that this version does not know."""
+    ValueError for fields that this version does not know.
+    """
     types = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(types))
     if unknown:
-        raise ValueError(f"the stored configuration has the unknown field {unknown[0]!r}: it is from another version of diffjax")
+        raise ValueError(
+            f"the stored configuration has the unknown field {unknown[0]!r}: it is from another version of diffjax"
+        )
 
     def parse(value: Any, hint: Any) -> Any:
         if dataclasses.is_dataclass(hint):
@@ -218,7 +223,7 @@ def build_prediction(config: Config) -> process.Prediction:
 
 def build_unet(config: Config, image_shape: tuple[int, int, int], classes: int) -> UNet:
     """The network, for images of a shape [H, W, C] and a number of classes, 0 for none."""
-    options = dataclasses.asdict(config.network) | {"dtype": DTYPES[config.network.dtype]}
+    options: dict[str, Any] = dataclasses.asdict(config.network) | {"dtype": DTYPES[config.network.dtype]}
     return UNet(**options, out_channels=image_shape[-1], num_classes=classes)
 
 

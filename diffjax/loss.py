@@ -23,7 +23,8 @@ def sample_t(keys: Array, schedule: Schedule) -> Array:
 
 def drop_condition(keys: Array, condition: Array, null: Any, rate: float) -> Array:
     """Replace each example's condition by `null` with probability `rate` (arXiv:2207.12598, Algorithm 1): what makes
-    one network both conditional and unconditional. condition: [B]."""
+    one network both conditional and unconditional. condition: [B].
+    """
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
     return jnp.where(dropped, jnp.asarray(null, condition.dtype), condition)
 

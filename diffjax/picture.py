@@ -26,7 +26,8 @@ def grid(
     """Images in rows, each with its caption above it.
 
     images: uint8 [N, H, W, C] with C of 1 or 3 (else ValueError); captions: N strings; columns: as square a grid as
-    possible if not given; titles: one string per row, at its left. Small images are enlarged by a whole factor, to 48 pixels or more, without smoothing.
+    possible if not given; titles: one string per row, at its left. Small images are enlarged by a whole factor, to 48
+    pixels or more, without smoothing.
     """
     n, height, width, channels = images.shape
     if channels not in (1, 3):

@@ -26,7 +26,7 @@ def q_sample(x0: Any, eps: Any, level: Level) -> Any:
 
 
 def eps_from_x0(x_t: Any, x0: Any, level: Level) -> Any:
-    """eps = (x_t - alpha*x0) / sigma, for sigma > 0."""
+    """Eps = (x_t - alpha*x0) / sigma, for sigma > 0."""
     return (x_t - expand(level.alpha, x_t) * x0) / expand(level.sigma, x_t)
 
 
@@ -42,7 +42,7 @@ def x0_from_v(x_t: Any, v: Any, level: Level) -> Any:
 
 
 def v_from(x0: Any, eps: Any, level: Level) -> Any:
-    """v = alpha*eps - sigma*x0 (arXiv:2202.00512, appendix D)."""
+    """V = alpha*eps - sigma*x0 (arXiv:2202.00512, appendix D)."""
     return expand(level.alpha, x0) * eps - expand(level.sigma, x0) * x0
 
 
@@ -61,14 +61,14 @@ PREDICTIONS: dict[str, Prediction] = {
 
 
 def snr_ratio(level_t: Level, level_s: Level) -> Any:
-    """r = alpha_t*sigma_s / (alpha_s*sigma_t), in [0, 1) for t noisier than s: the root of SNR_t/SNR_s."""
+    """R = alpha_t*sigma_s / (alpha_s*sigma_t), in [0, 1) for t noisier than s: the root of SNR_t/SNR_s."""
     return level_t.alpha * level_s.sigma / (level_s.alpha * level_t.sigma)
 
 
 def q_posterior(x_t: Any, x0: Any, level_t: Level, level_s: Level) -> tuple[Any, Any]:
     """Mean and standard deviation of q(x_s | x_t, x0), for any t noisier than s: DDPM, equations 6 and 7.
 
-        mean = r*sigma_s/sigma_t * x_t + alpha_s*(1 - r**2) * x0        std = sigma_s*sqrt(1 - r**2)
+    mean = r*sigma_s/sigma_t * x_t + alpha_s*(1 - r**2) * x0        std = sigma_s*sqrt(1 - r**2)
     """
     r = snr_ratio(level_t, level_s)
     weight_t, weight_0 = r * level_s.sigma / level_t.sigma, level_s.alpha * (1 - r**2)

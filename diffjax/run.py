@@ -54,7 +54,8 @@ class Run(NamedTuple):
 
 def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Run:
     """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema") or the parameters as
-    trained ("params"). FileNotFoundError where there is none."""
+    trained ("params"). FileNotFoundError where there is none.
+    """
     checkpoints, step = open_checkpoint(workdir, step)
     description = Description.from_dict(checkpoints.config(step))
     config, image_shape, classes = description
@@ -71,7 +72,8 @@ def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Ru
 
 def network_of(unet: UNet) -> Network:
     """A linen module as a plain function (params, x, t, condition) -> output."""
-    return lambda params, x, t, condition: unet.apply({"params": params}, x, t, condition)
+    apply: Any = unet.apply
+    return lambda params, x, t, condition: apply({"params": params}, x, t, condition)
 
 
 def count_parameters(params: Any) -> int:
@@ -91,9 +93,10 @@ class Images(NamedTuple):
 
 class Generator:
     """Images of one network, spread over all devices. Compiled programs are kept: another plan, label, scale or set of
-    parameters does not compile again."""
+    parameters does not compile again.
+    """
 
-    def __init__(self, network: Network, prediction: Prediction, image_shape: Sequence[int], classes: int):
+    def __init__(self, network: Network, prediction: Prediction, image_shape: Sequence[int], classes: int) -> None:
         """classes: 0 for a network without a condition; else `classes` itself is its label for none."""
         self._network, self._prediction = network, prediction
         self._image_shape, self._classes = tuple(image_shape), classes
@@ -112,7 +115,7 @@ class Generator:
         seed: int,
         batch: int,
         clip: bool = True,
-        progress: Callable[[int], None] = lambda rows: None,
+        progress: Callable[[int], Any] = lambda rows: None,
     ) -> Images:
         """Sample `num` images in batches of `batch` (the last one filled up and cut).
 
@@ -127,6 +130,9 @@ class Generator:
         scale_array = jax.device_put(jnp.float32(scale), whole)
         key = jax.random.key(seed)
         before, seconds, made = self._compile_seconds, 0.0, []
+        some = None if labels is None else np.zeros(batch, np.int32)
+        x = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
+        nfe = sampler.count_nfe(self._denoiser(params, some, scale, guided, clip), self._network, plan, x)
         for first in range(0, num, batch):
             index = np.arange(first, first + batch)
             keys = jax.device_put(sampler.image_keys(key, index), split)
@@ -148,9 +154,6 @@ class Generator:
             seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
         images = np.concatenate(made)[:num]
         shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
-        x = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
-        build = self._denoiser(params, condition, scale, guided, clip)
-        nfe = sampler.count_nfe(build, self._network, plan, x)
         return Images(images, shown, nfe, self._compile_seconds - before, seconds)
 
     def _denoiser(

@@ -6,7 +6,9 @@ function itself in float64. `advance` scans the rows of any plan; `sample` feeds
 compiled programs serve every sampler at every number of steps.
 """
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +32,8 @@ def fixed_small(level_t: Level, level_s: Level) -> Any:
 
 def fixed_large(level_t: Level, level_s: Level) -> Any:
     """sigma_t*sqrt(1 - r**2), 0 onto data: DDPM's beta on its full chain, for variance-preserving schedules. Strided it
-    is the sigma-hat of DDIM (arXiv:2010.02502, appendix D.3), and leaves noise in the images."""
+    is the sigma-hat of DDIM (arXiv:2010.02502, appendix D.3), and leaves noise in the images.
+    """
     return level_t.sigma * (1 - snr_ratio(level_t, level_s) ** 2) ** 0.5 * (level_s.sigma > 0)
 
 
@@ -87,13 +90,15 @@ class Plan(NamedTuple):
 
 def ddpm(schedule: Schedule, t: Any, std: Std = fixed_small) -> Plan:
     """DDPM over the levels t, strictly decreasing in 1..T (else ValueError), and onto data. All of T..1 is the
-    thousand-step chain; fewer are the respaced one."""
+    thousand-step chain; fewer are the respaced one.
+    """
     return _read_off(lambda x_t, x0, level_t, level_s, z: ddpm_step(x_t, x0, level_t, level_s, z, std), schedule, t)
 
 
 def ddim(schedule: Schedule, t: Any, eta: float = 0.0) -> Plan:
     """DDIM over the levels t, strictly decreasing in 1..T, and onto data; eta in [0, 1] as in equation 16 of the
-    paper. ValueError for other levels or another eta."""
+    paper. ValueError for other levels or another eta.
+    """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: DDIM takes 0 (deterministic) to 1 (the variance of DDPM)")
     return _read_off(lambda x_t, x0, level_t, level_s, z: ddim_step(x_t, x0, level_t, level_s, eta, z), schedule, t)
@@ -115,7 +120,8 @@ Carry = tuple[Array, Array, Array]  # x and the previous two estimates of x0, ea
 
 def image_keys(key: Array, index: Any) -> Array:
     """One key per image, [B], from the global indices of the images: image i is the same in any batch, on any number
-    of devices."""
+    of devices.
+    """
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index, jnp.uint32))
 
 
@@ -147,12 +153,25 @@ CHUNK = 10  # rows per call: two programs, of ten rows and of one, run a plan of
 
 def chunks(plan: Plan, dtype: Any, size: int = CHUNK) -> list[Plan]:
     """The plan in pieces of `size` rows, then of one row: float64 cast once to the dtype of x (t to float32 at least,
-    since bfloat16 cannot count to a thousand)."""
-    dtype_t = jnp.promote_types(dtype, jnp.float32)
-    level = Level(np.asarray(plan.level.t, dtype_t), *(np.asarray(leaf, dtype) for leaf in plan.level[1:]))
-    table = Plan(level, *(leaf if leaf is None else np.asarray(leaf, dtype) for leaf in plan[1:-1]), plan.number)
-    ends = [*range(0, plan.steps - size + 1, size), *range(plan.steps - plan.steps % size, plan.steps + 1)]
-    return [jax.tree.map(lambda leaf: leaf[i:j], table) for i, j in zip(ends, ends[1:], strict=False)]
+    since bfloat16 cannot count to a thousand).
+    """
+    cast = partial(np.asarray, dtype=dtype)
+    t = np.asarray(plan.level.t, jnp.promote_types(dtype, jnp.float32))
+    table = Plan(
+        level=Level(t, cast(plan.level.alpha), cast(plan.level.sigma)),
+        a=cast(plan.a),
+        b=cast(plan.b),
+        c=cast(plan.c),
+        d=None if plan.d is None else cast(plan.d),
+        number=plan.number,
+    )
+
+    def rows(start: int, stop: int) -> Plan:
+        return jax.tree.map(lambda leaf: leaf[start:stop], table)
+
+    tens = plan.steps // size * size
+    cuts = [*range(0, tens, size), *range(tens, plan.steps + 1)]
+    return [rows(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
 def sample(
@@ -175,9 +194,10 @@ def sample(
     return carry[0]
 
 
-def count_nfe(build: Callable[[Network], Denoiser], network: Network, plan: Plan, x: Array) -> int:
+def count_nfe(build: Callable[[Network], Denoiser], network: Network, plan: Plan, x: Any) -> int:
     """Network evaluations per image of a plan, counted: the denoiser is traced with a network that counts the rows of
-    its batch. x: [B, ...], or its ShapeDtypeStruct."""
+    its batch. x: [B, ...], or its ShapeDtypeStruct.
+    """
     seen = []
 
     def counting(params: Any, x: Array, t: Array, condition: Any) -> Array:

@@ -43,7 +43,9 @@ def at(schedule: Schedule, t: Any) -> Level:
     if index.dtype.kind not in "iu":
         raise ValueError(f"levels are counted in integers 0..{last}, got {index.dtype} {t}")
     if index.size and (index.min() < 0 or index.max() > last):
-        raise ValueError(f"level {index.min() if index.min() < 0 else index.max()} is not on the schedule: use 0..{last}")
+        raise ValueError(
+            f"level {index.min() if index.min() < 0 else index.max()} is not on the schedule: use 0..{last}"
+        )
     return Level(*(np.asarray(leaf)[index] for leaf in schedule))
 
 
@@ -78,7 +80,8 @@ def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
 
 def cosine(T: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Schedule:
     """alpha_t**2 = f(t)/f(0), f(t) = cos((t/T + offset)/(1 + offset) * pi/2)**2, each beta at most `largest`:
-    equation 17 of improved DDPM (arXiv:2102.09672)."""
+    equation 17 of improved DDPM (arXiv:2102.09672).
+    """
     t = np.arange(_positive(T) + 1) / T
     f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
     return from_betas(np.minimum(1 - f[1:] / f[:-1], largest))
@@ -95,7 +98,8 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
 
 def leading(schedule: Schedule, steps: int) -> np.ndarray:
     """1 + k*(T // steps), k = steps-1..0: the "linear" grid of DDIM (arXiv:2010.02502, D.2). Ends at level 1, but
-    starts below T (at 981 for 50 of 1000 steps), where images are not quite noise yet."""
+    starts below T (at 981 for 50 of 1000 steps), where images are not quite noise yet.
+    """
     T = _check_steps(schedule, steps)
     return 1 + (T // steps) * np.arange(steps)[::-1]
 
@@ -114,7 +118,9 @@ def quadratic(schedule: Schedule, steps: int) -> np.ndarray:
     """
     T = _check_steps(schedule, steps)
     if steps > 1 + int(0.8 * T):
-        raise ValueError(f"quadratic spacing has room for {1 + int(0.8 * T)} of {T} levels, not for {steps} steps: use trailing")
+        raise ValueError(
+            f"quadratic spacing has room for {1 + int(0.8 * T)} of {T} levels, not for {steps} steps: use trailing"
+        )
     # The last of several steps is 0.8*T in exact arithmetic; float64's square of a root may fall just short.
     squares = np.linspace(0, np.sqrt(0.8 * T), steps) ** 2
     levels = 1 + np.floor(squares + 1e-9).astype(np.int64)
@@ -127,7 +133,7 @@ SPACINGS: dict[str, Spacing] = {f.__name__: f for f in (trailing, leading, linsp
 
 
 def check_levels(schedule: Schedule, t: Any) -> np.ndarray:
-    """t as int64 [N], N >= 1, or a ValueError: levels that a sampler visits are strictly decreasing, in 1..T."""
+    """T as int64 [N], N >= 1, or a ValueError: levels that a sampler visits are strictly decreasing, in 1..T."""
     t = np.asarray(t)
     if t.ndim != 1 or not len(t):
         raise ValueError(f"a sampler visits a list of at least one level, got shape {t.shape}")

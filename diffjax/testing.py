@@ -67,7 +67,8 @@ def gaussian_denoiser(mean: Any, std: Any) -> Denoiser:
 
 def gaussian_flow(x_T: Any, level: Level, mean: Any, std: Any) -> Any:
     """Where the probability flow of N(mean, std**2) takes x_T at `level` on its way to data: it keeps the distance to
-    the mean in units of the standard deviation."""
+    the mean in units of the standard deviation.
+    """
     spread = (level.alpha**2 * std**2 + level.sigma**2) ** 0.5
     return mean + std * (x_T - level.alpha * mean) / spread
 
@@ -95,7 +96,9 @@ def plan_errors(plan: Plan) -> dict[str, float]:
     """
     alpha_s, sigma_s = np.append(plan.level.alpha[1:], 1.0), np.append(plan.level.sigma[1:], 0.0)
     d = 0.0 if plan.d is None else plan.d
-    last = abs(plan.a[-1]) + abs(plan.b[-1] - 1) + np.abs(plan.c[-1]).sum() + (0.0 if plan.d is None else abs(plan.d[-1]))
+    last = (
+        abs(plan.a[-1]) + abs(plan.b[-1] - 1) + np.abs(plan.c[-1]).sum() + (0.0 if plan.d is None else abs(plan.d[-1]))
+    )
     return {
         "mean": float(np.abs(plan.a * plan.level.alpha + plan.b + plan.c.sum(1) - alpha_s).max()),
         "variance": float(np.abs(plan.a**2 * plan.level.sigma**2 + d**2 - sigma_s**2).max()),

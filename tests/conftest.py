@@ -15,14 +15,15 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax
-import pytest
-from hypothesis import settings
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("diffjax", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.load_profile("diffjax")
 
 ROOT = Path(__file__).parent.parent
+QUIET = ("--train.preview-every=0", "--train.eval-every=0")
 TINY = ("--network.channels=4", "--network.multipliers=1", "--network.attention", "--network.heads=1")
 
 
@@ -44,13 +45,12 @@ def program(tmp_path_factory, data_dir):
     """Start a program as a user does, on one device: program("train.py", ...) -> a running process."""
     cache = tmp_path_factory.mktemp("compiled")
 
-    def start(name, *arguments, flags=""):
+    def start(name, *arguments, flags="", output=subprocess.PIPE):
         environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
         environment |= {"XLA_FLAGS": flags, "TFDS_DATA_DIR": str(data_dir), "JAX_COMPILATION_CACHE_DIR": str(cache)}
         environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output, text=True)
 
     return start
 
@@ -67,10 +67,23 @@ def run_program(program):
     return run
 
 
-@pytest.fixture(scope="session")
-def digits_run(tmp_path_factory, run_program):
-    """A run of the real configuration, cut to a quarter: its folder."""
+@pytest.fixture(scope="session", autouse=True)
+def digits_training(request, tmp_path_factory, program):
+    """A run of the real configuration, cut to a fifth, started before the first test so that it trains beside the
+    others; None where no test needs it."""
+    if not any("digits_run" in item.fixturenames for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    code, out, err = run_program("train.py", "digits", "--workdir", folder, "--train.steps", 250, "--train.keep", 9)
-    assert code == 0, out + err
+    arguments = ["digits", "--workdir", folder, "--train.steps", 220, "--train.keep", 9]
+    with folder.with_suffix(".log").open("w") as log, program("train.py", *arguments, output=log) as process:
+        yield folder, process
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def digits_run(digits_training):
+    """The folder of that run, trained."""
+    folder, process = digits_training
+    assert process.wait(timeout=600) == 0, folder.with_suffix(".log").read_text()
     return folder

@@ -36,7 +36,7 @@ def test_resuming_may_change_the_training_but_not_the_network():
     stored = Config()
     assert experiment.check_resume(stored, Config(train=Train(steps=9))) == ["train.steps: 1000 -> 9"]
     assert experiment.check_resume(stored, stored) == []
-    with pytest.raises(ValueError, match="network.blocks is 3 but the checkpoint was trained with 1: take another"):
+    with pytest.raises(ValueError, match=r"network.blocks is 3 but the checkpoint was trained with 1: take another"):
         experiment.check_resume(stored, Config(network=Network(blocks=3)))
 
 

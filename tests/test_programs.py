@@ -8,11 +8,11 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import QUICK, QUIET, TINY
 from PIL import Image
 
 import sample
 import train
-from conftest import QUICK, TINY
 from diffjax.evaluation.digits import judge
 from diffjax.run import open_run
 
@@ -27,14 +27,14 @@ def test_training_learns_and_leaves_what_it_says(digits_run):
     held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     assert np.mean(losses[-3:]) < 0.25 * losses[0]
     assert held_out[-1] < min(0.12, held_out[0])
-    assert sorted(int(path.name) for path in (digits_run / "checkpoints").iterdir()) == [200, 250]
-    assert Image.open(digits_run / "previews" / "0000250.png").size[0] > 400
+    assert sorted(int(path.name) for path in (digits_run / "checkpoints").iterdir()) == [200, 220]
+    assert Image.open(digits_run / "previews" / "0000220.png").size[0] > 400
 
 
 def test_the_same_command_again_says_that_it_has_finished(digits_run, run_program):
     before = (digits_run / "metrics.jsonl").read_bytes()
-    code, out, _ = run_program("train.py", "digits", "--workdir", digits_run, "--train.steps", 250)
-    assert (code, "has done its 250 steps" in out) == (0, True)
+    code, out, _ = run_program("train.py", "digits", "--workdir", digits_run, "--train.steps", 220)
+    assert (code, "has done its 220 steps" in out) == (0, True)
     assert (digits_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -58,14 +58,14 @@ def test_guided_ddim_draws_the_digits_that_were_asked_for(digits_run, run_progra
 
 def test_ddpm_takes_the_whole_chain(digits_run, run_program, tmp_path):
     code, out, err = run_program(
-        "sample.py", digits_run, "--sampler", "ddpm", "--num", 16, "--guidance", 2, "--labels", "3,8",
+        "sample.py", digits_run, "--sampler", "ddpm", "--num", 10, "--labels", "0,6",
         "--out", tmp_path / "grid.png", "--save", tmp_path / "samples.npz",
     )  # fmt: skip
     assert code == 0, err
-    assert "ddpm(fixed_small, trailing) | 1000  | 2000 |" in out
+    assert "ddpm(fixed_small, trailing) | 1000  | 1000 |" in out
     samples = np.load(tmp_path / "samples.npz")
-    assert samples["labels"].tolist() == [3, 8] * 8
-    assert judge(samples["images"], samples["labels"]).recognised >= 0.8
+    assert samples["labels"].tolist() == [0, 6] * 5
+    assert judge(samples["images"], samples["labels"]).recognised >= 0.5  # one in ten by chance; unguided, few images
 
 
 def test_images_are_the_same_on_eight_devices_and_in_other_batches(digits_run, run_program, tmp_path):
@@ -84,13 +84,13 @@ def test_images_are_the_same_on_eight_devices_and_in_other_batches(digits_run, r
 
 def test_killed_and_started_again_ends_as_if_never_interrupted(run_program, program, tmp_path):
     """SIGKILL, once a checkpoint is there; parameters, averages and metrics bit for bit."""
-    arguments = [*TINY, "--train.steps", 60, "--train.save-every", 20, "--train.log-every", 1]
-    arguments = ["train.py", "digits", *arguments, "--train.preview-every", 100]
+    arguments = [*TINY, *QUIET, "--train.steps", 40, "--train.save-every", 10, "--train.log-every", 1]
+    arguments = ["train.py", "digits", *arguments]
     code, _, err = run_program(*arguments, "--workdir", tmp_path / "whole", flags=QUICK)
     assert code == 0, err
 
     cut, process = tmp_path / "cut", program(*arguments, "--workdir", tmp_path / "cut", flags=QUICK)
-    while process.poll() is None and not (cut / "checkpoints" / "20").exists():
+    while process.poll() is None and not (cut / "checkpoints" / "10").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -114,7 +114,7 @@ def test_killed_and_started_again_ends_as_if_never_interrupted(run_program, prog
 def unconditional_run(run_program, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "unconditional"
     arguments = ["--train.steps", 3, "--workdir", folder]
-    code, _, err = run_program("train.py", "digits_unconditional", *TINY, *arguments, flags=QUICK)
+    code, _, err = run_program("train.py", "digits_unconditional", *TINY, *QUIET, *arguments, flags=QUICK)
     assert code == 0, err
     return folder
 
@@ -153,7 +153,7 @@ BAD_TRAIN = {
 BAD_SAMPLE = {
     "{tmp}/nowhere": "there is no run folder",
     "{tmp}": "holds no checkpoint",
-    "{run} --checkpoint 7": "holds no checkpoint of step 7: it has 200, 250",
+    "{run} --checkpoint 7": "holds no checkpoint of step 7: it has 200, 220",
     "{run} --sampler ddmi": "'ddmi'",
     "{run} --stepps 5": "there is no option '--stepps': did you mean '--steps'?",
     "{run} --steps 0": "steps is 0: this schedule takes 1 to 1000",
@@ -216,7 +216,9 @@ def test_guidance_needs_label_dropout(digits_run):
     config = run.description.config
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, label_dropout=0.0))
     run = run._replace(description=run.description._replace(config=config))
-    with pytest.raises(ValueError, match="trained with train.label_dropout 0, so it does not know images without a label"):
+    with pytest.raises(
+        ValueError, match=r"trained with train.label_dropout 0, so it does not know images without a label"
+    ):
         sample.make_labels(sample.Options(run="x", guidance=2.0), run)
     assert sample.make_labels(sample.Options(run="x", guidance=1.0, num=3), run).tolist() == [0, 1, 2]
 
@@ -226,7 +228,8 @@ def test_help_shows_every_option(command, run_program):
     name, *arguments = command.split()
     code, out, _ = run_program(name, *arguments)
     assert code == 0
-    for word in {"train.py --help": ["digits", "digits_unconditional"], "sample.py --help": ["--spacing", "--no-clip"]}.get(
-        command, ["--train.steps", "--workdir", "(default: 1000)", "--network.multipliers"]
-    ):
+    for word in {
+        "train.py --help": ["digits", "digits_unconditional"],
+        "sample.py --help": ["--spacing", "--no-clip"],
+    }.get(command, ["--train.steps", "--workdir", "(default: 1000)", "--network.multipliers"]):
         assert word in out

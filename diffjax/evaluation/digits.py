@@ -1,6 +1,7 @@
 """A judge of generated 8x8 digits: are they the digits they claim to be, are they many, and are they new?"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -25,8 +26,8 @@ class Verdict:
 
 
 def judge(images: np.ndarray, labels: np.ndarray) -> Verdict:
-    """images: uint8 [N, 8, 8, 1]; labels: int [N] in 0..9. The machine sees pixels of 0..16, as scikit-learn's digits."""
-    real = load_digits()
+    """images: uint8 [N, 8, 8, 1]; labels: int [N] in 0..9. The machine sees pixels of 0..16, like scikit-learn's."""
+    real: Any = load_digits()
     made = images.reshape(len(images), -1) / 255 * 16
     machine = SVC(gamma=0.001).fit(real.data, real.target)
     between_real = pairwise_distances(real.data)

@@ -1,5 +1,6 @@
 """The UNet of DDPM (arXiv:2006.11239) with scale-shift conditioning (arXiv:2102.09672): an image, a time
-and a class go in, an image comes out. It knows nothing of diffusion."""
+and a class go in, an image comes out. It knows nothing of diffusion.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, condition: Array, keys: Array | None) -> Array:
+        """x: [B, H, W, C], condition: [B, E], keys: [B] for dropout, or None. Returns [B, H, W, channels]."""
         h = nn.silu(_norm(x))
         h = nn.Conv(self.channels, (3, 3), dtype=self.dtype)(h)
         modulation = nn.Dense(2 * self.channels, dtype=self.dtype)(nn.silu(condition))
@@ -56,6 +58,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C], and so is what is returned."""
         batch, height, width, channels = x.shape
         qkv = nn.Dense(3 * channels, dtype=self.dtype)(_norm(x))
         qkv = qkv.reshape(batch, height * width, 3, self.heads, channels // self.heads)

@@ -17,7 +17,7 @@ WEIGHTS = ("ema", "params")
 class Checkpoints:
     """The checkpoints of one run folder, by number of steps done. Saves in the background: `close` waits for them."""
 
-    def __init__(self, workdir: Path, keep: int = 3):
+    def __init__(self, workdir: Path, keep: int = 3) -> None:
         """keep: how many of the latest to keep."""
         options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.LatestN(keep))
         self._manager = ocp.CheckpointManager(
@@ -69,11 +69,15 @@ def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints
     FileNotFoundError for a folder that is not there, holds no checkpoint, or not this one.
     """
     if not workdir.is_dir():
-        raise FileNotFoundError(f"there is no run folder {workdir}: train one with 'python train.py CONFIG --workdir {workdir}'")
+        raise FileNotFoundError(
+            f"there is no run folder {workdir}: train one with 'python train.py CONFIG --workdir {workdir}'"
+        )
     checkpoints = Checkpoints(workdir) if (workdir / FOLDER).is_dir() else None
     steps = checkpoints.steps() if checkpoints else []
     if not checkpoints or not steps:
-        raise FileNotFoundError(f"{workdir} holds no checkpoint: train one with 'python train.py CONFIG --workdir {workdir}'")
+        raise FileNotFoundError(
+            f"{workdir} holds no checkpoint: train one with 'python train.py CONFIG --workdir {workdir}'"
+        )
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{workdir} holds no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
     return checkpoints, steps[-1] if step is None else step

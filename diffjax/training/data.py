@@ -29,7 +29,8 @@ NETWORK_SECONDS = 5.0  # how long a download site may take to answer before it c
 
 class Digits(tfds.core.GeneratorBasedBuilder):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels (UCI Optical Recognition of Handwritten Digits); ships
-    with scikit-learn, so nothing is downloaded. Its grey values 0..16 become round(value*255/16)."""
+    with scikit-learn, so nothing is downloaded. Its grey values 0..16 become round(value*255/16).
+    """
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -46,7 +47,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
+        digits: Any = load_digits()
         for i in range(start, stop):
             image = np.round(digits.images[i] * 255 / 16).astype(np.uint8)
             yield i, {"image": _png(image[..., None]), "label": int(digits.target[i])}
@@ -71,7 +72,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     without images of one size.
     """
     builder = _builder(name, data_dir)
-    features = builder.info.features
+    features: Any = builder.info.features
     if not isinstance(features, tfds.features.FeaturesDict) or "image" not in features:
         raise ValueError(f"dataset {name!r} has no feature 'image': choose an image dataset")
     shape = tuple(features["image"].shape)
@@ -82,7 +83,8 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     splits = builder.info.splits
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     train, held_out = ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
-    classes = features["label"].num_classes if "label" in features else 0
+    label: Any = features["label"] if "label" in features else None  # noqa: SIM401 (it has no get)
+    classes = getattr(label, "num_classes", 0)
     return Dataset(builder.as_data_source(train), builder.as_data_source(held_out), shape, classes)
 
 
@@ -106,11 +108,12 @@ def first_batches(
     source: Any, batch: int, multiple: int, limit: int, *, labels: bool = True
 ) -> list[dict[str, np.ndarray]]:
     """At most `limit` batches from the start of the data, in order and in memory: the same images at every evaluation.
-    Of `batch` examples, or where there are fewer of the largest multiple of `multiple` that there is."""
+    Of `batch` examples, or where there are fewer of the largest multiple of `multiple` that there is.
+    """
     batch = min(batch, len(source) // multiple * multiple)
     if not batch:
         raise ValueError(f"a split of {len(source)} images cannot be shared out over {multiple} devices: use fewer")
-    stream = grain.MapDataset.source(source).map_with_index(_example(labels)).batch(batch, drop_remainder=True)
+    stream: Any = grain.MapDataset.source(source).map_with_index(_example(labels)).batch(batch, drop_remainder=True)
     return [stream[i] for i in range(min(limit, len(stream)))]
 
 
@@ -136,7 +139,9 @@ def _builder(name: str, data_dir: str | None) -> Any:
 def _prepare(builder: Any) -> None:
     where = f"and is not prepared in {builder.data_dir}"
     if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        raise ValueError(f"dataset {builder.name!r} has to be downloaded by hand {where}: run 'tfds build {builder.name}'")
+        raise ValueError(
+            f"dataset {builder.name!r} has to be downloaded by hand {where}: run 'tfds build {builder.name}'"
+        )
     # tensorflow-datasets would retry for minutes where there is no network; any answer will do here.
     url = next(iter(builder.url_infos or ()), None)
     if url is not None:

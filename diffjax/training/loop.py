@@ -13,7 +13,7 @@ from diffjax.training.step import TrainState
 
 
 class Every(NamedTuple):
-    """Call action(state) when the number of steps done is a multiple of `steps`, and once at the end."""
+    """Call action(state) when the number of steps done is a multiple of `steps`, and once at the end; 0 for never."""
 
     steps: int
     action: Callable[[TrainState], None]
@@ -22,14 +22,14 @@ class Every(NamedTuple):
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each with the number of steps done."""
 
-    def __init__(self, path: Path, start: int):
+    def __init__(self, path: Path, start: int) -> None:
         """Lines after step `start`, of a run that went further than its last checkpoint, are dropped."""
         self._path = path
         kept = [line for line in _lines(path) if line["step"] <= start]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def write(self, step: int, **metrics: float) -> None:
-        """Append one line."""
+    def write(self, step: int, **metrics: Any) -> None:
+        """Append one line; metrics are numbers, or arrays of one."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **{name: float(value) for name, value in metrics.items()}}) + "\n")
 
@@ -71,7 +71,7 @@ def fit(
             state, metrics = step(state, next(batches))
             collect()
             pending = n, metrics
-            due = [each.action for each in every if n % each.steps == 0 or n == steps]
+            due = [each.action for each in every if each.steps and (n % each.steps == 0 or n == steps)]
             if due:
                 collect()
             for action in due:

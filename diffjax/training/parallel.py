@@ -29,7 +29,9 @@ def split(mesh: Mesh) -> NamedSharding:
 def check_divisible(batch: int, devices: int, name: str = "batch") -> None:
     """ValueError unless a batch can be shared out equally."""
     if batch < 1 or batch % devices:
-        raise ValueError(f"{name} is {batch}, which {devices} devices cannot share equally: use a multiple of {devices}")
+        raise ValueError(
+            f"{name} is {batch}, which {devices} devices cannot share equally: use a multiple of {devices}"
+        )
 
 
 def shard(batch: Any, devices: int) -> Any:

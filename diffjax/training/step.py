@@ -71,7 +71,8 @@ def make_train_step(
 
 def make_eval_step(objective: Objective, seed: int) -> Callable[..., Array]:
     """(params, batch, axis_name=None) -> mean loss of one batch. Every call with the same batch draws the same
-    levels and noise, so the figures of two checkpoints can be compared."""
+    levels and noise, so the figures of two checkpoints can be compared.
+    """
 
     def eval_step(params: Any, batch: Any, axis_name: str | None = None) -> Array:
         loss = objective(params, batch, example_keys(seed, 0, batch["index"])).mean()

@@ -63,7 +63,7 @@ def test_the_latest_are_kept_and_a_second_save_of_a_step_does_nothing(tmp_path):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no run folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no run folder .*nowhere"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         open_checkpoint(tmp_path)

@@ -116,7 +116,11 @@ def test_mnist_is_downloaded_and_prepared_without_tensorflow(tmp_path, monkeypat
     images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
     labels = np.arange(20, dtype=np.uint8) % 10
     idx = {"images-idx3": bytes(16) + images.tobytes(), "labels-idx1": bytes(8) + labels.tobytes()}
-    files = {f"{split}-{kind}-ubyte.gz": gzip.compress(content) for split in ("train", "t10k") for kind, content in idx.items()}
+    files = {
+        f"{split}-{kind}-ubyte.gz": gzip.compress(content)
+        for split in ("train", "t10k")
+        for kind, content in idx.items()
+    }
     serve(monkeypatch, mnist.MNIST, folder, url, files)
     monkeypatch.setattr(mnist.MNIST, "URL", url)
     monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 20)
@@ -160,7 +164,9 @@ def test_a_download_that_is_not_what_it_should_be_is_named(tmp_path, monkeypatch
     names = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     serve(monkeypatch, mnist.MNIST, folder, url, dict.fromkeys(names, b"not an archive"))
     monkeypatch.setattr(mnist.MNIST, "URL", url)
-    with pytest.raises(ValueError, match=r"'mnist' could not be prepared in .*extracting.*; where TensorFlow is installed"):
+    with pytest.raises(
+        ValueError, match=r"'mnist' could not be prepared in .*extracting.*; where TensorFlow is installed"
+    ):
         data.load("mnist", str(tmp_path / "data"))
 
 
@@ -181,7 +187,9 @@ def test_no_network_is_said_at_once(tmp_path, monkeypatch):
     """A port where nothing listens, in place of the download site: refused like any site that is out of reach."""
     builder = tfds.builder("cifar10", data_dir=tmp_path, file_format="array_record")
     monkeypatch.setattr(type(builder), "url_infos", {"http://127.0.0.1:9/cifar.tar.gz": None})
-    with pytest.raises(ValueError, match=r"'cifar10' .*127.0.0.1:9.* cannot be reached, .* point --data.dir at the copy"):
+    with pytest.raises(
+        ValueError, match=r"'cifar10' .*127.0.0.1:9.* cannot be reached, .* point --data.dir at the copy"
+    ):
         data.load("cifar10", str(tmp_path))
 
 

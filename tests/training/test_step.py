@@ -34,8 +34,10 @@ def batch(n, size=16):
 def train(devices, steps=20, optimizer=None):
     # SGD: Adam would hide a gradient that is too large by a constant.
     optimizer = optimizer or optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.3))
-    step = parallel.pmap(make_train_step(objective(), optimizer, 0.9, seed=5), jax.devices()[:devices])
-    state = jax.device_put(init_state(params(), optimizer), parallel.whole(parallel.device_mesh(jax.devices()[:devices])))
+    step = parallel.pmap(make_train_step(objective(), optimizer, 0.9, seed=5), jax.devices()[:devices], donate=True)
+    state = jax.device_put(
+        init_state(params(), optimizer), parallel.whole(parallel.device_mesh(jax.devices()[:devices]))
+    )
     for n in range(steps):
         state, metrics = step(state, parallel.shard(batch(n), devices))
     return jax.device_get((state, metrics))
@@ -46,23 +48,15 @@ def on_one_device():
     return train(1)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_any_number_of_devices_gives_the_same_parameters(on_one_device, devices):
-    state, metrics = train(devices)
+def test_eight_devices_train_the_same_parameters_as_one(on_one_device):
+    state, metrics = train(8)
     moved = np.abs(optax.tree.sub(on_one_device[0].params, params())["params"]["out"]["kernel"]).max()
     assert moved > 0.01
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state, on_one_device[0])
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), metrics, on_one_device[1])
-
-
-def test_the_state_has_no_device_axis_and_may_be_donated():
-    optimizer = optax.adam(1e-3)
-    step = parallel.pmap(make_train_step(objective(), optimizer, 0.9, seed=5), donate=True)
-    state = jax.device_put(init_state(params(), optimizer), parallel.whole(parallel.device_mesh()))
-    after, _ = step(state, parallel.shard(batch(0), 8))
-    after, _ = step(after, parallel.shard(batch(1), 8))
-    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, init_state(params(), optimizer))
-    assert int(after.step) == 2
+    # No device axis anywhere, and a state that is reused in place at every step.
+    assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params())
+    assert int(state.step) == 20
 
 
 def test_plain_jit_runs_the_same_step(on_one_device):
@@ -111,5 +105,7 @@ def test_evaluation_draws_the_same_every_time():
 
 
 def test_a_batch_that_cannot_be_shared_is_named():
-    with pytest.raises(ValueError, match=r"train.batch is 12, which 8 devices cannot share equally: use a multiple of 8"):
+    with pytest.raises(
+        ValueError, match=r"train.batch is 12, which 8 devices cannot share equally: use a multiple of 8"
+    ):
         parallel.check_divisible(12, 8, "train.batch")
