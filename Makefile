@@ -29,7 +29,7 @@ parity: .venv/installed-parity .venv/installed-test
 	$(BIN)/python -m pytest tests/test_parity.py -rs
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -5,7 +5,6 @@ python sample.py runs/digits --sampler ddpm --num 16
 """
 
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,10 +16,12 @@ from tqdm import tqdm
 
 from diffjax import cli, picture, sampler, schedule
 from diffjax.evaluation.record import markdown
-from diffjax.run import Generator, Run, open_run, record
+from diffjax.run import Generator, Run, check_guidance, check_seed, open_run, record
+from diffjax.training import parallel
 
 PROGRAM = "sample.py"
 LARGEST_BATCH = 64
+LARGEST_PICTURE = 400
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
     with cli.one_sentence(PROGRAM):
-        run = open_run(Path(options.run), options.checkpoint, {"ema": "ema", "raw": "params"}[options.weights])
+        run = open_run(Path(options.run), options.checkpoint, options.weights)
         plan, name = make_plan(options, run.schedule)
+        name += "" if options.clip else " unclipped"
         labels = make_labels(options, run)
         batch = make_batch(options)
-        out = Path(
-            options.out or Path(options.run) / f"{options.sampler}-{plan.steps}-guidance-{options.guidance:g}.png"
-        )
+        name_out = f"{options.sampler}-{plan.steps}-guidance-{options.guidance:g}-seed-{options.seed}.png"
+        out = Path(options.out or Path(options.run) / "samples" / name_out)
         cli.check_output(out, ".png")
         save = cli.check_output(Path(options.save), ".npz") if options.save else None
 
@@ -83,10 +84,12 @@ def main(arguments: list[str]) -> None:
             scale=options.guidance, seed=options.seed, batch=batch, clip=options.clip, progress=bar.update,
         )  # fmt: skip
     with cli.one_sentence(PROGRAM):
-        captions = None if labels is None else [str(label) for label in labels]
-        picture.save_png(out, picture.grid(made.images, captions))
         if save:
             np.savez(save, images=made.images, labels=made.labels)
+        captions = None if labels is None else [str(label) for label in labels[:LARGEST_PICTURE]]
+        picture.save_png(out, picture.grid(made.images[:LARGEST_PICTURE], captions))
+    if options.num > LARGEST_PICTURE:
+        print(f"{out} shows the first {LARGEST_PICTURE} of {options.num} images")
     print(markdown([record(run, made, plan, name, options.guidance, batch)]))
     print(f"wrote {out}" + (f" and {save}" if save else ""))
 
@@ -112,21 +115,13 @@ def make_labels(options: Options, run: Run) -> np.ndarray | None:
     """A label per image, or None for a network without classes. ValueError for labels or a scale it cannot take."""
     if options.num < 1:
         raise ValueError(f"--num is {options.num}: ask for at least one image")
-    if options.seed < 0:
-        raise ValueError(f"--seed is {options.seed}: use 0 or more")
-    if not (np.isfinite(options.guidance) and options.guidance >= 0):
-        raise ValueError(f"--guidance is {options.guidance}: use a number of 0 or more")
-    config, _, classes = run.description
+    check_seed(options.seed)
+    check_guidance(run, options.guidance)
+    classes = run.description.classes
     if not classes:
-        if options.labels is not None or options.guidance != 1:
-            wrong = "--labels" if options.labels is not None else "--guidance"
-            raise ValueError(f"{run.name} was trained without labels: leave out {wrong}")
+        if options.labels is not None:
+            raise ValueError(f"{run.name} was trained without labels: leave out --labels")
         return None
-    if options.guidance != 1 and config.train.label_dropout == 0:
-        raise ValueError(
-            f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label:"
-            " leave out --guidance, or train again with --train.label-dropout 0.1"
-        )
     text = options.labels.split(",") if options.labels is not None else [str(label) for label in range(classes)]
     if not all(label.strip().isdecimal() and int(label) < classes for label in text):
         raise ValueError(f"--labels is {options.labels!r}: name labels of 0 to {classes - 1}, separated by commas")
@@ -138,10 +133,9 @@ def make_batch(options: Options) -> int:
     devices = jax.device_count()
     if options.batch is None:
         return -(-min(options.num, LARGEST_BATCH) // devices) * devices
-    if options.batch < 1 or options.batch % devices:
-        raise ValueError(f"--batch is {options.batch}: use a multiple of the {devices} devices")
+    parallel.check_divisible(options.batch, devices, "--batch")
     return options.batch
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.main(main)

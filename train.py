@@ -20,12 +20,12 @@ import tyro
 from diffjax import cli, experiment, loss, picture, sampler, schedule
 from diffjax.run import Description, Generator, count_parameters, describe_devices, network_of
 from diffjax.training import data, loop, parallel
-from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.checkpoint import FOLDER, Checkpoints
 from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 PROGRAM = "train.py"
 HELD_OUT_BATCHES = 10  # at most, per evaluation
-PREVIEW = {"steps": 50, "scale": 2.0, "seed": 0, "num": 40}
+PREVIEW_STEPS, PREVIEW_SCALE, PREVIEW_SEED, PREVIEW_IMAGES = 50, 2.0, 0, 40  # by DDIM
 
 
 @dataclass(frozen=True)
@@ -56,44 +56,44 @@ def train(config: experiment.Config, workdir: Path) -> None:
     with cli.one_sentence(PROGRAM):
         experiment.check(config)
         parallel.check_divisible(batch, devices, "train.batch")
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir, config.train.keep)
-        start = max(checkpoints.steps(), default=0)
-        if start:
-            stored = Description.from_dict(checkpoints.config(start)).config
-            for change in experiment.check_resume(stored, config):
+        checkpoints = Checkpoints(workdir, config.train.keep) if (workdir / FOLDER).is_dir() else None
+        start, stored = max(checkpoints.steps(), default=0) if checkpoints else 0, None
+        if checkpoints and start:
+            stored = Description.from_dict(checkpoints.config(start))
+            for change in experiment.check_resume(stored.config, config):
                 print(f"changed since the checkpoint: {change}")
         if start >= steps:
             print(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
             return
         dataset = data.load(config.data.name, config.data.dir)
         if config.data.labels and not dataset.classes:
-            raise ValueError(f"dataset {config.data.name!r} has no labels: train with --data.no-labels")
-        classes = dataset.classes if config.data.labels else 0
+            raise ValueError(f"dataset {config.data.name!r} has no class labels: train with --data.no-labels")
+        description = Description(config, dataset.image_shape, dataset.classes if config.data.labels else 0)
+        if stored and stored[1:] != description[1:]:
+            raise ValueError(
+                f"{workdir} was trained on images and classes {stored[1:]}, now they are {description[1:]}"
+            )
         batches = data.batches(dataset.train, batch, seed, start, labels=config.data.labels)
         held_out = data.first_batches(dataset.held_out, batch, devices, HELD_OUT_BATCHES, labels=config.data.labels)
-        unet = experiment.build_unet(config, dataset.image_shape, classes)
-        params = experiment.init_params(unet, dataset.image_shape, jax.random.key(seed))
+        levels, prediction = experiment.build_schedule(config), experiment.build_prediction(config)
+        unet = experiment.build_unet(config, description.image_shape, description.classes)
+        params = experiment.init_params(unet, description.image_shape, jax.random.key(seed))
+        optimizer, rate = experiment.build_optimizer(config)
+        # Whole on every device from the start, so that the first step can reuse its memory like every other.
+        everywhere = parallel.whole(parallel.device_mesh())
+        state = init_state(params, optimizer)
+        if checkpoints is None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            checkpoints = Checkpoints(workdir, config.train.keep)
+        state = checkpoints.restore(start, state, everywhere) if start else jax.device_put(state, everywhere)
+        metrics = loop.MetricsFile(workdir / "metrics.jsonl", start)
 
-    optimizer, rate = experiment.build_optimizer(config)
-    # Whole on every device from the start, so that the first step can reuse its memory like every other.
-    everywhere = parallel.whole(parallel.device_mesh())
-    state = init_state(params, optimizer)
-    state = checkpoints.restore(start, state, everywhere) if start else jax.device_put(state, everywhere)
-
-    description = Description(config, dataset.image_shape, classes)
-    levels, prediction = experiment.build_schedule(config), experiment.build_prediction(config)
-
-    def network(params: Any, x: Any, t: Any, condition: Any, keys: Any) -> Any:
-        return unet.apply({"params": params}, x, t, condition, keys)
-
-    def without_dropout(params: Any, x: Any, t: Any, condition: Any, keys: Any) -> Any:
-        return unet.apply({"params": params}, x, t, condition)
-
-    objective = loss.simple(network, prediction, levels, null=classes, drop_rate=config.train.label_dropout)
+    network = network_of(unet)
+    null, drop_rate = description.classes, config.train.label_dropout
+    objective = loss.simple(network, prediction, levels, null=null, drop_rate=drop_rate)
+    without_dropout = loss.simple(lambda *inputs: network(*inputs[:-1]), prediction, levels)
     train_step = parallel.pmap(make_train_step(objective, optimizer, config.train.ema, seed), donate=True)
-    eval_step = parallel.pmap(make_eval_step(loss.simple(without_dropout, prediction, levels), seed))
-    metrics = loop.MetricsFile(workdir / "metrics.jsonl", start)
+    eval_step = parallel.pmap(make_eval_step(without_dropout, seed))
 
     def evaluate(state: TrainState) -> None:
         losses = [float(eval_step(state.ema, parallel.shard(b, devices))) for b in held_out]
@@ -106,39 +106,40 @@ def train(config: experiment.Config, workdir: Path) -> None:
         f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data.name}, "
         f"{count_parameters(params):,} parameters, batch {batch}, {describe_devices()}, {config.network.dtype}"
     )
+    every = (
+        loop.Every(config.train.eval_every, evaluate),
+        loop.Every(config.train.preview_every, preview(workdir, network, description)),
+        loop.Every(config.train.save_every, lambda state: checkpoints.save(state, description.to_dict())),
+    )
+    shards = (parallel.shard(b, devices) for b in batches)
     try:
-        loop.fit(
-            train_step, state, (parallel.shard(b, devices) for b in batches), steps,
-            log=log, log_every=config.train.log_every,
-            every=(
-                loop.Every(config.train.eval_every, evaluate),
-                loop.Every(config.train.preview_every, preview(workdir, network_of(unet), description)),
-                loop.Every(config.train.save_every, lambda s: checkpoints.save(s, description.to_dict())),
-            ),
-        )  # fmt: skip
-    except KeyboardInterrupt:
+        with loop.interruptible() as stop:
+            state = loop.fit(train_step, state, shards, steps, log, config.train.log_every, every, stop)
+        if state.step < steps:
+            checkpoints.save(state, description.to_dict())
+    except FloatingPointError as error:
+        cli.stop(PROGRAM, f"{error}: start again from the last checkpoint with a lower --train.learning-rate")
+    finally:
         checkpoints.close()
-        print(
-            f"\ninterrupted: the same command goes on from step {max(checkpoints.steps(), default=0)}", file=sys.stderr
-        )
-        raise SystemExit(130) from None
-    checkpoints.close()
+    if state.step < steps:
+        print(f"interrupted: the same command goes on from step {state.step}", file=sys.stderr)
+        raise SystemExit(130)
     print(f"done: sample with 'python sample.py {workdir}'")
 
 
 def preview(workdir: Path, network: Any, description: Description) -> Callable[[TrainState], None]:
-    """Writes preview-STEP.png: the same seeds every time, from the moving average."""
+    """Writes previews/STEP.png: the same seeds every time, from the moving average."""
     config, image_shape, classes = description
     levels = experiment.build_schedule(config)
-    plan = sampler.ddim(levels, schedule.trailing(levels, min(PREVIEW["steps"], schedule.length(levels))))
+    plan = sampler.ddim(levels, schedule.trailing(levels, min(PREVIEW_STEPS, schedule.length(levels))))
     generate = Generator(network, experiment.build_prediction(config), image_shape, classes)
-    devices, num = jax.device_count(), PREVIEW["num"]
+    devices, num = jax.device_count(), PREVIEW_IMAGES
     labels = np.arange(num, dtype=np.int32) % classes if classes else None
-    scale = PREVIEW["scale"] if classes and config.train.label_dropout > 0 else 1.0
+    scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else 1.0
 
     def write(state: TrainState) -> None:
         batch = -(-num // devices) * devices
-        made = generate(state.ema, plan, labels, num, scale=scale, seed=PREVIEW["seed"], batch=batch)
+        made = generate(state.ema, plan, labels, num, scale=scale, seed=PREVIEW_SEED, batch=batch)
         captions = None if labels is None else [str(label) for label in labels]
         sheet = picture.grid(made.images, captions, columns=10)
         picture.save_png(workdir / "previews" / f"{int(state.step):07d}.png", sheet)
@@ -147,4 +148,4 @@ def preview(workdir: Path, network: Any, description: Description) -> Callable[[
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.main(main)

@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +33,15 @@ def one_sentence(program: str) -> Iterator[None]:
         stop(program, reason)
     except ValueError as error:
         stop(program, error)
+
+
+def main(program: Callable[[list[str]], None]) -> None:
+    """Run a program with the command line's arguments. Ctrl-C ends it with exit code 130, without a traceback."""
+    try:
+        program(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def parse(kind: type, program: str, arguments: Sequence[str], default: Any = None) -> Any:

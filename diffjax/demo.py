@@ -6,7 +6,6 @@ from the same seeds; writes a picture each and one of all, and prints times and 
 
 import json
 import logging
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from diffjax import cli, picture, sampler, schedule
 from diffjax.evaluation.digits import judge
 from diffjax.evaluation.record import as_dict, markdown
-from diffjax.run import Generator, open_run, record
+from diffjax.run import Generator, check_guidance, check_seed, open_run, record
 
 PROGRAM = "diffjax.demo"
 
@@ -44,11 +43,13 @@ def main(arguments: list[str]) -> None:
         run = open_run(folder)
         if run.description.config.data.name != "digits" or not run.description.classes:
             raise ValueError(f"{folder} is not a run of the configuration 'digits': use sample.py")
+        check_guidance(run, 2.0)
+        check_seed(options.seed)
+        levels = run.schedule
+        ddpm = sampler.ddpm(levels, schedule.trailing(levels, schedule.length(levels)))
+        ddim = sampler.ddim(levels, schedule.trailing(levels, 50))
         if options.num < 10:
             raise ValueError(f"--num is {options.num}: ask for ten images or more, one of each digit")
-    levels = run.schedule
-    ddpm = sampler.ddpm(levels, schedule.trailing(levels, schedule.length(levels)))
-    ddim = sampler.ddim(levels, schedule.trailing(levels, 50))
     jobs = [("ddpm(fixed_small, trailing)", ddpm, 1.0)]
     jobs += [("ddim(eta=0, trailing)", ddim, scale) for scale in (1.0, 2.0, 3.0, 4.0)]
 
@@ -80,9 +81,9 @@ def main(arguments: list[str]) -> None:
     print(report)
     for title, verdict in zip(titles, verdicts, strict=True):
         print(f"{title}: {verdict}")
-    print(f"DDIM 50 is {speedup:.1f} times as fast as DDPM 1000 (network, batch, device and dtype as above)")
+    print(f"DDIM 50 is {speedup:.1f} times as fast as DDPM {ddpm.steps} (network, batch, device and dtype as above)")
     print(f"wrote {folder}/overview.png, a picture per row, demo.md and demo.json")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    cli.main(main)

@@ -7,10 +7,10 @@ stored with every checkpoint, so a run folder needs nothing else.
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 import typing
 from dataclasses import dataclass, field
-from types import UnionType
 from typing import Any, Literal
 
 import jax
@@ -21,7 +21,8 @@ from diffjax import process, schedule
 from diffjax.models.unet import UNet
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-SCHEDULES = {"linear": schedule.linear, "cosine": schedule.cosine}
+# Linear betas that reach the same noise at any T: DDPM's own at T = 1000.
+SCHEDULES = {"linear": lambda T: schedule.linear(T, 0.1 / T, 20 / T), "cosine": schedule.cosine}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class Config:
 
 
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
-BOUND = ("data.name", "data.labels", "network.", "diffusion.")
+BOUND = ("data.name", "data.labels", "network.channels", "network.multipliers", "network.blocks", "network.attention")
+BOUND += ("network.heads", "diffusion.schedule", "diffusion.T", "diffusion.prediction")
+SEEDS = 2**32  # JAX would take a larger seed modulo this
 
 
 def names() -> list[str]:
@@ -142,15 +145,17 @@ def check(config: Config) -> None:
     positive = ("network.channels", "network.blocks", "network.heads", "diffusion.T")
     positive += ("train.steps", "train.batch", "train.clip", "train.keep", "train.log_every", "train.save_every")
     for name in positive:
-        if fields[name] <= 0:
-            raise ValueError(f"{name} is {fields[name]}: use more than 0")
+        if not 0 < fields[name] < math.inf:
+            raise ValueError(f"{name} is {fields[name]}: use a number above 0")
     for name in ("network.dropout", "train.ema", "train.label_dropout"):
         if not 0 <= fields[name] < 1:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more, and less than 1")
     counts = ("train.warmup", "train.seed", "train.eval_every", "train.preview_every")
     for name in ("train.learning_rate", "train.weight_decay", *counts):
-        if fields[name] < 0:
+        if not 0 <= fields[name] < math.inf:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more")
+    if config.train.seed >= SEEDS:
+        raise ValueError(f"train.seed is {config.train.seed}: use less than 2**32")
     network = config.network
     if not network.multipliers or min(network.multipliers) < 1:
         raise ValueError(f"network.multipliers is {network.multipliers}: name at least one resolution, each 1 or more")
@@ -190,7 +195,7 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
     def parse(value: Any, hint: Any) -> Any:
         if dataclasses.is_dataclass(hint):
             return from_dict(value, hint)
-        return tuple(value) if isinstance(value, list) and not isinstance(hint, UnionType) else value
+        return tuple(value) if typing.get_origin(hint) is tuple else value
 
     return kind(**{name: parse(value, types[name]) for name, value in values.items()})
 
@@ -200,7 +205,7 @@ def check_resume(stored: Config, given: Config) -> list[str]:
     old, new = flat(stored), flat(given)
     changed = [name for name in new if old[name] != new[name]]
     for name in changed:
-        if name.startswith(BOUND):
+        if name in BOUND:
             raise ValueError(
                 f"{name} is {new[name]} but the checkpoint was trained with {old[name]}:"
                 f" take another --workdir, or leave {name} as it was"
@@ -212,7 +217,7 @@ def check_resume(stored: Config, given: Config) -> list[str]:
 
 
 def build_schedule(config: Config) -> schedule.Schedule:
-    """The noise schedule."""
+    """The noise schedule. ValueError for too few levels: linear betas reach 1 at T = 20."""
     return SCHEDULES[config.diffusion.schedule](config.diffusion.T)
 
 

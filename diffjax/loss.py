@@ -9,7 +9,7 @@ from jax import Array
 
 from diffjax.denoiser import Condition
 from diffjax.process import Prediction, q_sample
-from diffjax.schedule import Schedule, at, length
+from diffjax.schedule import Schedule, length
 
 Objective = Callable[[Any, Any, Array], Array]  # (params, batch, keys [B]) -> loss per example [B]
 # (params, x_t, t - 1, condition, keys [B] for dropout) -> output
@@ -38,12 +38,13 @@ def squared_error(output: Array, target: Array) -> Array:
 def simple(
     network: TrainingNetwork, prediction: Prediction, schedule: Schedule, null: Any = None, drop_rate: float = 0.0
 ) -> Objective:
-    """L_simple, equation 14 of DDPM: |target - network(x_t, t)|**2 with t uniform over 1..T, for any prediction type.
+    """L_simple, equation 14 of DDPM, per pixel: the mean of (target - network(x_t, t))**2 with t uniform over 1..T, for
+    any prediction type.
 
     The batch is a dict: "image" float [B, ...] in [-1, 1], "label" [B] if the network has a condition, which is
     replaced by `null` with probability drop_rate.
     """
-    table = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), at(schedule, schedule.t))
+    table = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), schedule)
 
     def objective(params: Any, batch: Any, keys: Array) -> Array:
         x0, condition = batch["image"], batch.get("label")

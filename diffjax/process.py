@@ -26,7 +26,7 @@ def q_sample(x0: Any, eps: Any, level: Level) -> Any:
 
 
 def eps_from_x0(x_t: Any, x0: Any, level: Level) -> Any:
-    """Eps = (x_t - alpha*x0) / sigma, for sigma > 0."""
+    """eps = (x_t - alpha*x0) / sigma, for sigma > 0."""
     return (x_t - expand(level.alpha, x_t) * x0) / expand(level.sigma, x_t)
 
 
@@ -42,7 +42,7 @@ def x0_from_v(x_t: Any, v: Any, level: Level) -> Any:
 
 
 def v_from(x0: Any, eps: Any, level: Level) -> Any:
-    """V = alpha*eps - sigma*x0 (arXiv:2202.00512, appendix D)."""
+    """v = alpha*eps - sigma*x0 (arXiv:2202.00512, appendix D)."""
     return expand(level.alpha, x0) * eps - expand(level.sigma, x0) * x0
 
 
@@ -61,7 +61,7 @@ PREDICTIONS: dict[str, Prediction] = {
 
 
 def snr_ratio(level_t: Level, level_s: Level) -> Any:
-    """R = alpha_t*sigma_s / (alpha_s*sigma_t), in [0, 1) for t noisier than s: the root of SNR_t/SNR_s."""
+    """r = alpha_t*sigma_s / (alpha_s*sigma_t), in [0, 1) for t noisier than s: the root of SNR_t/SNR_s."""
     return level_t.alpha * level_s.sigma / (level_s.alpha * level_t.sigma)
 
 

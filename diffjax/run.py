@@ -1,5 +1,6 @@
 """A trained run opened from its folder, and images from a network on all devices, timed."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from diffjax import denoiser, experiment, sampler
@@ -48,7 +50,7 @@ class Run(NamedTuple):
     params: Any
     prediction: Prediction
     schedule: Schedule
-    weights: str  # "ema" or "params"
+    weights: str  # "ema" or "raw"
     step: int
 
 
@@ -61,7 +63,9 @@ def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Ru
     config, image_shape, classes = description
     unet = experiment.build_unet(config, image_shape, classes)
     like = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
-    params = checkpoints.restore_weights(step, weights, like, parallel.whole(parallel.device_mesh()))
+    params = checkpoints.restore_weights(
+        step, {"ema": "ema", "raw": "params"}[weights], like, parallel.whole(parallel.device_mesh())
+    )
     checkpoints.close()
     return Run(
         name=f"unet of {workdir.resolve().name}", description=description, network=network_of(unet), params=params,
@@ -70,10 +74,29 @@ def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Ru
     )  # fmt: skip
 
 
-def network_of(unet: UNet) -> Network:
-    """A linen module as a plain function (params, x, t, condition) -> output."""
+def check_guidance(run: Run, scale: float) -> None:
+    """ValueError for a guidance scale that a run cannot serve."""
+    if not (np.isfinite(scale) and scale >= 0):
+        raise ValueError(f"guidance is {scale}: use a number of 0 or more")
+    if scale != 1 and not run.description.classes:
+        raise ValueError(f"{run.name} was trained without labels: leave out --guidance")
+    if scale != 1 and run.description.config.train.label_dropout == 0:
+        raise ValueError(
+            f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label:"
+            " leave out --guidance, or train again with --train.label-dropout 0.1"
+        )
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that JAX would not take as it is."""
+    if not 0 <= seed < experiment.SEEDS:
+        raise ValueError(f"seed is {seed}: use 0 or more, and less than 2**32")
+
+
+def network_of(unet: UNet) -> Callable[..., Array]:
+    """A linen module as a plain function (params, x, t, condition) -> output, or with keys for dropout after them."""
     apply: Any = unet.apply
-    return lambda params, x, t, condition: apply({"params": params}, x, t, condition)
+    return lambda params, *inputs: apply({"params": params}, *inputs)
 
 
 def count_parameters(params: Any) -> int:
@@ -195,8 +218,9 @@ class Generator:
 
 
 def describe_devices() -> str:
-    """As in "8 x cpu"."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    """As in "1 x cpu (2 cores)", the cores those of the machine."""
+    kind = jax.devices()[0].device_kind
+    return f"{jax.device_count()} x {kind}" + (f" ({os.cpu_count()} cores)" if kind == "cpu" else "")
 
 
 def record(run: Run, made: Images, plan: Plan, sampler_name: str, guidance: float, batch: int) -> Sampling:

@@ -133,7 +133,7 @@ SPACINGS: dict[str, Spacing] = {f.__name__: f for f in (trailing, leading, linsp
 
 
 def check_levels(schedule: Schedule, t: Any) -> np.ndarray:
-    """T as int64 [N], N >= 1, or a ValueError: levels that a sampler visits are strictly decreasing, in 1..T."""
+    """t as int64 [N], N >= 1, or a ValueError: levels that a sampler visits are strictly decreasing, in 1..T."""
     t = np.asarray(t)
     if t.ndim != 1 or not len(t):
         raise ValueError(f"a sampler visits a list of at least one level, got shape {t.shape}")

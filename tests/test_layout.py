@@ -62,6 +62,8 @@ def test_no_random_key_has_a_default():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 arguments = node.args.args[len(node.args.args) - len(node.args.defaults) :]
+                pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+                arguments += [argument for argument, default in pairs if default is not None]
                 assert not {a.arg for a in arguments} & {"key", "keys", "seed"} or path.parent.name == "models"
 
 

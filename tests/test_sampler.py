@@ -61,20 +61,29 @@ def test_fixed_large_is_beta_on_the_full_chain(levels, data):
     assert std**2 == pytest.approx(beta if t > 1 else 0, abs=1e-14)
 
 
-@given(pairs(), st.data(), ETAS, st.integers(0, 99))
-def test_steps_compose_where_the_estimate_does_not_change(levels, data, eta, seed):
-    """t -> s -> data equals t -> data, and with eta 0 or 1 so does any middle level."""
+@given(pairs(), st.floats(0, 1), ETAS, st.integers(0, 99))
+def test_steps_compose_where_the_estimate_does_not_change(levels, w, eta, seed):
+    """t -> s -> u equals t -> u: with eta 0 sample by sample, with eta 1 in mean and variance; and onto data for any
+    eta. u is a level between s and data, at signal-to-noise ratios that w draws."""
     level_t, level_s = levels
+    if level_s.sigma < 1e-3:
+        return
+    sigma_u = w * level_s.sigma
+    level_u, data_level = Level(0, (1 - sigma_u**2) ** 0.5, sigma_u), Level(0, 1.0, 0.0)
     x_t, x0, z = draw(seed)
-    data_level = Level(0, 1.0, 0.0)
-    if level_s.sigma > 0:
-        x_s = sampler.ddim_step(x_t, x0, level_t, level_s, eta, z)
-        assert (sampler.ddim_step(x_s, x0, level_s, data_level, eta, z) == x0).all()
-        middle = Level(0, *(np.sqrt((1 - w) + w * level_s.alpha**2 * np.array(1.0)) for w in [0.5]), None)
-        middle = middle._replace(sigma=np.sqrt(0.5 * level_s.sigma**2))
-        whole = sampler.ddim_step(x_t, x0, level_t, middle)
-        halves = sampler.ddim_step(sampler.ddim_step(x_t, x0, level_t, level_s), x0, level_s, middle)
-        np.testing.assert_allclose(halves, whole, atol=1e-9)
+    x_s = sampler.ddim_step(x_t, x0, level_t, level_s, eta, z)
+    assert (sampler.ddim_step(x_s, x0, level_s, data_level, eta, z) == x0).all()
+
+    whole = sampler.ddim_step(x_t, x0, level_t, level_u)
+    halves = sampler.ddim_step(sampler.ddim_step(x_t, x0, level_t, level_s), x0, level_s, level_u)
+    np.testing.assert_allclose(halves, whole, atol=1e-9)
+
+    mean, std = process.q_posterior(x_t, x0, level_t, level_u)
+    mean_s, std_s = process.q_posterior(x_t, x0, level_t, level_s)
+    mean_u, std_u = process.q_posterior(mean_s, x0, level_s, level_u)
+    gain = process.q_posterior(1.0, 0.0, level_s, level_u)[0]
+    np.testing.assert_allclose(mean_u, mean, atol=1e-9)
+    np.testing.assert_allclose(std_u**2 + gain**2 * std_s**2, std**2, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------- tables

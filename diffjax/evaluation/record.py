@@ -38,6 +38,7 @@ _COLUMNS = {
     "run s": lambda row: f"{row.run_seconds:.2f}",
     "images/s": lambda row: f"{row.images_per_second:.1f}",
     "network": lambda row: f"{row.network}, {row.parameters:,} parameters",
+    "weights": lambda row: row.weights,
     "images": lambda row: f"{row.images} of {row.image_size}",
     "batch": lambda row: row.batch,
     "device": lambda row: row.device,

@@ -43,7 +43,7 @@ class ResBlock(nn.Module):
         h = nn.silu(_norm(h) * (1 + scale) + shift)
         if keys is not None and self.dropout > 0:
             h = _dropout(keys, h, self.dropout)
-        # Zero: at the start every block is the identity, and the network is as shallow as it can be.
+        # Zero: at the start a block passes on what it gets, and the network is as shallow as it can be.
         h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
@@ -103,6 +103,9 @@ class UNet(nn.Module):
                 f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {halvings} times:"
                 f" give the network fewer multipliers, or images with sides divisible by {2**halvings}"
             )
+        sizes = [size // 2**i for i in range(halvings + 1)]
+        if not set(self.attention) <= set(sizes):
+            raise ValueError(f"attention at {tuple(self.attention)} never happens: this network sees sizes {sizes}")
         if (condition is None) != (self.num_classes == 0):
             raise ValueError(
                 "this network has no classes: call it without a condition"
@@ -147,9 +150,9 @@ class UNet(nn.Module):
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)
                 h = nn.Conv(h.shape[-1], (3, 3), dtype=self.dtype)(h)
 
-        h = nn.silu(_norm(h))
-        h = nn.Conv(self.out_channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(h)
-        return h.astype(jnp.float32)
+        # In float32 at any dtype: at the noisy end an error of eps is multiplied by sigma/alpha, about 160.
+        h = nn.silu(_norm(h.astype(jnp.float32)))
+        return nn.Conv(self.out_channels, (3, 3), kernel_init=nn.initializers.zeros, name="out")(h)
 
 
 def _dropout(keys: Array, x: Array, rate: float) -> Array:
@@ -159,7 +162,7 @@ def _dropout(keys: Array, x: Array, rate: float) -> Array:
 
 
 def _norm(x: Array) -> Array:
-    # Statistics and affine map in float32, whatever the dtype of the network; groups of at least four channels.
+    # Statistics and affine map in float32, whatever the dtype of the network. Groups of four channels or more.
     channels = x.shape[-1]
     groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups)(x.astype(jnp.float32)).astype(x.dtype)

@@ -11,7 +11,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from diffjax.training.step import TrainState
 
 FOLDER = "checkpoints"
-WEIGHTS = ("ema", "params")
 
 
 class Checkpoints:
@@ -42,8 +41,12 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def config(self, step: int) -> dict[str, Any]:
-        """The configuration of checkpoint `step`, as it was saved."""
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        """The configuration of checkpoint `step`, as it was saved. ValueError where there is none."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        except (KeyError, FileNotFoundError) as error:
+            folder = self._manager.directory / str(step)
+            raise ValueError(f"checkpoint {folder} is incomplete: remove it, and an earlier one is used") from error
 
     def restore(self, step: int, like: TrainState, sharding: Sharding) -> TrainState:
         """Checkpoint `step` as a state of the structure of `like` (arrays or ShapeDtypeStructs), placed by sharding."""

@@ -78,13 +78,15 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     shape = tuple(features["image"].shape)
     if None in shape:
         raise ValueError(f"dataset {name!r} has images of different sizes ({shape}): choose one with a fixed size")
+    if len(shape) != 3 or shape[2] not in (1, 3) or features["image"].np_dtype != np.uint8:
+        raise ValueError(f"dataset {name!r} has images of {shape}: choose one of 8 bits, grey or RGB")
     if not builder.is_prepared():
         _prepare(builder)
     splits = builder.info.splits
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     train, held_out = ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
     label: Any = features["label"] if "label" in features else None  # noqa: SIM401 (it has no get)
-    classes = getattr(label, "num_classes", 0)
+    classes = (label.num_classes or 0) if isinstance(label, tfds.features.ClassLabel) else 0
     return Dataset(builder.as_data_source(train), builder.as_data_source(held_out), shape, classes)
 
 
@@ -134,6 +136,8 @@ def _builder(name: str, data_dir: str | None) -> Any:
         near = difflib.get_close_matches(name, ["digits", *tfds.list_builders(with_community_datasets=False)], n=1)
         hint = f": did you mean {near[0]!r}?" if near else ": see https://www.tensorflow.org/datasets/catalog"
         raise ValueError(f"tensorflow-datasets has no dataset {name!r}{hint}") from None
+    except (AssertionError, ImportError) as error:  # a version that is not there, a community dataset
+        raise ValueError(f"dataset {name!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
 
 
 def _prepare(builder: Any) -> None:

@@ -1,6 +1,9 @@
 """The loop around a training step: progress, metrics, and whatever happens every so many steps."""
 
+import contextlib
 import json
+import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +22,25 @@ class Every(NamedTuple):
     action: Callable[[TrainState], None]
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only makes the yielded function true: a step or a save under way ends in order. The
+    second raises KeyboardInterrupt as usual.
+    """
+    interrupted = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, each with the number of steps done."""
 
@@ -26,7 +48,9 @@ class MetricsFile:
         """Lines after step `start`, of a run that went further than its last checkpoint, are dropped."""
         self._path = path
         kept = [line for line in _lines(path) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        whole.replace(path)
 
     def write(self, step: int, **metrics: Any) -> None:
         """Append one line; metrics are numbers, or arrays of one."""
@@ -42,12 +66,15 @@ def fit(
     log: Callable[..., None],
     log_every: int,
     every: tuple[Every, ...] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """Train until `steps` steps are done, with a progress bar; returns the state after them.
+    """Train until `steps` steps are done, with a progress bar; returns the state after them, or after the step at which
+    stop() became true.
 
     step: compiled, (state, batch) -> (state, metrics), may reuse the memory of its state. log(step, **metrics) gets
     the metrics of a step, every log_every steps and at the end. A step's metrics are fetched only when the next is
-    under way, so that the device never waits for the host.
+    under way, so that the device never waits for the host. FloatingPointError for a loss that is not a number, before
+    any action sees that step.
     """
     start = int(state.step)
     logged, since = start, time.perf_counter()
@@ -60,11 +87,14 @@ def fit(
                 return
             n, metrics = pending[0], jax.device_get(pending[1])
             pending = None
+            if not math.isfinite(metrics["loss"]):
+                raise FloatingPointError(f"the loss is {metrics['loss']} at step {n}")
             bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
             bar.update(n - bar.n)
             if n % log_every == 0 or n == steps:
                 now = time.perf_counter()
-                log(n, **metrics, steps_per_second=(n - logged) / (now - since))
+                rate = {"steps_per_second": (n - logged) / (now - since)} if n > logged else {}
+                log(n, **metrics, **rate)
                 logged, since = n, now
 
         for n in range(start + 1, steps + 1):
@@ -76,6 +106,11 @@ def fit(
                 collect()
             for action in due:
                 action(state)
+            if due or n == start + 1:  # the rate is that of training: neither compiling nor what was due counts
+                jax.block_until_ready(state)
+                logged, since = n, time.perf_counter()
+            if stop():
+                break
         collect()
     return state
 
