@@ -2,7 +2,7 @@
 
     python train.py digits_unconditional --workdir runs/digits-unconditional
 
-Hardware: two CPU cores, about two minutes.
+Hardware: two CPU cores, about three minutes.
 Expected: a held-out loss near 0.07, and samples that are digits.
 """
 
