@@ -1,5 +1,4 @@
-from functools import partial
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,8 +51,8 @@ def test_eight_devices_train_the_same_parameters_as_one(on_one_device):
     state, metrics = train(8)
     moved = np.abs(optax.tree.sub(on_one_device[0].params, params())["params"]["out"]["kernel"]).max()
     assert moved > 0.01
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state, on_one_device[0])
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), metrics, on_one_device[1])
+    chex.assert_trees_all_close(state, on_one_device[0], rtol=1e-7, atol=1e-5)
+    chex.assert_trees_all_close(metrics, on_one_device[1], rtol=1e-4)
     # No device axis anywhere, and a state that is reused in place at every step.
     assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, params())
     assert int(state.step) == 20
@@ -65,7 +64,7 @@ def test_plain_jit_runs_the_same_step(on_one_device):
     state = init_state(params(), optimizer)
     for n in range(20):
         state, _ = step(state, batch(n))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), state.params, on_one_device[0].params)
+    chex.assert_trees_all_close(state.params, on_one_device[0].params, rtol=1e-7, atol=1e-5)
 
 
 def test_the_average_is_its_closed_form():
