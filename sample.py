@@ -132,7 +132,7 @@ def make_batch(options: Options) -> int:
     """Images at a time: as asked, or as many as there are, up to a limit, shared equally by the devices."""
     devices = jax.device_count()
     if options.batch is None:
-        return -(-min(options.num, LARGEST_BATCH) // devices) * devices
+        return parallel.round_up(min(options.num, LARGEST_BATCH), devices)
     parallel.check_divisible(options.batch, devices, "--batch")
     return options.batch
 

@@ -138,7 +138,7 @@ def preview(workdir: Path, network: Any, description: Description) -> Callable[[
     scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else 1.0
 
     def write(state: TrainState) -> None:
-        batch = -(-num // devices) * devices
+        batch = parallel.round_up(num, devices)
         made = generate(state.ema, plan, labels, num, scale=scale, seed=PREVIEW_SEED, batch=batch)
         captions = None if labels is None else [str(label) for label in labels]
         sheet = picture.grid(made.images, captions, columns=10)

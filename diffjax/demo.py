@@ -18,6 +18,7 @@ from diffjax import cli, picture, sampler, schedule
 from diffjax.evaluation.digits import judge
 from diffjax.evaluation.record import as_dict, markdown
 from diffjax.run import Generator, check_guidance, check_seed, open_run, record
+from diffjax.training import parallel
 
 PROGRAM = "diffjax.demo"
 REPEATS = 3  # of the short runs, whose median time counts
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
     _, image_shape, classes = run.description
     generate = Generator(run.network, run.prediction, image_shape, classes)
     labels = np.arange(options.num, dtype=np.int32) % 10
-    batch = -(-options.num // jax.device_count()) * jax.device_count()
+    batch = parallel.round_up(options.num, jax.device_count())
     rows, first_images, verdicts = [], [], []
     for name, plan, scale in jobs:
         repeats = 1 if plan is ddpm else REPEATS

@@ -163,7 +163,7 @@ class Generator:
 
             def run(rows: Plan, carry: Carry, keys: Any, condition: Any = condition) -> Carry:
                 arguments = params, condition, scale_array, rows, carry, keys
-                program = self._program((guided, clip), self._build(guided, clip), arguments)
+                program = self._program((guided, clip), lambda: self._build(guided, clip), arguments)
                 return program(*arguments)
 
             def done(rows: int, carry: Carry) -> None:
@@ -172,7 +172,7 @@ class Generator:
                 progress(rows)
 
             compiled, began = self._compile_seconds, time.perf_counter()
-            x = self._program("noise", self._noise(), (keys,))(keys)
+            x = self._program("noise", self._noise, (keys,))(keys)
             made.append(to_uint8(jax.device_get(sampler.sample(run, plan, x, keys, done))))
             seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
         images = np.concatenate(made)[:num]
@@ -207,12 +207,12 @@ class Generator:
         split = parallel.split(self._mesh)
         return jax.jit(lambda keys: sampler.noise(keys, self._image_shape), out_shardings=split)
 
-    def _program(self, name: Any, function: Any, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    def _program(self, name: Any, build: Callable[[], Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
         # Compiled ahead of time, so that compiling can be told from running.
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
         if (name, shapes) not in self._programs:
             began = time.perf_counter()
-            self._programs[name, shapes] = function.lower(*arguments).compile()
+            self._programs[name, shapes] = build().lower(*arguments).compile()
             self._compile_seconds += time.perf_counter() - began
         return self._programs[name, shapes]
 

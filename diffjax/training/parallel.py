@@ -34,6 +34,11 @@ def check_divisible(batch: int, devices: int, name: str = "batch") -> None:
         )
 
 
+def round_up(number: int, devices: int) -> int:
+    """The smallest batch of at least `number` that can be shared out equally."""
+    return -(-number // devices) * devices
+
+
 def shard(batch: Any, devices: int) -> Any:
     """[B, ...] -> [devices, B/devices, ...] on every leaf, as `pmap` takes it."""
     return jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
