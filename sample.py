@@ -2,6 +2,7 @@
 
 python sample.py runs/digits --sampler ddim --steps 50 --guidance 2.0 --num 64 --labels 0,1,2 --out grid.png
 python sample.py runs/digits --sampler ddpm --num 16
+python sample.py runs/digits --sampler dpm_solver_pp_2m --steps 10 --spacing uniform_logsnr --save-plan plan.json
 """
 
 import logging
@@ -14,12 +15,17 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from diffjax import cli, picture, sampler, schedule
+from diffjax import cli, picture, plans, sampler, schedule
 from diffjax.evaluation.record import markdown
 from diffjax.run import Generator, Run, check_guidance, check_seed, open_run, record
 from diffjax.training import parallel
 
 PROGRAM = "sample.py"
+SamplerName = Literal[
+    "ddpm", "sigma_hat", "ddim", "euler", "heun", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "exponential_ab3", "unipc_2",
+    "edm", "consistency",
+]  # fmt: skip
+SpacingName = Literal["trailing", "leading", "linspace", "quadratic", "karras", "uniform_logsnr"]
 LARGEST_BATCH = 64
 LARGEST_PICTURE = 400
 
@@ -30,16 +36,27 @@ class Options:
 
     run: tyro.conf.Positional[str]
     """Run folder, as train.py leaves it."""
-    sampler: Literal["ddpm", "ddim"] = "ddim"
-    """DDPM is the Markov chain, DDIM the sampler for few steps."""
+    sampler: SamplerName = "ddim"
+    """DDPM is the Markov chain, DDIM the sampler for few steps, the solvers for fewer; consistency is for networks
+    distilled for it."""
     steps: int | None = None
-    """Calls of the network, 1 to T; None for all T with ddpm and 50 with ddim."""
+    """Levels visited, 1 to T; None for all T with ddpm and 50 with others. heun and edm call the network twice at each
+    level but the last."""
     eta: float | None = None
-    """Noise of ddim: 0 (if None) is deterministic, 1 has the variance of DDPM."""
-    variance: Literal["fixed_small", "fixed_large"] | None = None
-    """Noise of ddpm: fixed_small (if None) is right at any number of steps, fixed_large at all T."""
-    spacing: Literal["trailing", "leading", "linspace", "quadratic"] = "trailing"
+    """Noise of ddim and dpm_solver_pp_2m: 0 (if None) is deterministic, 1 has the variance of DDPM."""
+    variance: str | None = None
+    """Noise of ddpm: fixed_small (if None) is right at any number of steps, fixed_large at all T; a number of 0 to 1 is
+    between them."""
+    churn: float | None = None
+    """Noise of edm, S_churn; None for 40."""
+    spacing: SpacingName = "trailing"
     """Which levels the steps visit."""
+    levels: str | None = None
+    """Or the levels one by one, decreasing, separated by commas: in place of --steps and --spacing."""
+    plan: str | None = None
+    """A stored plan (.json) in place of all of these."""
+    save_plan: str | None = None
+    """Write the plan: to load it again (.json), or as a picture (.png)."""
     guidance: float = 1.0
     """Guidance scale: 0 unconditional, 1 conditional, more is guided."""
     labels: str | None = None
@@ -71,10 +88,11 @@ def main(arguments: list[str]) -> None:
         name += "" if options.clip else " unclipped"
         labels = make_labels(options, run)
         batch = make_batch(options)
-        name_out = f"{options.sampler}-{plan.steps}-guidance-{options.guidance:g}-seed-{options.seed}.png"
+        name_out = f"{name.split('(')[0]}-{plan.steps}-guidance-{options.guidance:g}-seed-{options.seed}.png"
         out = Path(options.out or Path(options.run) / "samples" / name_out)
         cli.check_output(out, ".png")
         save = cli.check_output(Path(options.save), ".npz") if options.save else None
+        save_plan = cli.check_output(Path(options.save_plan), ".json", ".png") if options.save_plan else None
 
     _, image_shape, classes = run.description
     generate = Generator(run.network, run.prediction, image_shape, classes)
@@ -84,6 +102,8 @@ def main(arguments: list[str]) -> None:
             scale=options.guidance, seed=options.seed, batch=batch, clip=options.clip, progress=bar.update,
         )  # fmt: skip
     with cli.one_sentence(PROGRAM):
+        if save_plan:
+            plans.save(save_plan, plan, name)
         if save:
             np.savez(save, images=made.images, labels=made.labels)
         captions = None if labels is None else [str(label) for label in labels[:LARGEST_PICTURE]]
@@ -91,24 +111,32 @@ def main(arguments: list[str]) -> None:
     if options.num > LARGEST_PICTURE:
         print(f"{out} shows the first {LARGEST_PICTURE} of {options.num} images")
     print(markdown([record(run, made, plan, name, options.guidance, batch)]))
-    print(f"wrote {out}" + (f" and {save}" if save else ""))
+    print("wrote " + ", ".join(str(path) for path in (out, save, save_plan) if path))
 
 
 def make_plan(options: Options, levels: schedule.Schedule) -> tuple[sampler.Plan, str]:
-    """The plan and its full name. ValueError for steps that the schedule does not have, or a misplaced option."""
+    """The plan and its full name. ValueError for levels that the schedule does not have, or a misplaced option."""
+    dials = {"eta": options.eta, "variance": options.variance, "churn": options.churn}
+    if options.plan is not None:
+        given = {"steps": options.steps, "levels": options.levels} | dials
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"--plan says all of the sampler: leave out --{name}")
+        plan = plans.load(Path(options.plan))
+        plans.check_fits(plan, levels)
+        return plan, f"plan({Path(options.plan).name})"
+    if options.levels is not None:
+        if options.steps is not None:
+            raise ValueError("--levels says where the steps are: leave out --steps")
+        try:
+            t = np.array([float(text) for text in options.levels.split(",")])
+        except ValueError:
+            raise ValueError(f"--levels is {options.levels!r}: write numbers, separated by commas") from None
+        return plans.named(options.sampler, levels, t, "explicit", **dials)
     T = schedule.length(levels)
-    spacing = schedule.SPACINGS[options.spacing]
-    if options.sampler == "ddim":
-        if options.variance is not None:
-            raise ValueError("--variance belongs to ddpm: with ddim use --eta, 0 to 1")
-        eta = options.eta or 0.0
-        plan = sampler.ddim(levels, spacing(levels, min(50, T) if options.steps is None else options.steps), eta)
-        return plan, f"ddim(eta={eta:g}, {options.spacing})"
-    if options.eta is not None:
-        raise ValueError("--eta belongs to ddim: with ddpm use --variance fixed_small or fixed_large")
-    variance = options.variance or "fixed_small"
-    t = spacing(levels, T if options.steps is None else options.steps)
-    return sampler.ddpm(levels, t, sampler.VARIANCES[variance]), f"ddpm({variance}, {options.spacing})"
+    steps = (T if options.sampler == "ddpm" else min(50, T)) if options.steps is None else options.steps
+    t = schedule.SPACINGS[options.spacing](levels, steps)
+    return plans.named(options.sampler, levels, t, options.spacing, **dials)
 
 
 def make_labels(options: Options, run: Run) -> np.ndarray | None:

@@ -77,6 +77,11 @@ def train(config: experiment.Config, workdir: Path) -> None:
         held_out = data.first_batches(dataset.held_out, batch, devices, HELD_OUT_BATCHES, labels=config.data.labels)
         levels, prediction = experiment.build_schedule(config), experiment.build_prediction(config)
         unet = experiment.build_unet(config, description.image_shape, description.classes)
+        network, null, drop_rate = network_of(unet), description.classes, config.train.label_dropout
+        weighting, times = experiment.build_weighting(config), experiment.build_times(config)
+        objective = loss.denoising(network, prediction, levels, weighting, times, null, drop_rate)
+        # The held-out loss is L_simple over independent levels whatever the weighting, so that runs compare.
+        held_out_objective = loss.denoising(lambda *inputs: network(*inputs[:-1]), prediction, levels)
         params = experiment.init_params(unet, description.image_shape, jax.random.key(seed))
         optimizer, rate = experiment.build_optimizer(config)
         # Whole on every device from the start, so that the first step can reuse its memory like every other.
@@ -88,12 +93,8 @@ def train(config: experiment.Config, workdir: Path) -> None:
         state = checkpoints.restore(start, state, everywhere) if start else jax.device_put(state, everywhere)
         metrics = loop.MetricsFile(workdir / "metrics.jsonl", start)
 
-    network = network_of(unet)
-    null, drop_rate = description.classes, config.train.label_dropout
-    objective = loss.simple(network, prediction, levels, null=null, drop_rate=drop_rate)
-    without_dropout = loss.simple(lambda *inputs: network(*inputs[:-1]), prediction, levels)
     train_step = parallel.pmap(make_train_step(objective, optimizer, config.train.ema, seed), donate=True)
-    eval_step = parallel.pmap(make_eval_step(without_dropout, seed))
+    eval_step = parallel.pmap(make_eval_step(held_out_objective, seed))
 
     def evaluate(state: TrainState) -> None:
         losses = [float(eval_step(state.ema, parallel.shard(b, devices))) for b in held_out]

@@ -64,12 +64,12 @@ def parse(kind: type, program: str, arguments: Sequence[str], default: Any = Non
     return parsed
 
 
-def check_output(path: Path, suffix: str) -> Path:
-    """The path, if a file of this suffix can be written there; its folder is made. ValueError or OSError if not:
-    better before an hour of sampling than after it.
+def check_output(path: Path, *suffixes: str) -> Path:
+    """The path, if a file of one of these suffixes can be written there; its folder is made. ValueError or OSError if
+    not: better before an hour of sampling than after it.
     """
-    if path.suffix != suffix:
-        raise ValueError(f"{path} is to be a {suffix} file: give it that ending")
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path} is to be a {' or '.join(suffixes)} file: give it that ending")
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file in it")
     try:

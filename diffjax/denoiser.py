@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from diffjax.process import Prediction
+from diffjax.process import Prediction, expand
 from diffjax.schedule import Level
 
 Condition = Any  # an array [B, ...], or None
@@ -23,12 +23,18 @@ def from_network(network: Network, params: Any, prediction: Prediction) -> Condi
     """The conditional denoiser that a network is: x0 = prediction.to_x0(x_t, network(params, x_t, t - 1, condition)).
 
     Networks count noisy levels from 0, as DDPM's code does, so level t is t - 1 to them. x_t: [B, ...]; level: scalar
-    leaves, or [B].
+    leaves, or [B]. ValueError, when called or traced, for an output of another shape than x_t.
     """
 
     def denoise(x_t: Array, level: Level, condition: Condition) -> Array:
         t = jnp.broadcast_to(jnp.asarray(level.t) - 1, x_t.shape[:1])
-        return prediction.to_x0(x_t, network(params, x_t, t, condition), level)
+        output = network(params, x_t, t, condition)
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"the network says {output.shape} of samples {x_t.shape}: it must say one number for each. A network"
+                " with learned variance says two: keep the first half of its channels, since plans use a fixed variance"
+            )
+        return prediction.to_x0(x_t, output, level)
 
     return denoise
 
@@ -61,3 +67,16 @@ def guide(denoise: ConditionalDenoiser, condition: Array, null: Array | int, sca
 def clip(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     """Clip the estimate of x0 to the range of the data. Samplers derive eps from x0, so it follows."""
     return lambda x_t, level: jnp.clip(denoise(x_t, level), low, high)
+
+
+def normalise(denoise: Denoiser) -> Denoiser:
+    """The same denoiser for levels of any scale: it sees x_t / sqrt(alpha**2 + sigma**2), at the level that goes with
+    it. A network trained on a variance-preserving schedule so serves every form of the same path, as in EDM
+    (arXiv:2206.00364), where alpha is 1.
+    """
+
+    def normalised(x_t: Array, level: Level) -> Array:
+        scale = (level.alpha**2 + level.sigma**2) ** 0.5
+        return denoise(x_t / expand(scale, x_t), Level(level.t, level.alpha / scale, level.sigma / scale))
+
+    return normalised

@@ -6,6 +6,7 @@ stored with every checkpoint, so a run folder needs nothing else.
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import math
 import pkgutil
@@ -17,12 +18,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffjax import process, schedule
+from diffjax import loss, process, schedule
 from diffjax.models.unet import UNet
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Linear betas that reach the same noise at any T: DDPM's own at T = 1000.
-SCHEDULES = {"linear": lambda T: schedule.linear(T, 0.1 / T, 20 / T), "cosine": schedule.cosine}
+# Betas are rescaled to reach the same noise at any T, and EDM's path is taken in its variance-preserving form: networks
+# see samples of the same size whatever the schedule.
+SCHEDULES = {
+    "linear": schedule.rescaled_linear,
+    "cosine": schedule.cosine,
+    "scaled_linear": lambda T: schedule.scaled_linear(T, 0.85 / T, 12 / T),
+    "sigmoid": schedule.sigmoid,
+    "edm": lambda T: schedule.variance_preserving(schedule.edm(T)),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,10 @@ class Network:
 class Diffusion:
     """The forward process and what the network predicts of it."""
 
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "edm"] = "linear"
     """Noise schedule."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that no signal is left at level T; predict v or x0 then."""
     T: int = 1000
     """Number of noise levels."""
     prediction: Literal["eps", "x0", "v"] = "eps"
@@ -89,6 +99,10 @@ class Train:
     """Largest norm of the averaged gradient."""
     ema: float = 0.999
     """Decay of the moving average of the parameters, after its warm-up."""
+    weighting: Literal["simple", "min_snr", "truncated_snr", "sigmoid", "edm"] = "simple"
+    """What the squared error counts at each noise level."""
+    times: Literal["uniform", "stratified", "antithetic"] = "uniform"
+    """How a batch draws its noise levels."""
     label_dropout: float = 0.1
     """Share of labels that are withheld, so that the network can be guided."""
     seed: int = 0
@@ -117,7 +131,7 @@ class Config:
 
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
 BOUND = ("data.name", "data.labels", "network.channels", "network.multipliers", "network.blocks", "network.attention")
-BOUND += ("network.heads", "diffusion.schedule", "diffusion.T", "diffusion.prediction")
+BOUND += ("network.heads", "diffusion.schedule", "diffusion.zero_terminal_snr", "diffusion.T", "diffusion.prediction")
 SEEDS = 2**32  # JAX would take a larger seed modulo this
 
 
@@ -218,12 +232,26 @@ def check_resume(stored: Config, given: Config) -> list[str]:
 
 def build_schedule(config: Config) -> schedule.Schedule:
     """The noise schedule. ValueError for too few levels: linear betas reach 1 at T = 20."""
-    return SCHEDULES[config.diffusion.schedule](config.diffusion.T)
+    levels = SCHEDULES[config.diffusion.schedule](config.diffusion.T)
+    return schedule.zero_terminal_snr(levels) if config.diffusion.zero_terminal_snr else levels
 
 
 def build_prediction(config: Config) -> process.Prediction:
     """What the network says."""
     return process.PREDICTIONS[config.diffusion.prediction]
+
+
+def build_weighting(config: Config) -> loss.Weighting:
+    """What the squared error counts at each level."""
+    return loss.WEIGHTINGS[config.train.weighting]
+
+
+def build_times(config: Config) -> loss.TimeSampling:
+    """How a batch draws its levels. ValueError for antithetic pairs in an odd batch."""
+    if config.train.times == "antithetic" and config.train.batch % 2:
+        raise ValueError(f"train.batch is {config.train.batch}: antithetic levels come in pairs, use an even number")
+    stratified = functools.partial(loss.stratified, batch=config.train.batch)
+    return {"uniform": loss.uniform, "stratified": stratified, "antithetic": loss.antithetic}[config.train.times]
 
 
 def build_unet(config: Config, image_shape: tuple[int, int, int], classes: int) -> UNet:

@@ -35,29 +35,64 @@ def x0_from_eps(x_t: Any, eps: Any, level: Level) -> Any:
     return (x_t - expand(level.sigma, x_t) * eps) / expand(level.alpha, x_t)
 
 
+def v_from(x0: Any, eps: Any, level: Level) -> Any:
+    """v = alpha*eps - sigma*x0 (arXiv:2202.00512, appendix D)."""
+    return expand(level.alpha, x0) * eps - expand(level.sigma, x0) * x0
+
+
 def x0_from_v(x_t: Any, v: Any, level: Level) -> Any:
     """x0 = (alpha*x_t - sigma*v) / (alpha**2 + sigma**2): progressive distillation, section 4 (arXiv:2202.00512)."""
     alpha, sigma = expand(level.alpha, x_t), expand(level.sigma, x_t)
     return (alpha * x_t - sigma * v) / (alpha**2 + sigma**2)
 
 
-def v_from(x0: Any, eps: Any, level: Level) -> Any:
-    """v = alpha*eps - sigma*x0 (arXiv:2202.00512, appendix D)."""
-    return expand(level.alpha, x0) * eps - expand(level.sigma, x0) * x0
+def score_from_eps(eps: Any, level: Level) -> Any:
+    """score = grad log q(x_t | x0) = -eps/sigma, for sigma > 0 (arXiv:2011.13456)."""
+    return -eps / expand(level.sigma, eps)
+
+
+def x0_from_score(x_t: Any, score: Any, level: Level) -> Any:
+    """x0 = (x_t + sigma**2*score) / alpha, for alpha > 0: Tweedie's formula."""
+    return (x_t + expand(level.sigma, x_t) ** 2 * score) / expand(level.alpha, x_t)
 
 
 class Prediction(NamedTuple):
-    """What a network is trained to say about a noisy sample, and how x0 is read from it."""
+    """A way of saying what a noisy sample holds. x0 is the hub: every one gives x0, and is given by x0 and eps."""
 
-    target: Callable[[Any, Any, Level], Any]  # (x0, eps, level) -> what the network should say
+    target: Callable[[Any, Any, Level], Any]  # (x0, eps, level) -> what a network should say
     to_x0: Callable[[Any, Any, Level], Any]  # (x_t, what it said, level) -> x0
+    gain: Callable[[Level], Any]  # level -> (change of what it says / change of x0)**2 at a given x_t
 
 
 PREDICTIONS: dict[str, Prediction] = {
-    "eps": Prediction(lambda x0, eps, level: eps, x0_from_eps),
-    "x0": Prediction(lambda x0, eps, level: x0, lambda x_t, x0, level: x0),
-    "v": Prediction(v_from, x0_from_v),
+    "eps": Prediction(lambda x0, eps, level: eps, x0_from_eps, lambda level: (level.alpha / level.sigma) ** 2),
+    "x0": Prediction(lambda x0, eps, level: x0, lambda x_t, x0, level: x0, lambda level: 0 * level.alpha + 1),
+    "v": Prediction(v_from, x0_from_v, lambda level: ((level.alpha**2 + level.sigma**2) / level.sigma) ** 2),
+    "score": Prediction(
+        lambda x0, eps, level: score_from_eps(eps, level),
+        x0_from_score,
+        lambda level: (level.alpha / level.sigma**2) ** 2,
+    ),
 }
+
+
+def convert(x_t: Any, output: Any, level: Level, source: Prediction, target: Prediction) -> Any:
+    """What `target` says where `source` says `output`, through x0. For sigma > 0, and alpha > 0 if the source is eps or
+    score. x_t, output: [B, ...]; level: scalar leaves or [B].
+    """
+    x0 = source.to_x0(x_t, output, level)
+    return target.target(x0, eps_from_x0(x_t, x0, level), level)
+
+
+def check_prediction(prediction: Prediction, schedule: Level) -> None:
+    """ValueError where a prediction says nothing of x0 at a level of the schedule: eps or score without signal."""
+    silent = prediction.gain(Level(*(leaf[1:] for leaf in schedule))) == 0
+    if silent.any():
+        t = schedule.t[1:][silent][0]
+        raise ValueError(
+            f"level {t} has no signal (alpha is 0), so this prediction (eps or score) says nothing of x0 there:"
+            " predict v or x0"
+        )
 
 
 def snr_ratio(level_t: Level, level_s: Level) -> Any:

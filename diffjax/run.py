@@ -150,7 +150,7 @@ class Generator:
         guided = self._classes > 0 and scale != 1
         whole, split = parallel.whole(self._mesh), parallel.split(self._mesh)
         params = jax.block_until_ready(jax.device_put(params, whole))
-        scale_array = jax.device_put(jnp.float32(scale), whole)
+        scale_array, start_std = jax.device_put((jnp.float32(scale), jnp.float32(plan.start_std)), whole)
         key = jax.random.key(seed)
         before, seconds, made = self._compile_seconds, 0.0, []
         some = None if labels is None else np.zeros(batch, np.int32)
@@ -172,7 +172,7 @@ class Generator:
                 progress(rows)
 
             compiled, began = self._compile_seconds, time.perf_counter()
-            x = self._program("noise", self._noise, (keys,))(keys)
+            x = self._program("noise", self._noise, (keys, start_std))(keys, start_std)
             made.append(to_uint8(jax.device_get(sampler.sample(run, plan, x, keys, done))))
             seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
         images = np.concatenate(made)[:num]
@@ -205,7 +205,7 @@ class Generator:
 
     def _noise(self) -> Callable[..., Any]:
         split = parallel.split(self._mesh)
-        return jax.jit(lambda keys: sampler.noise(keys, self._image_shape), out_shardings=split)
+        return jax.jit(lambda keys, std: std * sampler.noise(keys, self._image_shape), out_shardings=split)
 
     def _program(self, name: Any, build: Callable[[], Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
         # Compiled ahead of time, so that compiling can be told from running.

@@ -14,13 +14,13 @@ import numpy as np
 class Level(NamedTuple):
     """A noise level (scalar leaves), a batch of them ([B]) or a table of them ([N])."""
 
-    t: Any  # index on the schedule: 0 is data, 1..T are noisy
-    alpha: Any  # amplitude of the data, in [0, 1]
-    sigma: Any  # standard deviation of the noise, at least 0
+    t: Any  # index on the schedule: 0 is data, 1..T are noisy; between two of them it may be a fraction
+    alpha: Any  # amplitude of the data, 0 or more
+    sigma: Any  # standard deviation of the noise, 0 or more
 
 
 Schedule = Level  # with leaves [T+1], in numpy float64
-Spacing = Callable[[Schedule, int], np.ndarray]  # (schedule, steps) -> decreasing int64 [steps], each in 1..T
+Spacing = Callable[[Schedule, int], np.ndarray]  # (schedule, steps) -> strictly decreasing [steps], each in 1..T
 
 
 def length(schedule: Schedule) -> int:
@@ -29,24 +29,58 @@ def length(schedule: Schedule) -> int:
 
 
 def logsnr(level: Level) -> np.ndarray:
-    """2*log(alpha/sigma) of levels on the host: +inf on data, decreasing with t."""
+    """2*log(alpha/sigma) of levels on the host: +inf on data, decreasing with t, -inf where there is no signal."""
     with np.errstate(divide="ignore"):
-        return 2 * np.log(level.alpha / level.sigma)
+        return 2 * (np.log(level.alpha) - np.log(level.sigma))
 
 
 def at(schedule: Schedule, t: Any) -> Level:
-    """The levels with index t: an int or an int array of any shape. Respacing a schedule is indexing it.
+    """The levels with index t, a number or an array of any shape: rows of the table (respacing a schedule is indexing
+    it), and between two noisy rows log(alpha/sigma) interpolated linearly in t.
 
-    ValueError for an index that is no integer or outside 0..T, since JAX would clamp it silently.
+    ValueError for an index outside 0..T, since JAX would clamp it silently; for one between data and level 1; and for
+    one between the last two levels where the last has no signal: nothing can be interpolated there.
     """
-    index, last = np.asarray(t), length(schedule)
-    if index.dtype.kind not in "iu":
-        raise ValueError(f"levels are counted in integers 0..{last}, got {index.dtype} {t}")
-    if index.size and (index.min() < 0 or index.max() > last):
+    index, T = np.asarray(t), length(schedule)
+    if index.dtype.kind not in "iuf":
+        raise ValueError(f"levels are numbers 0..{T}, got {index.dtype} {t}")
+    if index.size and not (index.min() >= 0 and index.max() <= T):
+        wrong = index[~((index >= 0) & (index <= T))].flat[0]
+        raise ValueError(f"level {wrong} is not on the schedule: use 0..{T}")
+    lower = np.floor(index).astype(np.int64)
+    table = Level(*(np.asarray(leaf)[lower] for leaf in schedule))
+    if (lower == index).all():
+        return table
+    ends = (index > 0) & (index < 1) | ((index > T - 1) & (index < T) & (schedule.alpha[-1] == 0))
+    if ends.any():
+        raise ValueError(f"level {index[ends].flat[0]} has an end without a finite logsnr: use a whole level there")
+    between = _interpolate(schedule, index)
+    return Level(index, *(np.where(lower == index, a, b) for a, b in zip(table[1:], between[1:], strict=True)))
+
+
+def _interpolate(schedule: Schedule, t: np.ndarray) -> Level:
+    noisy = Level(*(leaf[1:] for leaf in schedule))
+    half = np.interp(t, noisy.t, logsnr(noisy) / 2)
+    if is_variance_preserving(schedule):
+        return _from_logsnr(t, 2 * half)
+    with np.errstate(divide="ignore"):
+        alpha = np.exp(np.interp(t, noisy.t, np.log(noisy.alpha)))
+    return Level(t, alpha, alpha * np.exp(-half))
+
+
+def t_of_logsnr(schedule: Schedule, value: Any) -> np.ndarray:
+    """The t in 1..T, a fraction in general, where the schedule has this logsnr: the inverse of `logsnr(at(...))`.
+    Values beyond its ends give 1 or T. ValueError where level T has no signal, since its logsnr is not finite.
+    """
+    _check_signal(schedule)
+    return np.interp(-np.asarray(value, np.float64), -logsnr(schedule)[1:], schedule.t[1:])
+
+
+def _check_signal(schedule: Schedule) -> None:
+    if schedule.alpha[-1] == 0:
         raise ValueError(
-            f"level {index.min() if index.min() < 0 else index.max()} is not on the schedule: use 0..{last}"
+            f"level {length(schedule)} has no signal, so levels cannot be placed by logsnr: use trailing spacing"
         )
-    return Level(*(np.asarray(leaf)[index] for leaf in schedule))
 
 
 # ---------------------------------------------------------------------------------------------- schedules
@@ -70,21 +104,168 @@ def from_betas(betas: Sequence[float] | np.ndarray) -> Schedule:
     return Level(np.arange(len(betas) + 1), np.exp(log_alpha2 / 2), np.sqrt(0 - np.expm1(log_alpha2)))
 
 
+def from_alphas(alpha: Sequence[float] | np.ndarray, sigma: Sequence[float] | np.ndarray | None = None) -> Schedule:
+    """The schedule with the given amplitudes at levels 1..T (the paper's alpha-bar, or `alphas_cumprod`, is their
+    square), and noise sigma; without sigma, variance-preserving: sigma = sqrt(1 - alpha**2).
+
+    alpha, sigma: [T]. ValueError unless all are finite, alpha is 0 or more (0 at level T only) and at most 1 without
+    sigma, sigma is above 0, and the signal-to-noise ratio decreases at every level.
+    """
+    alpha = np.asarray(alpha, np.float64)
+    if alpha.ndim != 1 or not len(alpha):
+        raise ValueError(f"alphas are a list of at least one number, got shape {alpha.shape}")
+    if sigma is None:
+        _check_each("alpha", alpha, (alpha >= 0) & (alpha < 1), "lies between 0 and 1")
+        sigma = np.sqrt((1 - alpha) * (1 + alpha))
+    sigma = np.asarray(sigma, np.float64)
+    if sigma.shape != alpha.shape:
+        raise ValueError(f"there are {len(alpha)} alphas and sigmas of shape {sigma.shape}: give one sigma per alpha")
+    return _checked(alpha, sigma)
+
+
+def from_logsnr(function: Callable[[np.ndarray], np.ndarray], T: int = 1000) -> Schedule:
+    """The variance-preserving schedule with logsnr = function(t/T) at levels t = 1..T, alpha**2 = sigmoid(logsnr):
+    the continuous view of variational diffusion models (arXiv:2107.00630).
+
+    function: of an array [T] in (0, 1], strictly decreasing and finite (else ValueError).
+    """
+    t = np.arange(1, _positive(T) + 1)
+    value = np.broadcast_to(np.asarray(function(t / T), np.float64), t.shape)
+    _check_each("logsnr", value, np.isfinite(value), "is finite")
+    return _checked(*_from_logsnr(t, value)[1:])
+
+
+def _from_logsnr(t: np.ndarray, value: np.ndarray) -> Level:
+    with np.errstate(over="ignore"):
+        return Level(t, (1 + np.exp(-value)) ** -0.5, (1 + np.exp(value)) ** -0.5)
+
+
 def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
     """Betas from `first` to `last` in equal steps: DDPM, section 4 (arXiv:2006.11239).
 
-    The defaults belong to T = 1000: a shorter chain with the same betas does not reach noise.
+    The defaults belong to T = 1000: a shorter chain with the same betas does not reach noise. `rescaled_linear` does.
     """
     return from_betas(np.linspace(first, last, _positive(T)))
+
+
+def rescaled_linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
+    """`linear` with its betas times 1000/T, which reaches the same noise at any T: improved DDPM (arXiv:2102.09672).
+
+    ValueError where that makes a beta of 1 or more: with the defaults, for T of 20 and less.
+    """
+    return linear(T, first * 1000 / _positive(T), last * 1000 / T)
+
+
+def scaled_linear(T: int = 1000, first: float = 0.00085, last: float = 0.012) -> Schedule:
+    """Betas whose roots go from sqrt(first) to sqrt(last) in equal steps: latent diffusion (arXiv:2112.10752)."""
+    return from_betas(np.linspace(first**0.5, last**0.5, _positive(T)) ** 2)
 
 
 def cosine(T: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Schedule:
     """alpha_t**2 = f(t)/f(0), f(t) = cos((t/T + offset)/(1 + offset) * pi/2)**2, each beta at most `largest`:
     equation 17 of improved DDPM (arXiv:2102.09672).
     """
-    t = np.arange(_positive(T) + 1) / T
-    f = np.cos((t + offset) / (1 + offset) * np.pi / 2) ** 2
-    return from_betas(np.minimum(1 - f[1:] / f[:-1], largest))
+    return _from_curve(np.cos((np.arange(_positive(T) + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2, largest)
+
+
+def sigmoid(
+    T: int = 1000, start: float = -3.0, end: float = 3.0, temperature: float = 1.0, largest: float = 0.999
+) -> Schedule:
+    """alpha_t**2 = (f(T) - f(t))/(f(T) - f(0)), f(t) = 1/(1 + exp(-(start + t/T*(end - start))/temperature)), each beta
+    at most `largest`: algorithm 1 of arXiv:2301.10972. ValueError unless start < end and temperature > 0.
+    """
+    if not (start < end and temperature > 0):
+        raise ValueError(
+            f"sigmoid goes from {start} to {end} at temperature {temperature}: end must be above start, and temperature"
+            " above 0"
+        )
+    ramp = np.linspace(start, end, _positive(T) + 1) / temperature
+    return _from_curve(1 / (1 + np.exp(-ramp[-1])) - 1 / (1 + np.exp(-ramp)), largest)
+
+
+def _from_curve(alpha2: np.ndarray, largest: float) -> Schedule:
+    # Up to a factor: only ratios count. A curve that ends at 0 would take a beta of 1.
+    return from_betas(np.minimum(1 - alpha2[1:] / alpha2[:-1], largest))
+
+
+def edm(T: int = 1000, smallest: float = 0.002, largest: float = 80.0, rho: float = 7.0) -> Schedule:
+    """The variance-exploding schedule of EDM, equation 5 (arXiv:2206.00364): alpha 1, and sigma**(1/rho) in equal steps
+    from `smallest` at level 1 to `largest` at level T. ValueError unless 0 < smallest < largest and rho > 0.
+    """
+    if not (0 < smallest < largest and rho > 0):
+        raise ValueError(f"sigma goes from {smallest} to {largest} with rho {rho}: use 0 < smallest < largest, rho > 0")
+    return from_alphas(np.ones(_positive(T)), _ramp(smallest, largest, T, rho))
+
+
+def _ramp(first: float, last: float, n: int, rho: float) -> np.ndarray:
+    return np.linspace(first ** (1 / rho), last ** (1 / rho), n) ** rho
+
+
+def zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """The same schedule with no signal left at level T: alpha_t <- (alpha_t - alpha_T)*alpha_1/(alpha_1 - alpha_T),
+    algorithm 1 of arXiv:2305.08891. Networks for it predict v or x0, since eps says nothing of x0 at level T.
+
+    ValueError for a schedule that does not preserve the variance, or has one noisy level only.
+    """
+    check_variance_preserving(schedule, "zero_terminal_snr")
+    if length(schedule) < 2:
+        raise ValueError("zero_terminal_snr keeps level 1 and empties level T: it takes two levels or more")
+    alpha, sigma = schedule.alpha[1:], schedule.sigma[1:]
+    # In terms of 1 - alpha = sigma**2/(1 + alpha), which keeps its digits near the data.
+    missing = sigma**2 / (1 + alpha)
+    stretch = alpha[0] / (missing[-1] - missing[0])
+    rescaled = (missing[-1] - missing) * stretch
+    return _checked(rescaled, np.sqrt((missing[0] + (missing - missing[0]) * stretch) * (1 + rescaled)))
+
+
+def is_variance_preserving(schedule: Schedule) -> bool:
+    """Whether alpha**2 + sigma**2 is 1 at every level, to one part in a million."""
+    return bool(np.abs(schedule.alpha**2 + schedule.sigma**2 - 1).max() < 1e-6)
+
+
+def check_variance_preserving(schedule: Schedule, who: str) -> None:
+    """ValueError, naming the level that is farthest off and `who` asks, where alpha**2 + sigma**2 is not 1."""
+    if not is_variance_preserving(schedule):
+        total = schedule.alpha**2 + schedule.sigma**2
+        i = int(np.argmax(np.abs(total - 1)))
+        raise ValueError(
+            f"{who} is defined for variance-preserving schedules, and here alpha**2 + sigma**2 is {total[i]:.6g}"
+            f" at level {schedule.t[i]}: use schedule.variance_preserving(...) of it"
+        )
+
+
+def variance_preserving(level: Level) -> Level:
+    """The same levels (or schedule) with alpha**2 + sigma**2 = 1: x_t divided by sqrt(alpha**2 + sigma**2)."""
+    scale = np.hypot(level.alpha, level.sigma)
+    return Level(level.t, level.alpha / scale, level.sigma / scale)
+
+
+def variance_exploding(level: Level) -> Level:
+    """The same levels (or schedule) with alpha = 1: x_t divided by alpha. ValueError where alpha is 0."""
+    if not np.all(level.alpha):
+        raise ValueError("a level without signal has no variance-exploding form: its sigma would be infinite")
+    return Level(level.t, np.ones_like(level.alpha), level.sigma / level.alpha)
+
+
+def _checked(alpha: np.ndarray, sigma: np.ndarray) -> Schedule:
+    """With data before them, after the checks that every schedule owes."""
+    first = np.arange(len(alpha)) < len(alpha) - 1
+    _check_each("alpha", alpha, np.isfinite(alpha) & ((alpha > 0) | ((alpha == 0) & ~first)), "is above 0")
+    _check_each("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "is above 0")
+    schedule = Level(np.arange(len(alpha) + 1), np.append(1.0, alpha), np.append(0.0, sigma))
+    stays = np.diff(logsnr(schedule)) >= 0
+    if stays.any():
+        i = int(np.argmax(stays))
+        raise ValueError(
+            f"logsnr does not decrease from level {i} to level {i + 1}: every level is noisier than the last"
+        )
+    return schedule
+
+
+def _check_each(name: str, values: np.ndarray, right: np.ndarray, rule: str) -> None:
+    if not right.all():
+        i = int(np.argmin(right))
+        raise ValueError(f"{name}_{i + 1} is {values[i]}: every {name} {rule}")
 
 
 # ---------------------------------------------------------------------------------------------- spacings
@@ -129,11 +310,43 @@ def quadratic(schedule: Schedule, steps: int) -> np.ndarray:
     return levels[::-1].copy()
 
 
-SPACINGS: dict[str, Spacing] = {f.__name__: f for f in (trailing, leading, linspace, quadratic)}
+def karras(schedule: Schedule, steps: int, rho: float = 7.0) -> np.ndarray:
+    """(sigma/alpha)**(1/rho) in equal steps from level T to level 1, both included: EDM, equation 5
+    (arXiv:2206.00364), on any schedule. Fractions in general; ValueError for a schedule without signal at level T.
+    """
+    if not rho > 0:
+        raise ValueError(f"rho is {rho}: use a number above 0")
+    first, last = np.exp(-_ends(schedule, steps) / 2)
+    return _by_logsnr(schedule, -2 * np.log(_ramp(first, last, steps, rho)))
+
+
+def uniform_logsnr(schedule: Schedule, steps: int) -> np.ndarray:
+    """logsnr in equal steps from level T to level 1, both included: DPM-Solver, section 3.4 (arXiv:2206.00927).
+    Fractions in general; ValueError for a schedule without signal at level T.
+    """
+    first, last = _ends(schedule, steps)
+    return _by_logsnr(schedule, np.linspace(first, last, steps))
+
+
+def _ends(schedule: Schedule, steps: int) -> np.ndarray:
+    T = _check_steps(schedule, steps)
+    _check_signal(schedule)
+    return logsnr(at(schedule, [T, 1]))
+
+
+def _by_logsnr(schedule: Schedule, values: np.ndarray) -> np.ndarray:
+    t = t_of_logsnr(schedule, values)
+    t[-1], t[0] = 1, length(schedule)  # exactly; one step alone starts at noise
+    return t
+
+
+SPACINGS: dict[str, Spacing] = {f.__name__: f for f in (trailing, leading, linspace, quadratic, karras, uniform_logsnr)}
 
 
 def check_levels(schedule: Schedule, t: Any) -> np.ndarray:
-    """t as int64 [N], N >= 1, or a ValueError: levels that a sampler visits are strictly decreasing, in 1..T."""
+    """t as int64 or float64 [N], N >= 1, or a ValueError: levels that a sampler visits are strictly decreasing, in
+    1..T. Any explicit list of such levels is a spacing.
+    """
     t = np.asarray(t)
     if t.ndim != 1 or not len(t):
         raise ValueError(f"a sampler visits a list of at least one level, got shape {t.shape}")
@@ -143,7 +356,7 @@ def check_levels(schedule: Schedule, t: Any) -> np.ndarray:
     if (np.diff(t) >= 0).any():
         i = int(np.argmax(np.diff(t) >= 0))
         raise ValueError(f"levels must decrease strictly, got {t[i]} before {t[i + 1]}")
-    return t.astype(np.int64)
+    return t.astype(np.float64 if t.dtype.kind == "f" else np.int64)
 
 
 def _positive(T: int) -> int:

@@ -1,54 +1,91 @@
-"""Laws as code: hypothesis strategies and exact oracles, public, so that users can hold their own schedules, samplers
-and denoisers to what the library's own are held to.
+"""Laws as code, public: hypothesis strategies, exact oracles, and checks that hold your own schedule, sampler or
+denoiser to what the library's own are held to.
 
-    from hypothesis import given
-    from diffjax.testing import plan_errors, schedules
+    import numpy as np
+    from hypothesis import given, strategies as st
+    from diffjax import testing
 
-    @given(schedules())
-    def test_my_sampler(schedule):
-        assert plan_errors(my_plan(schedule))["mean"] < 1e-12
+    @given(testing.schedules(), st.data())
+    def test_my_sampler_keeps_mean_and_variance(schedule, data):
+        plan = my_sampler(schedule, data.draw(testing.visits(schedule)))
+        testing.assert_plan(plan)
+
+    def test_my_sampler_converges_at_order_two():
+        testing.assert_order(my_sampler, 2)
+
+Everything here is numpy in float64.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from diffjax import sampler, schedule
+from diffjax import sampler, schedule, solvers
 from diffjax.denoiser import Denoiser
 from diffjax.process import expand
 from diffjax.sampler import Plan
 from diffjax.schedule import Level, Schedule
 
+Maker = Callable[[Schedule, Any], Plan]  # (schedule, t) -> plan
+DATA = Level(0, 1.0, 0.0)
+
+# ---------------------------------------------------------------------------------------------- strategies
+
 
 @st.composite
-def schedules(draw: st.DrawFn, most: int = 300) -> Schedule:
-    """Schedules of 1..most levels: linear, cosine, and any betas."""
+def schedules(draw: st.DrawFn, most: int = 300, exploding: bool = False, terminal: bool = False) -> Schedule:
+    """Variance-preserving schedules of 1..most levels, of every kind and of any betas; with `exploding` also
+    variance-exploding ones, with `terminal` also such without signal at level T.
+    """
     T = draw(st.integers(1, most))
-    kind = draw(st.sampled_from(["linear", "cosine", "betas"]))
+    kinds = ["linear", "scaled_linear", "cosine", "sigmoid", "logsnr", "betas"]
+    kinds += ["edm", "exploding"] * exploding + ["terminal"] * (terminal and T > 1)
+    kind = draw(st.sampled_from(kinds))
     if kind == "linear":
         first = draw(st.floats(1e-5, 0.01))
         return schedule.linear(T, first, draw(st.floats(first, 0.2)))
+    if kind == "scaled_linear":
+        return schedule.scaled_linear(T, 1e-4, draw(st.floats(1e-3, 0.3)))
     if kind == "cosine":
         return schedule.cosine(T, draw(st.floats(1e-3, 0.1)))
+    if kind == "sigmoid":
+        return schedule.sigmoid(T, draw(st.floats(-4, 0)), draw(st.floats(1, 4)))
+    if kind == "logsnr":
+        top, bottom = draw(st.floats(2, 12)), draw(st.floats(-12, 0))
+        return schedule.from_logsnr(lambda u: top + (bottom - top) * u, T)
+    if kind == "edm":
+        return schedule.edm(T, draw(st.floats(1e-3, 0.1)), draw(st.floats(1, 100)))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    return schedule.from_betas(10 ** generator.uniform(-4, -0.1, T))
+    levels = schedule.from_betas(10 ** generator.uniform(-4, -0.1, T))
+    if kind == "exploding":
+        # Far from the data alpha**2 vanishes in float64, where no such form exists.
+        return schedule.variance_exploding(Level(*(leaf[: 1 + min(T, 30)] for leaf in levels)))
+    return schedule.zero_terminal_snr(levels) if kind == "terminal" else levels
 
 
 @st.composite
-def visits(draw: st.DrawFn, levels: Schedule) -> np.ndarray:
-    """Levels that a sampler may visit: any decreasing choice of 1..T."""
+def visits(draw: st.DrawFn, levels: Schedule, most: int = 20, fractions: bool = False) -> np.ndarray:
+    """Levels that a sampler may visit: any decreasing choice of 1..T; with `fractions` of what lies between, too."""
     T = schedule.length(levels)
-    chosen = draw(st.sets(st.integers(1, T), min_size=1, max_size=min(T, 20)))
-    return np.array(sorted(chosen, reverse=True))
+    chosen = draw(st.sets(st.integers(1, T), min_size=1, max_size=min(T, most)))
+    t = np.array(sorted(chosen, reverse=True))
+    if fractions and T > 1 and levels.alpha[-1] > 0:
+        t = np.unique(np.clip(t + draw(st.sampled_from([0.0, 0.25, -0.5])), 1, T))[::-1]
+    return t
 
 
 @st.composite
-def pairs(draw: st.DrawFn) -> tuple[Level, Level]:
-    """Neighbouring levels (t, s) of a schedule, t noisier than s, s perhaps data."""
-    levels = draw(schedules())
+def pairs(draw: st.DrawFn, **kinds: bool) -> tuple[Level, Level]:
+    """Two levels (t, s) of a schedule, t noisier than s, s perhaps data; kinds as in `schedules`."""
+    levels = draw(schedules(**kinds))
     t = draw(st.integers(1, schedule.length(levels)))
     return schedule.at(levels, t), schedule.at(levels, draw(st.integers(0, t - 1)))
+
+
+# ---------------------------------------------------------------------------------------------- oracles
 
 
 def gaussian_denoiser(mean: Any, std: Any) -> Denoiser:
@@ -65,20 +102,41 @@ def gaussian_denoiser(mean: Any, std: Any) -> Denoiser:
     return denoise
 
 
-def gaussian_flow(x_T: Any, level: Level, mean: Any, std: Any) -> Any:
-    """Where the probability flow of N(mean, std**2) takes x_T at `level` on its way to data: it keeps the distance to
-    the mean in units of the standard deviation.
+def gaussian_flow(x_t: Any, level: Level, mean: Any, std: Any, to: Level = DATA) -> Any:
+    """Where the probability flow of N(mean, std**2) takes x_t at `level`: it keeps the distance to the mean in units of
+    the standard deviation.
     """
-    spread = (level.alpha**2 * std**2 + level.sigma**2) ** 0.5
-    return mean + std * (x_T - level.alpha * mean) / spread
+    before = (level.alpha**2 * std**2 + level.sigma**2) ** 0.5
+    after = (to.alpha**2 * std**2 + to.sigma**2) ** 0.5
+    return to.alpha * mean + after * (x_t - level.alpha * mean) / before
 
 
-def run_plan(denoise: Denoiser, plan: Plan, x: Any, z: Any = None) -> Any:
-    """A plan row by row in numpy, float64, with the noise z [N, ...] given: what `sampler.advance` must agree with."""
-    x0_1 = x0_2 = np.zeros_like(x)
-    for i in range(plan.steps):
-        level = Level(*(leaf[i] for leaf in plan.level))
-        x0 = denoise(x, level)
+def finite_denoiser(points: np.ndarray, std: float = 0.0) -> Denoiser:
+    """E[x0 | x_t] where data is one of the points [M, ...] at random, blurred by noise of `std`: the mean of what each
+    point says, weighted by how well it explains x_t. Nonlinear, and exact for any data set. Levels: scalar leaves.
+    """
+    flat = points.reshape(len(points), -1)
+
+    def denoise(x_t: Any, level: Level) -> Any:
+        x = np.reshape(x_t, (len(x_t), -1))
+        spread = level.alpha**2 * std**2 + level.sigma**2
+        misfit = ((x[:, None] - level.alpha * flat) ** 2).sum(-1) / (2 * spread)
+        weights = np.exp(misfit.min(1, keepdims=True) - misfit)
+        center = weights / weights.sum(1, keepdims=True) @ flat
+        return (center + level.alpha * std**2 / spread * (x - level.alpha * center)).reshape(np.shape(x_t))
+
+    return denoise
+
+
+def run_plan(
+    denoise: Denoiser, plan: Plan, x: Any, z: Any = None, history: tuple[Any, Any] | None = None, rows: Any = None
+) -> Any:
+    """A plan row by row, with the noise z [N, ...] given: what `sampler.advance` must agree with. history: the two
+    estimates of x0 before the first row, zeros if None; rows: their indices, all if None.
+    """
+    x0_1, x0_2 = history or (np.zeros_like(x), np.zeros_like(x))
+    for i in range(plan.steps) if rows is None else rows:
+        x0 = denoise(x, row_level(plan, i))
         x = plan.a[i] * x + plan.b[i] * x0 + plan.c[i, 0] * x0_1 + plan.c[i, 1] * x0_2
         if plan.d is not None:
             x = x + plan.d[i] * z[i]
@@ -86,27 +144,138 @@ def run_plan(denoise: Denoiser, plan: Plan, x: Any, z: Any = None) -> Any:
     return x
 
 
-def plan_errors(plan: Plan) -> dict[str, float]:
-    """By how much the rows of a plan miss what every sampler owes, at the worst row:
+def row_level(plan: Plan, i: int) -> Level:
+    """The level where row i calls the denoiser."""
+    return Level(*(leaf[i] for leaf in plan.level))
 
-    mean: a*alpha_t + b + c1 + c2 = alpha_s, so that the true x0 stays the mean;
-    variance: a**2*sigma_t**2 + d**2 = sigma_s**2, so that x_s is as noisy as its level says (not owed by fixed_large,
-    nor by rows with c);
-    landing: the last row returns x0 exactly.
+
+def moments(plan: Plan, denoise: Denoiser, mean: float, variance: float) -> tuple[float, float]:
+    """Mean and variance of what a plan makes of x_T ~ N(mean, variance), without sampling: with a denoiser that is
+    affine in x, rows pass the joint mean and covariance of (x, x0_1, x0_2) on exactly. Elementwise.
     """
-    alpha_s, sigma_s = np.append(plan.level.alpha[1:], 1.0), np.append(plan.level.sigma[1:], 0.0)
+    m, cov = np.array([mean, 0.0, 0.0]), np.diag([variance, 0.0, 0.0])
+    zero: Any = np.zeros(1)
+    for i in range(plan.steps):
+        level = row_level(plan, i)
+        offset = denoise(zero, level)[0]
+        slope = denoise(zero + 1, level)[0] - offset
+        c_1, c_2 = plan.c[i]
+        matrix = np.array([[plan.a[i] + plan.b[i] * slope, c_1, c_2], [slope, 0, 0], [0, 1, 0]])
+        m = matrix @ m + np.array([plan.b[i] * offset, offset, 0])
+        cov = matrix @ cov @ matrix.T
+        cov[0, 0] += 0 if plan.d is None else plan.d[i] ** 2
+    return float(m[0]), float(cov[0, 0])
+
+
+# ---------------------------------------------------------------------------------------------- laws
+
+
+def assert_schedule(levels: Schedule) -> None:
+    """Index 0 is data, logsnr decreases at every level, all is finite float64, and respacing is indexing."""
+    assert (levels.t[0], levels.alpha[0], levels.sigma[0]) == (0, 1, 0), "index 0 is data: alpha 1, sigma 0"
+    assert list(levels.t) == list(range(len(levels.t))), "t counts the levels"
+    assert all(leaf.dtype == np.float64 and np.isfinite(leaf).all() for leaf in levels[1:]), "tables: finite float64"
+    assert (np.diff(schedule.logsnr(levels)) < 0).all(), "logsnr decreases"
+    for t in (np.arange(len(levels.t))[::-1], 0, schedule.length(levels)):
+        for picked, leaf in zip(schedule.at(levels, t), levels, strict=True):
+            assert np.array_equal(picked, leaf[t]), "respacing is indexing"
+
+
+def plan_errors(plan: Plan, landing: Level = DATA) -> dict[str, np.ndarray]:
+    """By how much each row of a plan misses what every sampler owes, [N]; level s is where the row lands:
+
+    mean: a*alpha_t + b + c1 + c2 - alpha_s, so that the true x0 stays the mean;
+    variance: (a**2*sigma_t**2 + d**2)/sigma_s**2 - 1, so that x_s is as noisy as its level says. Owed by all but the
+    variances larger than fixed_small and by inflated churn, which exceed it; where sigma_s is 0, of d**2 itself.
+    """
+    alpha_s, sigma_s = np.append(plan.level.alpha[1:], landing.alpha), np.append(plan.level.sigma[1:], landing.sigma)
     d = 0.0 if plan.d is None else plan.d
-    last = (
-        abs(plan.a[-1]) + abs(plan.b[-1] - 1) + np.abs(plan.c[-1]).sum() + (0.0 if plan.d is None else abs(plan.d[-1]))
-    )
+    noise = plan.a**2 * plan.level.sigma**2 + d**2
     return {
-        "mean": float(np.abs(plan.a * plan.level.alpha + plan.b + plan.c.sum(1) - alpha_s).max()),
-        "variance": float(np.abs(plan.a**2 * plan.level.sigma**2 + d**2 - sigma_s**2).max()),
-        "landing": float(last),
+        "mean": plan.a * plan.level.alpha + plan.b + plan.c.sum(1) - alpha_s,
+        "variance": np.where(sigma_s > 0, noise / np.where(sigma_s > 0, sigma_s, 1) ** 2 - 1, noise),
     }
 
 
-def all_plans(levels: Schedule, t: Any) -> dict[str, Plan]:
-    """Every kind of plan over the same visits, for laws that hold for all."""
-    plans = {f"ddim, eta {eta}": sampler.ddim(levels, t, eta) for eta in (0.0, 0.3, 1.0)}
-    return plans | {f"ddpm, {name}": sampler.ddpm(levels, t, std) for name, std in sampler.VARIANCES.items()}
+def assert_plan(plan: Plan, variance: bool = True, tolerance: float = 1e-12) -> None:
+    """Rows keep the mean, and (unless not owed) the variance; levels never get noisier but by churn, whose rows draw
+    noise; the last row returns x0 exactly; and rows are numbered from 1.
+    """
+    sampler.check_plan(plan)
+    errors = plan_errors(plan)
+    worst = np.abs(errors["mean"]).max()
+    assert worst <= tolerance, f"a*alpha_t + b + c1 + c2 misses alpha_s by {worst:.3g}"
+    worst = np.abs(errors["variance"]).max()
+    assert not variance or worst <= tolerance, f"a**2*sigma_t**2 + d**2 misses sigma_s**2 by {worst:.3g} of it"
+    rises = np.flatnonzero(np.diff(plan.level.t) > 0)
+    assert not len(rises) or (plan.d is not None and (plan.d[rises] > 0).all()), "levels rise without noise"
+    last = (plan.a[-1], plan.b[-1], *plan.c[-1], 0.0 if plan.d is None else plan.d[-1])
+    assert last == (0, 1, 0, 0, 0), f"the last row is not x0: its coefficients are {last}"
+    assert list(plan.number) == list(range(1, plan.steps + 1)), "rows are numbered from 1"
+
+
+def measured_order(make: Maker, steps: Sequence[int] = (40, 80, 160, 320), warm: int = 0) -> np.ndarray:
+    """Order of convergence to the exact probability flow of Gaussian data, one slope per doubling of the steps.
+
+    On lambda = log(alpha/sigma) from -1 to 2 in equal steps, both ends away from infinity, since onto data every
+    sampler is of order one. warm: rows at the start that are replaced by the exact solution, for samplers that need
+    history.
+    """
+    mean, std, x = 0.3, 0.5, np.linspace(-2, 2, 5)
+    denoise, errors = gaussian_denoiser(mean, std), []
+    for n in steps:
+        # Level n + 1 has lambda -1, level 1 has 2; the row from level 1 onto data is left out.
+        levels = schedule.from_logsnr(lambda u, n=n: 2 * (2 - 3 * (u * (n + 1) - 1) / n), n + 1)
+        plan = make(levels, np.arange(n + 1, 0, -1))
+        exact = [gaussian_flow(x, row_level(plan, 0), mean, std, row_level(plan, i)) for i in range(warm + 1)]
+        estimates = [denoise(exact[i], row_level(plan, i)) for i in range(warm)]
+        history = (estimates[-1], estimates[-2]) if warm > 1 else None
+        found = run_plan(denoise, plan, exact[warm], history=history, rows=range(warm, plan.steps - 1))
+        expected = gaussian_flow(x, row_level(plan, 0), mean, std, schedule.at(levels, 1))
+        errors.append(np.abs(found - expected).max())
+    return np.log2(np.divide(errors[:-1], errors[1:])) / np.log2(np.divide(steps[1:], steps[:-1]))
+
+
+def assert_order(make: Maker, order: float, warm: int = 0) -> None:
+    """The measured order of convergence is `order`, to a quarter, at every doubling of the steps from 40 to 320."""
+    slopes = measured_order(make, warm=warm)
+    assert (np.abs(slopes - order) <= 0.25).all(), f"the measured order is {slopes}, not {order}"
+
+
+def assert_denoiser(denoise: Denoiser, x: Any, levels: Schedule, tolerance: float = 1e-5) -> None:
+    """A denoiser is a function of each image and its level alone: finite, of the shape of x [B, ...], the same for a
+    level given once and given per image, and the same whatever else is in the batch. tolerance: of the largest value.
+    """
+    T = schedule.length(levels)
+    for t in {1, (T + 1) // 2, T}:
+        level = schedule.at(levels, t)
+        whole = np.asarray(denoise(x, level))
+        assert whole.shape == np.shape(x), f"{whole.shape} for samples of {np.shape(x)}"
+        assert np.isfinite(whole).all(), f"not finite at level {t}"
+        bound = tolerance * max(1, np.abs(whole).max())
+        each = schedule.at(levels, np.full(len(x), t))
+        assert np.abs(np.asarray(denoise(x, each)) - whole).max() <= bound, "a level per image changes the estimate"
+        assert np.abs(np.asarray(denoise(x[:1], level)) - whole[:1]).max() <= bound, "the batch changes the estimate"
+        assert np.abs(np.asarray(denoise(x[::-1], level))[::-1] - whole).max() <= bound, "the order of a batch matters"
+
+
+# Every kind of plan that the library makes, for laws that hold for all.
+MAKERS: dict[str, Maker] = {
+    "ddim": sampler.ddim,
+    "ddim, eta 0.3": partial(sampler.ddim, eta=0.3),
+    "ddim, eta 1": partial(sampler.ddim, eta=1.0),
+    "ddpm": sampler.ddpm,
+    "dpm_solver_pp_2m": solvers.dpm_solver_pp_2m,
+    "dpm_solver_pp_2m, eta 0.5": partial(solvers.dpm_solver_pp_2m, eta=0.5),
+    "dpm_solver_pp_2m, eta 1": partial(solvers.dpm_solver_pp_2m, eta=1.0),
+    "dpm_solver_pp_3m": solvers.dpm_solver_pp_3m,
+    "exponential_ab3": solvers.exponential_ab3,
+    "unipc_2": solvers.unipc_2,
+    "heun": solvers.heun,
+    "consistency": solvers.consistency,
+}
+CHURNING: dict[str, Maker] = {"edm": partial(solvers.edm, inflation=1.0)}  # needs signal at every level
+EXCESSIVE: dict[str, Maker] = {  # leave more noise than a level has; for variance-preserving schedules
+    "ddpm, fixed_large": sampler.sigma_hat,
+    "ddpm, interpolated 0.3": partial(sampler.ddpm, std=sampler.interpolated(0.3)),
+}

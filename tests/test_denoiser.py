@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from diffjax import denoiser, process, schedule
 from diffjax.schedule import Level
+from diffjax.testing import assert_denoiser
 
 NULL = 10
 LEVELS = schedule.linear(1000)
@@ -69,6 +70,59 @@ def test_guiding_x0_is_guiding_eps_as_the_paper_writes_it():
     eps = scale * network(0.7, x, t, labels) - (scale - 1) * network(0.7, x, t, jnp.full_like(labels, NULL))
     guided = denoiser.guide(conditional(), labels, NULL, scale)(x, level)
     np.testing.assert_allclose(guided, process.x0_from_eps(x, eps, level), atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score"])
+@pytest.mark.parametrize("t", [1, 400, 1000])
+def test_guidance_commutes_with_the_prediction(prediction, t):
+    """Guiding x0 and then reading a prediction from it is guiding the prediction, for all are affine in x0."""
+    x, labels, _ = inputs()
+    x, scale, level, kind = x.astype(jnp.float64), 3.0, schedule.at(LEVELS, t), process.PREDICTIONS[prediction]
+    steps = jnp.full(len(x), t - 1)
+    said = [network(0.7, x, steps, condition) for condition in (labels, jnp.full_like(labels, NULL))]
+    x0 = denoiser.guide(conditional(prediction), labels, NULL, scale)(x, level)
+    guided = said[1] + scale * (said[0] - said[1])
+    again = kind.target(x0, process.eps_from_x0(x, x0, level), level)
+    # Near the data, eps is what is left of x0, over sigma.
+    np.testing.assert_allclose(again, guided, rtol=0, atol=1e-10 * np.abs(guided).max())
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_order_of_pairs_does_not_matter():
+    """(null, condition) pairs with the scale 1 - scale are the same guidance, and so are images in another order."""
+    x, labels, level = inputs()
+    x = x.astype(jnp.float64)
+    guided = denoiser.guide(conditional(), labels, NULL, 3.0)(x, level)
+    nulls = jnp.full_like(labels, NULL)
+    turned = denoiser.guide(conditional(), nulls, labels, 1 - 3.0)(x, level)
+    np.testing.assert_allclose(turned, guided, atol=1e-10)
+    order = jnp.array([3, 1, 5, 0, 2, 4])
+    np.testing.assert_allclose(denoiser.guide(conditional(), labels[order], NULL, 3.0)(x[order], level), guided[order])
+
+
+def test_a_guided_denoiser_obeys_the_laws_of_denoisers():
+    x, labels, _ = inputs(batch=4)
+    labels = jnp.full(4, 3)  # the law swaps images
+
+    def guided(x, level):
+        denoise = denoiser.guide(conditional("v"), labels[: len(x)], NULL, 2.0)
+        level = Level(*(jnp.asarray(leaf) for leaf in level))
+        return denoiser.clip(denoise)(x, level)
+
+    assert_denoiser(guided, x, LEVELS)
+
+
+@pytest.mark.parametrize("broken", [lambda x, level: x - x.mean(0), lambda x, level: x[:, :1], lambda x, level: x / 0])
+def test_a_denoiser_that_breaks_a_law_is_told(broken):
+    with np.errstate(all="ignore"), pytest.raises(AssertionError):
+        assert_denoiser(broken, np.arange(12.0).reshape(4, 3), LEVELS)
+
+
+def test_a_network_with_learned_variance_is_named():
+    denoise = denoiser.from_network(lambda p, x, t, c: jnp.concatenate([x, x], -1), None, process.PREDICTIONS["eps"])
+    with pytest.raises(ValueError, match=r"says \(2, 4, 4, 6\) of samples \(2, 4, 4, 3\).* learned variance"):
+        jax.eval_shape(denoiser.condition_on(denoise, None), jnp.zeros((2, 4, 4, 3)), schedule.at(LEVELS, 5))
 
 
 def test_one_pass_of_interleaved_pairs():

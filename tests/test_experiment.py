@@ -1,13 +1,17 @@
 import json
+import typing
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffjax import experiment
-from diffjax.experiment import Config, Data, Network, Train
+from diffjax import experiment, loss, process, schedule
+from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from diffjax.testing import assert_schedule
 
 
 @pytest.mark.parametrize("name", experiment.names())
@@ -53,3 +57,40 @@ def test_large_gradients_are_clipped():
     params = jnp.zeros(4)
     _, state = optimizer.update(jnp.full(4, 100.0), optimizer.init(params), params)
     assert float(jnp.sum(optax.tree.get(state, "nu"))) == pytest.approx(0.001 * 0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(experiment.Diffusion)["schedule"]))
+@pytest.mark.parametrize("T", [100, 1000])
+def test_every_named_schedule_keeps_the_variance_and_reaches_noise(name, T):
+    levels = experiment.build_schedule(Config(diffusion=Diffusion(schedule=name, T=T)))
+    assert_schedule(levels)
+    assert schedule.is_variance_preserving(levels)
+    assert levels.alpha[-1] < 0.07  # scaled_linear stops there, the others far below
+    emptied = experiment.build_schedule(Config(diffusion=Diffusion(schedule=name, T=T, zero_terminal_snr=True)))
+    assert emptied.alpha[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "built"),
+    [
+        (Train, "weighting", loss.WEIGHTINGS),
+        (Diffusion, "prediction", process.PREDICTIONS),
+        (Diffusion, "schedule", experiment.SCHEDULES),
+    ],
+)
+def test_every_name_that_can_be_asked_for_exists(kind, field, built):
+    assert set(typing.get_args(typing.get_type_hints(kind)[field])) <= set(built)
+
+
+@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(Train)["times"]))
+def test_levels_are_drawn_as_asked(name):
+    times = experiment.build_times(Config(train=Train(times=name, batch=8)))
+    t = times(jax.random.key(0), jnp.arange(16, 24, dtype=jnp.uint32), 1000)
+    assert ((t >= 1) & (t <= 1000)).all()
+    assert ((t[::2] + t[1::2] == 1001).all()) == (name == "antithetic")
+    assert (np.unique((np.asarray(t) - 1) // 125).size == 8) or name != "stratified"
+
+
+def test_antithetic_pairs_need_an_even_batch():
+    with pytest.raises(ValueError, match=r"train.batch is 7: antithetic levels come in pairs"):
+        experiment.build_times(Config(train=Train(times="antithetic", batch=7)))

@@ -7,16 +7,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the top of the house to the bottom.
 ROOMS = [
-    "schedule", "process", "denoiser", "sampler", "loss",
+    "schedule", "process", "denoiser", "sampler", "solvers", "loss",
     "models.unet",
-    "picture",
+    "picture", "plans",
     "training.step", "training.parallel", "training.data", "training.checkpoint", "training.loop",
     "evaluation.record", "evaluation.digits",
     "testing",
     "experiment", "cli", "run",
-    "demo",
+    "demo", "bench",
 ]  # fmt: skip
-MATHEMATICS = ROOMS[:5]
+MATHEMATICS = ROOMS[:6]
 
 
 def room(path):
@@ -54,7 +54,9 @@ def test_imports_point_one_way():
 def test_the_mathematics_imports_jax_and_numpy_alone():
     for path in FILES:
         if room(path) in MATHEMATICS:
-            assert imports(path)[1] <= {"jax", "numpy", "collections", "functools", "itertools", "typing"}, path.name
+            assert imports(path)[1] <= {"jax", "numpy", "collections", "functools", "itertools", "math", "typing"}, (
+                path.name
+            )
 
 
 def test_no_random_key_has_a_default():

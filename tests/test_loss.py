@@ -1,24 +1,127 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffjax import loss, process, schedule
-from diffjax.training.step import example_keys
+from diffjax.testing import schedules
 
 LEVELS = schedule.linear(1000)
+KEY = jax.random.key(0)
 
 
-def keys(n, seed=0):
-    return example_keys(seed, 0, jnp.arange(n, dtype=jnp.uint32))
+def indices(n, start=0):
+    return jnp.arange(start, start + n, dtype=jnp.uint32)
 
 
-def test_levels_are_uniform_over_all_noisy_ones():
-    levels = schedule.linear(10)
-    t = np.asarray(loss.sample_t(keys(20_000), levels))
-    assert set(t) == set(range(1, 11))
-    # Each share is 0.1 with standard deviation 0.0021.
-    np.testing.assert_allclose(np.bincount(t)[1:] / len(t), 0.1, atol=0.011)
+def keys(n):
+    return loss.example_keys(KEY, indices(n))
+
+
+# ------------------------------------------------------------------------------------------- draws of t
+
+TIMES = {"uniform": loss.uniform, "antithetic": loss.antithetic, "stratified": partial(loss.stratified, batch=50)}
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_levels_are_uniform_over_all_noisy_ones(name):
+    drawn = jax.vmap(lambda key: TIMES[name](key, indices(50), 10))(jax.random.split(KEY, 400))
+    assert set(np.unique(drawn)) == set(range(1, 11))
+    # Each share is 0.1 with standard deviation 0.003 where draws share nothing in pairs, and less if they do.
+    np.testing.assert_allclose(np.bincount(drawn.ravel())[1:] / drawn.size, 0.1, atol=0.012)
+    # And each example's own draws are uniform: 400 of them, standard deviation 0.015.
+    first = np.bincount(np.asarray(drawn)[:, 7], minlength=11)[1:] / 400
+    np.testing.assert_allclose(first, 0.1, atol=0.06)
+
+
+def test_a_stratified_batch_covers_all_levels_evenly():
+    for seed in range(5):
+        t = loss.stratified(jax.random.key(seed), indices(50, start=150), 10, batch=50)
+        assert (np.bincount(t)[1:] == 5).all()
+
+
+def test_antithetic_neighbours_mirror_each_other():
+    t = np.asarray(loss.antithetic(KEY, indices(64, start=128), 1000))
+    assert (t[::2] + t[1::2] == 1001).all()
+    assert len(set(t[::2])) > 25
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_draws_do_not_depend_on_how_a_batch_is_split(name):
+    whole = TIMES[name](KEY, indices(50), 1000)
+    parts = [TIMES[name](KEY, part, 1000) for part in np.split(indices(50), 5)]
+    assert (np.concatenate(parts) == whole).all()
+
+
+# ------------------------------------------------------------------------------------------- weightings
+
+
+@given(schedules(exploding=True).filter(lambda levels: schedule.length(levels) > 1), st.floats(0.5, 10))
+def test_weightings_are_those_of_their_papers_for_every_prediction(levels, gamma):
+    """Stated on the squared error of x0, and met by every prediction: weight * (output error)**2, where an error of x0
+    moves the output by its gain."""
+    snr = np.exp(schedule.logsnr(levels)[1:])
+    expected = {
+        partial(loss.min_snr, gamma=gamma): np.minimum(snr, gamma),
+        loss.truncated_snr: np.maximum(snr, 1),
+        partial(loss.edm, sigma_data=0.7): (1 / snr + 0.49) / (0.49 / snr),
+    }
+    for weighting, of_x0 in expected.items():
+        for name in ("eps", "x0", "v"):
+            prediction = process.PREDICTIONS[name]
+            weight = weighting(levels, prediction)[1:]
+            noisy = schedule.Level(*(leaf[1:] for leaf in levels))
+            x_t, x0 = 0.3 * levels.sigma[1:], 0.1
+            said = [prediction.target(x, process.eps_from_x0(x_t, x, noisy), noisy) for x in (x0, x0 + 1)]
+            np.testing.assert_allclose(weight * (said[1] - said[0]) ** 2, of_x0, rtol=1e-6)
+
+
+def test_min_snr_as_its_paper_writes_it_per_prediction():
+    snr = np.exp(schedule.logsnr(LEVELS)[1:])
+    for name, expected in {"eps": np.minimum(snr, 5) / snr, "v": np.minimum(snr, 5) / (snr + 1)}.items():
+        np.testing.assert_allclose(loss.min_snr(LEVELS, process.PREDICTIONS[name])[1:], expected, rtol=1e-10)
+
+
+def test_the_sigmoid_weighting_is_one_of_logsnr_whatever_the_schedule():
+    """The sum over t/T of weight(t)*f(logsnr) is the integral over logsnr of sigmoid(bias - logsnr)*f: two schedules
+    over the same range agree, where the error of eps is f."""
+    at, weights = np.polynomial.legendre.leggauss(100)
+    value = 8 * at
+    integral = 8 * weights @ (1 / (1 + np.exp(value - 1.0)) * np.cos(value / 4))
+    for function in (lambda u: 8 - 16 * u, lambda u: 8 - 16 * u**2):
+        levels = schedule.from_logsnr(function, 4000)
+        weight = loss.sigmoid(levels, process.PREDICTIONS["eps"], bias=1.0)[1:]
+        assert np.mean(weight * np.cos(schedule.logsnr(levels)[1:] / 4)) == pytest.approx(integral, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: loss.min_snr(s, process.PREDICTIONS["eps"], gamma=0.0), "gamma is 0.0"),
+        (lambda s: loss.edm(s, process.PREDICTIONS["eps"], sigma_data=-1.0), "sigma_data is -1.0"),
+        (lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["eps"]), "predict v or x0"),
+        (lambda s: loss.sigmoid(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]), "level T has no signal"),
+        (lambda s: loss.denoising(None, process.PREDICTIONS["eps"], schedule.zero_terminal_snr(s)), "predict v or x0"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(LEVELS)
+
+
+def test_without_signal_at_the_end_v_and_x0_train():
+    levels = schedule.zero_terminal_snr(LEVELS)
+    for name in ("v", "x0"):
+        for weighting in (loss.simple, loss.min_snr, loss.truncated_snr, loss.edm):
+            weight = weighting(levels, process.PREDICTIONS[name])
+            assert np.isfinite(weight).all()
+
+
+# ------------------------------------------------------------------------------------------- the objective
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
@@ -28,24 +131,36 @@ def test_labels_are_withheld_at_the_rate(rate):
     assert np.mean(dropped == 10) == pytest.approx(rate, abs=0.01)
 
 
-@pytest.mark.parametrize("name", process.PREDICTIONS)
-def test_the_loss_is_the_distance_to_the_target(name):
-    """A network that knows x0 has no loss; one that is off by 0.5 everywhere has 0.25."""
-    prediction, x0 = process.PREDICTIONS[name], jax.random.normal(jax.random.key(0), (8, 4, 4, 1))
+@pytest.mark.parametrize("weighting", loss.WEIGHTINGS.values(), ids=loss.WEIGHTINGS)
+@pytest.mark.parametrize("name", ["eps", "x0", "v"])
+def test_the_loss_is_the_weighted_distance_to_the_target(name, weighting):
+    """A network that knows x0 has no loss; one that is off by 0.5 everywhere has 0.25 times the weight of its level."""
+    prediction, x0, seen = process.PREDICTIONS[name], jax.random.normal(KEY, (8, 4, 4, 1)), []
     table = jax.tree.map(jnp.asarray, schedule.at(LEVELS, LEVELS.t))
 
     def network(offset, x_t, t, condition, keys):
+        seen.append(t + 1)
         level = jax.tree.map(lambda leaf: leaf[t + 1], table)
         return prediction.target(x0, process.eps_from_x0(x_t, x0, level), level) + offset
 
-    objective = loss.simple(network, prediction, LEVELS)
+    objective = loss.denoising(network, prediction, LEVELS, weighting)
     for offset in (0.0, 0.5):
-        np.testing.assert_allclose(objective(offset, {"image": x0}, keys(8)), offset**2, atol=3e-3)
+        found = objective(offset, {"image": x0, "index": indices(8)}, KEY)
+        weight = weighting(LEVELS, prediction)[np.asarray(seen[-1])]
+        np.testing.assert_allclose(found / weight, offset**2, atol=3e-3)
 
 
 def test_examples_do_not_share_noise_nor_depend_on_their_batch():
     x0 = jnp.zeros((8, 4, 4, 1))
-    objective = loss.simple(lambda params, x, t, condition, keys: x, process.PREDICTIONS["x0"], LEVELS)
-    whole = objective(None, {"image": x0}, keys(8))
+    objective = loss.denoising(lambda params, x, t, condition, keys: x, process.PREDICTIONS["x0"], LEVELS)
+    whole = objective(None, {"image": x0, "index": indices(8)}, KEY)
     assert len(np.unique(whole)) == 8
-    np.testing.assert_allclose(objective(None, {"image": x0[:3]}, keys(8)[:3]), whole[:3], rtol=1e-6)
+    part = objective(None, {"image": x0[:3], "index": indices(3, start=5)}, KEY)
+    np.testing.assert_allclose(part, whole[5:], rtol=1e-6)
+
+
+def test_every_step_draws_anew():
+    objective = loss.denoising(lambda params, x, t, condition, keys: x, process.PREDICTIONS["x0"], LEVELS)
+    batch = {"image": jnp.zeros((4, 3)), "index": indices(4)}
+    drawn = [objective(None, batch, jax.random.key(seed)) for seed in range(3)]
+    assert len(np.unique(np.concatenate(drawn))) == 12

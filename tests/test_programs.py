@@ -69,6 +69,38 @@ def test_ddpm_takes_the_whole_chain(digits_run, run_program, tmp_path):
     assert judge(samples["images"], samples["labels"]).recognised >= 0.5  # one in ten by chance; unguided, few images
 
 
+def test_every_sampler_makes_images_and_a_stored_plan_makes_them_again(digits_run, tmp_path, capsys):
+    """In this process, on its eight devices: what another sampler needs is no other program."""
+    plan = tmp_path / "plan.json"
+    first = ["--sampler", "dpm_solver_pp_2m", "--steps", "10", "--spacing", "uniform_logsnr", "--eta", "0.5"]
+    cases = {
+        "a": [*first, "--save-plan", plan],
+        "b": ["--plan", plan],
+        "c": ["--sampler", "heun", "--levels", "1000,400.5,3"],
+    }
+    made = {}
+    for name, arguments in cases.items():
+        arguments += [
+            "--num",
+            "8",
+            "--guidance",
+            "2",
+            "--out",
+            tmp_path / f"{name}.png",
+            "--save",
+            tmp_path / f"{name}.npz",
+        ]
+        sample.main([str(digits_run), *map(str, arguments)])
+        made[name] = np.load(tmp_path / f"{name}.npz")["images"]
+    assert (made["a"] == made["b"]).all()
+    assert (made["a"] != made["c"]).any()
+    said = capsys.readouterr().out
+    assert "| dpm_solver_pp_2m(eta=0.5, uniform_logsnr) | 10    | 20 " in said
+    assert "| plan(plan.json) | 10    | 20 " in said
+    assert "| heun(explicit, 3 levels) | 5     | 10 " in said
+    assert judge(made["a"], np.arange(8)).recognised >= 0.6
+
+
 def test_images_are_the_same_on_eight_devices_and_in_other_batches(digits_run, run_program, tmp_path):
     made = []
     for name, batch, flags in [("a", 16, ""), ("b", 8, "--xla_force_host_platform_device_count=8")]:
@@ -144,6 +176,8 @@ BAD_TRAIN = {
     "digits --workdir {tmp}/x --train.clip inf": "train.clip is inf",
     "digits --workdir {tmp}/x --train.seed 4294967296": "train.seed is 4294967296: use less than 2**32",
     "digits --workdir {tmp}/x --diffusion.T 20": "beta_20 is 1.0: every beta lies strictly between 0 and 1",
+    "digits --workdir {tmp}/x --diffusion.zero-terminal-snr": "level 1000 has no signal",
+    "digits --workdir {tmp}/x --train.weighting snr": "'snr'",
     "digits --workdir {tmp}/x --network.attention 5": "attention at (5,) never happens: this network sees sizes [8, 4]",
     "digits --workdir {tmp}/x --data.name lfw": "dataset 'lfw'",
     "digits --workdir {tmp}/x --data.name mnist:9.9.9": "dataset 'mnist:9.9.9' cannot be used",
@@ -170,6 +204,18 @@ BAD_SAMPLE = {
     "{run} --eta 1.5": "eta is 1.5",
     "{run} --sampler ddpm --eta 0.5": "--eta belongs to ddim",
     "{run} --variance fixed_large": "--variance belongs to ddpm",
+    "{run} --sampler ddpm --variance big": "variance is 'big': use fixed_small, fixed_large, or a number",
+    "{run} --sampler heun --eta 0": "--eta belongs to ddim and dpm_solver_pp_2m: the dials of heun are none",
+    "{run} --sampler edm --churn=-1": "churn is -1.0",
+    "{run} --levels 1000,ten": "--levels is '1000,ten': write numbers, separated by commas",
+    "{run} --levels 5,10": "levels must decrease strictly, got 5.0 before 10.0",
+    "{run} --levels 1000,0": "level 0 is data",
+    "{run} --levels 1000,0.5": "level 0.5 has an end without a finite logsnr",
+    "{run} --levels 1000,1 --steps 3": "leave out --steps",
+    "{run} --plan {tmp}/no.json": "No such file",
+    "{run} --plan {tmp}/file": "is not JSON",
+    "{run} --plan {tmp}/file --eta 1": "--plan says all of the sampler: leave out --eta",
+    "{run} --save-plan {tmp}/plan.txt": "is to be a .json or .png file",
     "{run} --labels 3,10": "name labels of 0 to 9",
     "{run} --labels two": "name labels of 0 to 9",
     "{run} --labels=-1": "name labels of 0 to 9",
@@ -275,7 +321,9 @@ def test_help_shows_every_option(command, run_program):
     expected = {
         "train.py --help": experiment.names(),
         "train.py digits --help": [name.replace("_", "-") for name in experiment.flat(experiment.named("digits"))],
-        "sample.py --help": [f"--{field.name}" for field in dataclasses.fields(sample.Options) if field.name != "run"],
+        "sample.py --help": [
+            f"--{field.name}".replace("_", "-") for field in dataclasses.fields(sample.Options) if field.name != "run"
+        ],
     }
     assert code == 0
     assert [word for word in expected[command] if word not in out] == []

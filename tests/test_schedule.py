@@ -7,15 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffjax import schedule
-from diffjax.testing import schedules
+from diffjax.testing import assert_schedule, schedules
 
 
-@given(schedules())
+@given(schedules(exploding=True, terminal=True))
 def test_every_schedule_goes_from_data_to_noise(levels):
-    assert (levels.t[0], levels.alpha[0], levels.sigma[0]) == (0, 1, 0)
-    assert all(leaf.dtype == np.float64 for leaf in levels[1:])
-    assert (np.diff(schedule.logsnr(levels)) < 0).all()
-    np.testing.assert_allclose(levels.alpha**2 + levels.sigma**2, 1, rtol=0, atol=1e-15)
+    assert_schedule(levels)
+
+
+@given(schedules(terminal=True))
+def test_variance_is_preserved(levels):
+    np.testing.assert_allclose(levels.alpha**2 + levels.sigma**2, 1, rtol=0, atol=1e-13)
+    schedule.check_variance_preserving(levels, "this test")
 
 
 def test_linear_keeps_all_digits_near_the_data():
@@ -43,11 +46,107 @@ def test_cosine_is_its_formula_where_no_beta_is_cut(T):
     np.testing.assert_allclose(schedule.cosine(T).alpha[uncut] ** 2, (f / f[0])[uncut], rtol=1e-10)
 
 
-@given(schedules(), st.data())
+@given(st.integers(100, 4000))
+def test_rescaled_betas_reach_the_same_noise_at_any_length(T):
+    """log alpha-bar_T is -sum(betas) = -10.05, and less by half their squares, 67/T."""
+    assert np.log(schedule.rescaled_linear(T).alpha[-1] ** 2) == pytest.approx(-10.05 - 67 / T, abs=12 / T)
+
+
+def test_scaled_linear_is_linear_in_the_roots_of_its_betas():
+    levels = schedule.scaled_linear()
+    betas = 1 - levels.alpha[1:] ** 2 / levels.alpha[:-1] ** 2
+    np.testing.assert_allclose(np.diff(np.sqrt(betas)), (0.012**0.5 - 0.00085**0.5) / 999, rtol=1e-8)
+    assert betas[[0, -1]] == pytest.approx([0.00085, 0.012], rel=1e-9)
+    assert levels.alpha[-1] ** 2 == pytest.approx(0.00466, rel=1e-2)  # that of latent diffusion
+
+
+@given(st.floats(-5, 0), st.floats(1, 5), st.floats(0.3, 2))
+def test_sigmoid_is_its_formula_where_no_beta_is_cut(start, end, temperature):
+    def f(u):
+        return 1 / (1 + np.exp(-(start + u * (end - start)) / temperature))
+
+    u = np.arange(301) / 300
+    gamma = (f(1) - f(u)) / (f(1) - f(0))
+    uncut = np.concatenate([[True], np.cumprod(1 - gamma[1:] / gamma[:-1] < 0.999).astype(bool)])
+    found = schedule.sigmoid(300, start, end, temperature).alpha ** 2
+    np.testing.assert_allclose(found[uncut], gamma[uncut], rtol=1e-9)
+    assert uncut.sum() == 300  # all but the last, where nothing is left
+
+
+@given(st.floats(0.1, 12), st.floats(0.1, 12), st.integers(1, 100))
+def test_a_continuous_logsnr_is_met_at_every_level(top, fall, T):
+    levels = schedule.from_logsnr(lambda u: top - fall * u**2, T)
+    u = np.arange(1, T + 1) / T
+    np.testing.assert_allclose(schedule.logsnr(levels)[1:], top - fall * u**2, atol=1e-10)
+
+
+def test_edm_is_its_equation_5():
+    levels = schedule.edm(18)
+    i = np.arange(18)
+    sigma = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(levels.sigma[:0:-1], sigma, rtol=1e-12)
+    assert (levels.alpha == 1).all()
+
+
+@given(schedules().filter(lambda levels: schedule.length(levels) > 1))
+def test_zero_terminal_snr_is_algorithm_1(levels):
+    rescaled = schedule.zero_terminal_snr(levels)
+    alpha = levels.alpha[1:]
+    expected = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    # As printed, a difference of numbers near 1.
+    np.testing.assert_allclose(rescaled.alpha[1:], expected, atol=1e-14 / (alpha[0] - alpha[-1]))
+    assert rescaled.alpha[-1] == 0
+    assert rescaled.sigma[-1] == pytest.approx(1, abs=1e-13)
+    assert (rescaled.alpha[1], rescaled.sigma[1]) == pytest.approx((levels.alpha[1], levels.sigma[1]), rel=1e-13, abs=0)
+
+
+@given(schedules())
+def test_alphas_of_ones_own_give_the_same_schedule(levels):
+    found = schedule.from_alphas(levels.alpha[1:])
+    np.testing.assert_allclose(found.alpha, levels.alpha, rtol=0)
+    # 1 - alpha is rounded where alpha is near 1.
+    np.testing.assert_allclose(found.sigma**2, levels.sigma**2, rtol=1e-12, atol=1e-15)
+    both = schedule.from_alphas(levels.alpha[1:], levels.sigma[1:])
+    assert all(np.array_equal(a, b) for a, b in zip(both, levels, strict=True))
+
+
+@given(schedules())
+def test_forms_of_a_path_have_the_same_logsnr(levels):
+    levels = schedule.Level(*(leaf[:31] for leaf in levels))
+    exploding = schedule.variance_exploding(levels)
+    np.testing.assert_allclose(schedule.logsnr(exploding), schedule.logsnr(levels), rtol=1e-12, atol=1e-12)
+    back = schedule.variance_preserving(exploding)
+    for found, leaf in zip(back, levels, strict=True):
+        np.testing.assert_allclose(found, leaf, rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- levels
+
+
+@given(schedules(exploding=True, terminal=True), st.data())
 def test_respacing_is_indexing(levels, data):
     t = data.draw(st.lists(st.integers(0, schedule.length(levels)), min_size=1))
-    picked = schedule.at(levels, t)
-    assert [list(leaf) for leaf in picked] == [[whole[i] for i in t] for whole in levels]
+    for given_t in (t, [float(i) for i in t]):
+        picked = schedule.at(levels, given_t)
+        assert [list(leaf) for leaf in picked] == [[whole[i] for i in t] for whole in levels]
+
+
+@given(schedules(exploding=True).filter(lambda levels: schedule.length(levels) > 1), st.data())
+def test_between_levels_logsnr_is_a_straight_line(levels, data):
+    i = data.draw(st.integers(1, schedule.length(levels) - 1))
+    f = data.draw(st.floats(0.01, 0.99))
+    level = schedule.at(levels, i + f)
+    ends = schedule.logsnr(levels)[i : i + 2]
+    assert schedule.logsnr(level) == pytest.approx(ends[0] + f * (ends[1] - ends[0]), rel=1e-9, abs=1e-9)
+    total = (levels.alpha**2 + levels.sigma**2)[i : i + 2]
+    if schedule.is_variance_preserving(levels):
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-12)
+    else:
+        assert min(total) * (1 - 1e-9) <= level.alpha**2 + level.sigma**2 <= max(total) * (1 + 1e-9)
+    assert schedule.t_of_logsnr(levels, schedule.logsnr(level)) == pytest.approx(i + f, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- spacings
 
 
 @pytest.mark.parametrize("name", schedule.SPACINGS)
@@ -59,9 +158,9 @@ def test_every_spacing_gives_n_distinct_levels_for_every_n(name, T):
         t = schedule.SPACINGS[name](levels, steps)
         assert t.shape == (steps,)
         assert (schedule.check_levels(levels, t) == t).all()
-        if name in ("trailing", "linspace"):
+        if name in ("trailing", "linspace", "karras", "uniform_logsnr"):
             assert t[0] == T
-        if name in ("leading", "linspace", "quadratic") and steps > 1:
+        if name in ("leading", "linspace", "quadratic", "karras", "uniform_logsnr") and steps > 1:
             assert t[-1] == 1
 
 
@@ -79,6 +178,24 @@ def test_quadratic_integers_of_the_ddim_paper():
     assert list(schedule.quadratic(schedule.linear(1000), 10)) == [1 + t for t in reversed(expected)]
 
 
+@given(schedules(exploding=True), st.data(), st.floats(1, 9))
+def test_karras_and_logsnr_spacings_are_even_in_their_variable(levels, data, rho):
+    steps = data.draw(st.integers(1, schedule.length(levels)))
+    for t, variable in (
+        (schedule.karras(levels, steps, rho), lambda logsnr: np.exp(-logsnr / 2 / rho)),
+        (schedule.uniform_logsnr(levels, steps), lambda logsnr: logsnr),
+    ):
+        distances = np.diff(variable(schedule.logsnr(schedule.at(levels, schedule.check_levels(levels, t)))))
+        np.testing.assert_allclose(distances, distances.mean() if len(distances) else 0, rtol=1e-6, atol=1e-9)
+
+
+def test_karras_on_edm_is_the_grid_of_edm():
+    """18 levels of a finely tabulated schedule against equation 5."""
+    t = schedule.karras(schedule.edm(1000), 18)
+    sigma = (80 ** (1 / 7) + np.arange(18) / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(schedule.at(schedule.edm(1000), t).sigma, sigma, rtol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -92,7 +209,30 @@ def test_quadratic_integers_of_the_ddim_paper():
         (lambda s: schedule.quadratic(s, 82), "room for 81 of 100 levels, not for 82 steps"),
         (lambda s: schedule.at(s, 101), "level 101 is not on the schedule: use 0..100"),
         (lambda s: schedule.at(s, -1), "level -1 is not on the schedule"),
-        (lambda s: schedule.at(s, 1.5), "counted in integers"),
+        (lambda s: schedule.at(s, "two"), "levels are numbers 0..100"),
+        (lambda s: schedule.at(s, np.nan), "level nan is not on the schedule"),
+        (lambda s: schedule.at(s, [2, 0.5]), "level 0.5 has an end without a finite logsnr"),
+        (lambda s: schedule.at(schedule.zero_terminal_snr(s), 99.5), "level 99.5 has an end without a finite logsnr"),
+        (lambda s: schedule.karras(schedule.zero_terminal_snr(s), 5), "level 100 has no signal"),
+        (lambda s: schedule.uniform_logsnr(schedule.zero_terminal_snr(s), 5), "use trailing spacing"),
+        (lambda s: schedule.karras(s, 0), "steps is 0"),
+        (lambda s: schedule.karras(s, 5, -1.0), "rho is -1.0"),
+        (lambda s: schedule.from_alphas([0.9, np.nan]), "alpha_2 is nan"),
+        (lambda s: schedule.from_alphas([1.1]), "alpha_1 is 1.1: every alpha lies between 0 and 1"),
+        (lambda s: schedule.from_alphas([0.9, 0.9]), "logsnr does not decrease from level 1 to level 2"),
+        (lambda s: schedule.from_alphas([0.5, 0.0, 0.0]), "alpha_2 is 0.0: every alpha is above 0"),
+        (lambda s: schedule.from_alphas([0.9], [0.0]), "sigma_1 is 0.0"),
+        (lambda s: schedule.from_alphas([0.9, 0.5], [0.1, np.inf]), "sigma_2 is inf"),
+        (lambda s: schedule.from_alphas([0.9, 0.8], [0.1]), "one sigma per alpha"),
+        (lambda s: schedule.from_alphas([]), "at least one"),
+        (lambda s: schedule.from_logsnr(lambda u: np.where(u < 1, -u, -np.inf), 5), "logsnr_5 is -inf"),
+        (lambda s: schedule.from_logsnr(lambda u: u, 5), "logsnr does not decrease"),
+        (lambda s: schedule.sigmoid(10, 3.0, -3.0), "end must be above start"),
+        (lambda s: schedule.edm(10, 80.0, 0.002), "use 0 < smallest < largest"),
+        (lambda s: schedule.rescaled_linear(20), "beta_20 is 1.0"),
+        (lambda s: schedule.zero_terminal_snr(schedule.edm(10)), "alpha**2 + sigma**2 is 6401 at level 10"),
+        (lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])), "two levels or more"),
+        (lambda s: schedule.variance_exploding(schedule.zero_terminal_snr(s)), "has no variance-exploding form"),
         (lambda s: schedule.check_levels(s, [5, 5, 1]), "got 5 before 5"),
         (lambda s: schedule.check_levels(s, [1, 0]), "level 0 is data"),
         (lambda s: schedule.check_levels(s, []), "at least one level"),

@@ -38,10 +38,9 @@ def ema_decay(step: Array, limit: float) -> Array:
     return jnp.minimum(limit, (1 + step) / (10 + step))
 
 
-def example_keys(seed: int, step: Any, index: Array) -> Array:
-    """One key per example, [B], from (seed, step, global example index): not from a device or a host."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+def step_key(seed: int, step: Any) -> Array:
+    """The key of a step. All that is drawn in it folds in the global index of an example: not a device or a host."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def make_train_step(
@@ -55,8 +54,8 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Any, axis_name: str | None = None) -> tuple[TrainState, dict[str, Array]]:
-        keys = example_keys(seed, state.step, batch["index"])
-        loss, gradients = jax.value_and_grad(lambda params: objective(params, batch, keys).mean())(state.params)
+        key = step_key(seed, state.step)
+        loss, gradients = jax.value_and_grad(lambda params: objective(params, batch, key).mean())(state.params)
         if axis_name is not None:
             loss, gradients = jax.lax.pmean((loss, gradients), axis_name)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -75,7 +74,7 @@ def make_eval_step(objective: Objective, seed: int) -> Callable[..., Array]:
     """
 
     def eval_step(params: Any, batch: Any, axis_name: str | None = None) -> Array:
-        loss = objective(params, batch, example_keys(seed, 0, batch["index"])).mean()
+        loss = objective(params, batch, step_key(seed, 0)).mean()
         return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
 
     return eval_step

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffjax.loss import example_keys
 from diffjax.models.unet import UNet, time_features
-from diffjax.training.step import example_keys
 
 SMALL = {"channels": 8, "out_channels": 1, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "heads": 2}
 
@@ -74,7 +74,7 @@ def test_time_features_are_told_apart_in_float32():
 
 def test_dropout_is_keyed_by_example():
     apply, params, (x, t, label) = build(dropout=0.5)
-    keys = example_keys(0, 0, jnp.arange(4, dtype=jnp.uint32))
+    keys = example_keys(jax.random.key(0), jnp.arange(4, dtype=jnp.uint32))
     out = apply(params, x, t, label, keys)
     assert np.abs(out - apply(params, x, t, label)).max() > 1e-3
     np.testing.assert_allclose(apply(params, x[2:], t[2:], label[2:], keys[2:]), out[2:], atol=1e-5)

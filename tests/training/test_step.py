@@ -8,7 +8,7 @@ import pytest
 from diffjax import loss, process, schedule
 from diffjax.models.unet import UNet
 from diffjax.training import parallel
-from diffjax.training.step import ema_decay, example_keys, init_state, make_eval_step, make_train_step
+from diffjax.training.step import ema_decay, init_state, make_eval_step, make_train_step, step_key
 
 UNET = UNet(channels=4, out_channels=1, multipliers=(1,), blocks=1, num_classes=3, dropout=0.1)
 
@@ -17,7 +17,7 @@ def objective():
     def network(params, x, t, condition, keys):
         return UNET.apply(params, x, t, condition, keys)
 
-    return loss.simple(network, process.PREDICTIONS["eps"], schedule.linear(100), null=3, drop_rate=0.2)
+    return loss.denoising(network, process.PREDICTIONS["eps"], schedule.linear(100), null=3, drop_rate=0.2)
 
 
 def params():
@@ -70,7 +70,7 @@ def test_plain_jit_runs_the_same_step(on_one_device):
 def test_the_average_is_its_closed_form():
     """After n steps: sum over the parameters of every step, weighted by the decays that came after it."""
 
-    def objective(params, batch, keys):
+    def objective(params, batch, key):
         return (params - batch["image"]) ** 2
 
     step = make_train_step(objective, optax.sgd(0.1), ema_limit=0.5, seed=0)
@@ -93,7 +93,9 @@ def test_decay_warms_up_to_its_limit():
 
 def test_keys_differ_by_seed_step_and_example():
     index = jnp.arange(50, dtype=jnp.uint32)
-    keys = [jax.random.key_data(example_keys(seed, step, index)) for seed in (0, 1) for step in (0, 1, 2)]
+    keys = [
+        jax.random.key_data(loss.example_keys(step_key(seed, step), index)) for seed in (0, 1) for step in (0, 1, 2)
+    ]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 300
 
 

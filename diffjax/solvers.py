@@ -1,0 +1,193 @@
+"""Samplers of higher order, and their stochastic relatives, as plans for the one scan of sampler.py.
+
+With lambda = log(alpha/sigma) and h = lambda_s - lambda_t, the probability flow from t to s is, exactly,
+
+    x_s = sigma_s/sigma_t * x_t + alpha_s * integral over l from lambda_t to lambda_s of exp(l - lambda_s) * x0(l)
+
+and a solver is a guess of how x0 goes on between two levels: DDIM holds it constant, the solvers here extrapolate it
+from the last two or three estimates. The noise dial of DDIM, eta, is one of them all: k, the share of the old noise
+direction that is kept, changes the coefficient of x_t, and nothing else.
+
+Every row keeps the mean: b follows from a*alpha_t + b + c1 + c2 = alpha_s. Where h is infinite (onto data, or from a
+level without signal) nothing can be extrapolated, and a row is of first order.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from diffjax.process import snr_ratio
+from diffjax.sampler import Plan, check_eta, fixed_small, neighbours, plan_of
+from diffjax.schedule import Level, Schedule, at, logsnr, t_of_logsnr
+
+# Limits of infinite distances are taken by hand.
+_limits = np.errstate(divide="ignore", invalid="ignore")
+
+
+@_limits
+def dpm_solver_pp_2m(schedule: Schedule, t: Any, eta: float = 0.0) -> Plan:
+    """DPM-Solver++ 2M (arXiv:2211.01095, Algorithm 2), and with eta > 0 its SDE form; eta 1 is SDE-DPM-Solver++ 2M.
+
+    x0 goes on in a straight line through the last two estimates, taken at the middle of the step. t: strictly
+    decreasing in 1..T; eta in [0, 1], the dial of DDIM (else ValueError).
+    """
+    check_eta(eta)
+    level_t, level_s = neighbours(schedule, t)
+    k = np.sqrt(1 - eta**2 + (eta * snr_ratio(level_t, level_s)) ** 2)
+    a = k * level_s.sigma / level_t.sigma
+    h, h_1, _ = _distances(level_t, level_s)
+    q = _finite(h / (2 * h_1), h)
+    c = np.stack([-(level_s.alpha - a * level_t.alpha) * q, 0 * q], axis=1)
+    return _plan(level_t, level_s, a, c, eta * fixed_small(level_t, level_s))
+
+
+@_limits
+def exponential_ab3(schedule: Schedule, t: Any) -> Plan:
+    """Exponential Adams-Bashforth of order 3: the integral above over the parabola through the last three estimates,
+    exactly. The first two rows have less history, and are of order 1 and 2. t: strictly decreasing in 1..T.
+    """
+    level_t, level_s = neighbours(schedule, t)
+    h, h_1, _ = _distances(level_t, level_s)
+    return _third(level_t, level_s, slope=_moments(h)[1] / h_1, curvature=1.0)
+
+
+@_limits
+def dpm_solver_pp_3m(schedule: Schedule, t: Any) -> Plan:
+    """DPM-Solver++ 3M as published and as implemented everywhere (arXiv:2211.01095): the parabola of `exponential_ab3`
+    with half its second difference, which leaves order 2. t: strictly decreasing in 1..T.
+    """
+    level_t, level_s = neighbours(schedule, t)
+    h, h_1, _ = _distances(level_t, level_s)
+    return _third(level_t, level_s, slope=-np.expm1(-h) * h / (2 * h_1), curvature=0.5)
+
+
+@_limits
+def unipc_2(schedule: Schedule, t: Any) -> Plan:
+    """UniPC of order 2 with B_2(h) = exp(h) - 1, predicting x0 (arXiv:2302.04867): each call of the denoiser also
+    corrects the x that it was called with. Predictor and corrector share the coefficient of x, so that both fit in one
+    row. t: strictly decreasing in 1..T.
+    """
+    level_t, level_s = neighbours(schedule, t)
+    h, h_1, h_2 = _distances(level_t, level_s)
+    a = level_s.sigma / level_t.sigma
+    # Predictor: 2M.
+    q = _finite(h / (2 * h_1), h)
+    # Corrector of the step that arrived here, over h_1: x += on_0*(x0 - x0_1) + on_1*(x0_1 - x0_2). Its weights rho
+    # make the parabola through the three estimates exact; the first step has only two, and takes the mean of them.
+    m_0, m_1, m_2 = _moments(h_1)
+    total, last = m_1 / (h_1 * m_0), m_2 / (h_1**2 * m_0)
+    rho_1 = _finite((total - last) * h_1 / (h_1 + h_2), h_1 + h_2)
+    rho_0 = np.where(np.isfinite(h_2), total - rho_1, 0.5)
+    on_0 = _finite(level_t.alpha * m_0 * rho_0, h_1)
+    on_1 = _finite(level_t.alpha * m_0 * (rho_1 - 0.5) * h_1 / h_2, h_1 + h_2)
+    c = np.stack([a * (on_1 - on_0) - (level_s.alpha - a * level_t.alpha) * q, -a * on_1], axis=1)
+    return _plan(level_t, level_s, a, c)
+
+
+def heun(schedule: Schedule, t: Any) -> Plan:
+    """Heun's method in sigma/alpha: EDM, Algorithm 1 (arXiv:2206.00364). N levels take 2N - 1 rows: a DDIM row from
+    each to the next and a correction called there, but none onto data or from a level without signal. t: strictly
+    decreasing in 1..T.
+    """
+    return _heun(*neighbours(schedule, t))
+
+
+def edm(
+    schedule: Schedule, t: Any, churn: float = 40.0, low: float = 0.05, high: float = 50.0, inflation: float = 1.003
+) -> Plan:
+    """EDM's stochastic sampler, Algorithm 2 (arXiv:2206.00364), its defaults those of ImageNet-64: Heun, where each
+    level with low <= sigma/alpha <= high is first noised up by the factor 1 + min(churn/N, sqrt(2) - 1), with noise
+    inflated by `inflation` (S_noise). churn 0 is Heun.
+
+    Levels above T do not exist: churn stops there, and the first one goes into x_T. ValueError for a negative churn,
+    for an inflation of 0 or less, for levels not decreasing in 1..T, or a schedule without signal at level T.
+    """
+    if not (churn >= 0 and inflation > 0):
+        raise ValueError(f"churn is {churn} and inflation {inflation}: use 0 or more, and a number above 0")
+    level_t, level_s = neighbours(schedule, t)
+    ratio = np.exp(-logsnr(level_t) / 2)  # sigma/alpha
+    gamma = np.where((low <= ratio) & (ratio <= high), min(churn / len(ratio), np.sqrt(2) - 1), 0.0)
+    hat = at(schedule, np.where(gamma > 0, t_of_logsnr(schedule, logsnr(level_t) - 2 * np.log1p(gamma)), level_t.t))
+    plan = _heun(hat, level_s)
+    # The last row before each churned level takes x up to it. b and c go with a, since all of x is scaled.
+    up = Level(*(np.append(leaf[1:], end) for leaf, end in zip(hat, (0, 1.0, 0.0), strict=True)))
+    scale = up.alpha / level_s.alpha
+    added = inflation * np.sqrt(np.maximum(0, up.sigma**2 - (scale * level_s.sigma) ** 2))
+    ends = np.cumsum(1 + (level_s.sigma > 0)) - 1
+    factor, d = np.ones(plan.steps), np.zeros(plan.steps)
+    factor[ends], d[ends] = scale, np.where(up.t > level_s.t, added, 0.0)
+    return plan_of(plan.level, factor * plan.a, factor * plan.b, factor[:, None] * plan.c, d)
+
+
+def consistency(schedule: Schedule, t: Any) -> Plan:
+    """Multistep consistency sampling, Algorithm 1 of arXiv:2303.01469: the estimate of x0, noised afresh to the next
+    level. For networks distilled to say where the flow ends. Data are level 0 here, without noise; the paper's end at
+    sigma 0.002, which it takes off the noise that it adds. t: strictly decreasing in 1..T.
+    """
+    level_t, level_s = neighbours(schedule, t)
+    return plan_of(level_t, 0 * level_s.alpha, level_s.alpha, d=level_s.sigma)
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def _plan(level_t: Level, level_s: Level, a: np.ndarray, c: np.ndarray, d: np.ndarray | None = None) -> Plan:
+    return plan_of(level_t, a, level_s.alpha - a * level_t.alpha - c.sum(1), c, d)
+
+
+def _distances(level_t: Level, level_s: Level) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """h of every row, of the row before it, and of the one before that: infinite where there is none."""
+    h = (logsnr(level_s) - logsnr(level_t)) / 2
+    return h, np.append(np.inf, h)[:-1], np.append([np.inf, np.inf], h)[: len(h)]
+
+
+def _finite(values: np.ndarray, *distances: np.ndarray) -> np.ndarray:
+    """values, and 0 where one of the distances that they rest on is infinite."""
+    return np.where(np.all(np.isfinite(distances), axis=0), values, 0.0)
+
+
+@_limits
+def _moments(h: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Integrals over l from 0 to h of exp(l - h) * l**n, n = 0, 1, 2: h**n - n*(the one before), and for small h, where
+    that cancels, its series h**(n+1) * sum over k of (-h)**k * n!/(n+k+1)!
+    """
+    small, m_0 = np.where(h < 0.5, h, 0.0), -np.expm1(-h)
+    series = [
+        small ** (n + 1) * sum((-small) ** k * math.factorial(n) / math.factorial(n + k + 1) for k in range(14))
+        for n in (1, 2)
+    ]
+    m_1 = np.where(h < 0.5, series[0], h - m_0)
+    return m_0, m_1, np.where(h < 0.5, series[1], h**2 - 2 * m_1)
+
+
+@_limits
+def _third(level_t: Level, level_s: Level, slope: np.ndarray, curvature: float) -> Plan:
+    """x0 + slope*(x0 - x0_1) while there are two estimates; from three on the parabola in Newton's form, its square
+    term times `curvature`.
+    """
+    h, h_1, h_2 = _distances(level_t, level_s)
+    _, m_1, m_2 = _moments(h)
+    two, three = np.isfinite(h) & np.isfinite(h_1), np.isfinite(h + h_1 + h_2)
+    second = np.where(three, (m_1 * h_1 + curvature * m_2) / (h_1 + h_2), 0.0)
+    on_0 = np.where(three, (m_1 + second) / h_1, np.where(two, slope, 0.0))  # of x0 - x0_1
+    on_1 = -second / h_2  # of x0_1 - x0_2
+    c = level_s.alpha[:, None] * np.stack([on_1 - on_0, -on_1], axis=1)
+    return _plan(level_t, level_s, level_s.sigma / level_t.sigma, c)
+
+
+@_limits
+def _heun(level_t: Level, level_s: Level) -> Plan:
+    r = snr_ratio(level_t, level_s)
+    corrected = r > 0
+    g = level_s.alpha * (1 - r) / (2 * r)
+    ddim = level_s.sigma / level_t.sigma
+    keep = np.stack([np.ones_like(corrected), corrected], axis=1)  # [N, 2]: the rows of each level
+
+    def rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.stack([first, second], axis=1)[keep]
+
+    level = Level(*(rows(leaf_t, leaf_s) for leaf_t, leaf_s in zip(level_t, level_s, strict=True)))
+    zero = np.zeros_like(g)
+    c = np.stack([rows(zero, -g), rows(zero, zero)], axis=1)
+    return plan_of(level, rows(ddim, zero + 1), rows(level_s.alpha - ddim * level_t.alpha, g), c)

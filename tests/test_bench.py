@@ -1,0 +1,29 @@
+import pytest
+
+from diffjax import bench
+
+
+def test_the_figures_are_measured_and_printed(capsys, monkeypatch):
+    """Small: times are not what is tested, but that each is there; and what does not depend on the machine is right."""
+    monkeypatch.setattr(bench, "ROWS", 20)
+    bench.main(["sampler", "--pairs", "1"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
+    figures = {what: figure for what, figure, _ in rows}
+    assert len(figures) == 10
+    assert figures["compilations of 12 plans of 11 samplers"] == "4"
+    assert float(figures["DDIM-50 / 50 forwards"]) > 0
+    assert any("426,961 parameters" in what for what in figures)
+
+
+def test_comparisons_take_turns():
+    calls = []
+    found = bench.compare(lambda: calls.append("a"), lambda: calls.append("b"), 3)
+    assert calls == ["a", "b"] * 4
+    assert found.ratio > 0
+
+
+def test_bad_input_is_named(capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(["sampler", "--pairs", "0"])
+    assert end.value.code == 2
+    assert "--pairs is 0: measure once or more" in capsys.readouterr().err

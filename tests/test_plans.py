@@ -1,0 +1,98 @@
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffjax import plans, sampler, schedule
+from diffjax.testing import CHURNING, EXCESSIVE, MAKERS, schedules, visits
+
+LEVELS = schedule.linear(1000)
+
+
+def same(plan, other):
+    flat = zip((*plan.level, *plan[1:]), (*other.level, *other[1:]), strict=True)
+    return all(a is b is None or (np.array_equal(a, b) and a.dtype == b.dtype) for a, b in flat)
+
+
+@given(schedules(), st.data())
+def test_a_plan_in_a_file_keeps_every_digit(levels, data):
+    t = data.draw(visits(levels, fractions=True))
+    make = data.draw(st.sampled_from(list((MAKERS | CHURNING | EXCESSIVE).values())))
+    plan = make(levels, t)
+    with tempfile.TemporaryDirectory() as folder:
+        plans.save(Path(folder) / "plan.json", plan)
+        loaded = plans.load(Path(folder) / "plan.json")
+    assert same(loaded, plan)
+    plans.check_fits(loaded, levels)
+
+
+@pytest.mark.parametrize("name", plans.SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+def test_every_sampler_has_a_name_a_picture_and_a_full_name(name, steps, tmp_path):
+    t = schedule.trailing(LEVELS, steps)
+    plan, full = plans.named(name, LEVELS, t, "trailing", eta=None, variance=None, churn=None)
+    sampler.check_plan(plan)
+    assert full.startswith(f"{name}(")
+    assert "trailing" in full
+    assert (f"{steps} levels" in full) == (plan.steps != steps)
+    plans.save(tmp_path / "plan.png", plan, full)
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_dial_reaches_its_sampler():
+    t = schedule.trailing(LEVELS, 20)
+    assert same(plans.named("ddim", LEVELS, t, "trailing", eta=0.5)[0], sampler.ddim(LEVELS, t, 0.5))
+    assert same(plans.named("ddpm", LEVELS, t, "", variance="fixed_large")[0], sampler.sigma_hat(LEVELS, t))
+    halfway = sampler.ddpm(LEVELS, t, sampler.interpolated(0.5))
+    assert same(plans.named("ddpm", LEVELS, t, "", variance="0.5")[0], halfway)
+    assert plans.named("edm", LEVELS, t, "", churn=0.0)[0].d is None
+    assert plans.named("ddim", LEVELS, t, "trailing", eta=0.25)[1] == "ddim(eta=0.25, trailing)"
+    assert plans.named("heun", LEVELS, t, "karras")[1] == "heun(karras, 20 levels)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: plans.named("ddmi", LEVELS, t, ""), "there is no sampler 'ddmi': choose from ddpm, "),
+        (lambda t: plans.named("heun", LEVELS, t, "", eta=0.5), "--eta belongs to ddim and dpm_solver_pp_2m"),
+        (lambda t: plans.named("ddpm", LEVELS, t, "", variance="large"), "variance is 'large': use fixed_small"),
+        (lambda t: plans.named("ddpm", LEVELS, t, "", variance="1.5"), "v is 1.5"),
+        (
+            lambda t: plans.check_fits(sampler.ddim(schedule.cosine(), t), LEVELS),
+            "the plan belongs to another schedule",
+        ),
+        (
+            lambda t: plans.check_fits(sampler.ddim(LEVELS, t), schedule.linear(100)),
+            "level 1000 is not on the schedule",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(schedule.trailing(LEVELS, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plan: "{", "is not JSON"),
+        (lambda plan: "[1]", "is not a plan: it needs the columns t, alpha"),
+        (lambda plan: json.dumps(plan | {"e": 1}), "and no others"),
+        (lambda plan: json.dumps(plan | {"a": "many"}), "is not a plan: could not convert"),
+        (lambda plan: json.dumps(plan | {"a": [[1], [2, 3]]}), "is not a plan"),
+        (lambda plan: json.dumps(plan | {"b": [float("nan")] * 3}), "column b of the plan is nan in row 1"),
+        (lambda plan: json.dumps(plan | {"c": [0, 0, 0]}), "column c of the plan has shape (3,)"),
+        (lambda plan: json.dumps(plan | {"d": [0, 0]}), "column d of the plan has shape (2,)"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_named(change, message, tmp_path):
+    file = tmp_path / "plan.json"
+    plans.save(file, sampler.ddim(LEVELS, [1000, 500, 1]))
+    file.write_text(change(json.loads(file.read_text())))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plans.load(file)

@@ -1,0 +1,351 @@
+"""Solvers against a second derivation each, written as their papers write them, and against their order."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffjax import sampler, schedule, solvers
+from diffjax.schedule import Level
+from diffjax.testing import (
+    MAKERS,
+    assert_order,
+    finite_denoiser,
+    gaussian_denoiser,
+    gaussian_flow,
+    measured_order,
+    run_plan,
+    schedules,
+    visits,
+)
+
+
+def denoise(x, level):
+    """Nonlinear, and different at every level."""
+    return np.tanh(x + level.sigma) / 2 + 0.1 * level.alpha
+
+
+def grid(levels, t):
+    """The visited levels and data, as lists to index: alpha, sigma, lambda."""
+    visited = schedule.at(levels, np.append(t, 0))
+    with np.errstate(divide="ignore"):
+        return visited.alpha, visited.sigma, np.log(visited.alpha / visited.sigma)
+
+
+def level_of(levels, t, i):
+    return schedule.at(levels, t[i])
+
+
+def check(make, direct, levels, t, seed, noises=1):
+    plan = make(levels, t)
+    x, *z = np.random.default_rng(seed).normal(size=(1 + noises * (plan.steps + 1), 4))
+    found = run_plan(denoise, plan, x, z)
+    np.testing.assert_allclose(found, direct(levels, t, x, z), atol=1e-9, rtol=1e-9)
+
+
+DRAWN = given(schedules(exploding=True), st.data(), st.integers(0, 99))
+
+
+# ------------------------------------------------------------------------------------------- first order
+
+
+@DRAWN
+def test_eta_0_is_first_order_dpm_solver_pp_is_exponential_euler(levels, data, seed):
+    """sigma_s/sigma_t*x - alpha_s*(exp(-h) - 1)*x0: equation 4.1 of arXiv:2211.01095."""
+
+    def direct(levels, t, x, z):
+        alpha, sigma, lam = grid(levels, t)
+        for i in range(len(t)):
+            x0 = denoise(x, level_of(levels, t, i))
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * np.expm1(lam[i] - lam[i + 1]) * x0
+        return x
+
+    t = data.draw(visits(levels, fractions=True))
+    check(sampler.ddim, direct, levels, t, seed)
+    check(sampler.euler, direct, levels, t, seed)
+
+
+@DRAWN
+def test_consistency_sampling_noises_every_estimate_afresh(levels, data, seed):
+    def direct(levels, t, x, z):
+        alpha, sigma, _ = grid(levels, t)
+        for i in range(len(t)):
+            x = alpha[i + 1] * denoise(x, level_of(levels, t, i)) + sigma[i + 1] * z[i]
+        return x
+
+    check(solvers.consistency, direct, levels, data.draw(visits(levels)), seed)
+
+
+# ------------------------------------------------------------------------------------------- second order
+
+
+@given(schedules(exploding=True), st.data(), st.integers(0, 99), st.sampled_from([0.0, 1.0]))
+def test_2m_is_algorithm_2_of_its_paper_and_its_sde(levels, data, seed, eta):
+    """With D = x0 + (x0 - x0_1)*h/(2*h_1); the SDE as in arXiv:2211.01095, appendix A."""
+
+    def direct(levels, t, x, z):
+        alpha, sigma, lam = grid(levels, t)
+        before = None
+        for i in range(len(t)):
+            x0, h = denoise(x, level_of(levels, t, i)), lam[i + 1] - lam[i]
+            if i + 1 == len(t):
+                return x0
+            estimate = x0 if before is None else x0 + (x0 - before) * h / (2 * (lam[i] - lam[i - 1]))
+            x = sigma[i + 1] / sigma[i] * np.exp(-eta * h) * x - alpha[i + 1] * np.expm1(-(1 + eta) * h) * estimate
+            x, before = x + eta * sigma[i + 1] * np.sqrt(-np.expm1(-2 * h)) * z[i], x0
+        return None
+
+    t = data.draw(visits(levels))
+    check(lambda levels, t: solvers.dpm_solver_pp_2m(levels, t, eta), direct, levels, t, seed)
+
+
+def heun_step(x, here, there, call):
+    """From sigma `here` to `there` in x/alpha, as Algorithm 1 of arXiv:2206.00364 has it."""
+    slope = (x - call(x, here)) / here
+    after = x + (there - here) * slope
+    return after if there == 0 else x + (there - here) * (slope + (after - call(after, there)) / there) / 2
+
+
+@DRAWN
+def test_heun_is_algorithm_1_of_edm_in_sigma_over_alpha(levels, data, seed):
+    def direct(levels, t, x, z):
+        alpha, sigma, _ = grid(levels, t)
+        ratio = sigma / alpha
+        call = {ratio[i]: level_of(levels, t, i) for i in range(len(t))}
+        x = x / alpha[0]
+        for i in range(len(t)):
+            x = heun_step(x, ratio[i], ratio[i + 1], lambda x, r: denoise(x * call[r].alpha, call[r]))
+        return x
+
+    check(solvers.heun, direct, levels, data.draw(visits(levels)), seed)
+
+
+@given(schedules(exploding=True), st.data(), st.integers(0, 99), st.floats(0, 50))
+def test_edm_is_algorithm_2_in_sigma_over_alpha(levels, data, seed, churn):
+    """On any schedule, x/alpha follows EDM's algorithm; levels in the middle churn, up to what the schedule holds."""
+    t = data.draw(visits(levels))
+    plan = solvers.edm(levels, t, churn, 0.05, 2.0, 1.003)
+    alpha, sigma, _ = grid(levels, t)
+    ratio, top = sigma / alpha, levels.sigma[-1] / levels.alpha[-1]
+    gamma = np.where((ratio >= 0.05) & (ratio <= 2.0), min(churn / len(t), np.sqrt(2) - 1), 0)
+    hat = np.minimum((1 + gamma) * ratio, top)
+    z = np.random.default_rng(seed).normal(size=(plan.steps + 1, 4))
+
+    def call(x, ratio):
+        where = schedule.at(levels, schedule.t_of_logsnr(levels, -2 * np.log(ratio)))
+        return denoise(x * where.alpha, where)
+
+    x, row = z[0] * hat[0], 0
+    for i in range(len(t)):
+        if i:
+            x = x + 1.003 * np.sqrt(np.maximum(0, hat[i] ** 2 - ratio[i] ** 2)) * z[row]
+        x = heun_step(x, hat[i], ratio[i + 1], call)
+        row += 1 + (ratio[i + 1] > 0)
+    start = hat[0] * schedule.at(levels, plan.level.t[0]).alpha * z[0]
+    np.testing.assert_allclose(run_plan(denoise, plan, start, z[1:]), x, rtol=1e-6, atol=1e-6)
+
+
+def test_without_churn_edm_is_heun():
+    levels = schedule.edm(100)
+    t = schedule.karras(levels, 18)
+    plain, churned = solvers.heun(levels, t), solvers.edm(levels, t, churn=0.0)
+    assert plain.steps == 35  # network evaluations of EDM's CIFAR-10 sampler
+    assert all(np.array_equal(a, b) for a, b in zip(plain.level, churned.level, strict=True))
+    assert all(np.array_equal(getattr(plain, name), getattr(churned, name)) for name in "abc")
+    assert churned.d is None
+
+
+# ------------------------------------------------------------------------------------------- third order
+
+
+def lagrange_weights(nodes, h):
+    """Integrals from 0 to h of exp(l - h) * L_j(l), by quadrature with 60 nodes."""
+    points, weights = np.polynomial.legendre.leggauss(60)
+    at, weights = h * (points + 1) / 2, h * weights / 2 * np.exp(h * (points + 1) / 2 - h)
+    basis = [
+        np.prod([(at - other) / (n - other) for other in nodes if other != n] or [1 + 0 * at], axis=0) for n in nodes
+    ]
+    return [weights @ values for values in basis]
+
+
+@given(st.data(), st.integers(0, 99), st.floats(2, 8), st.integers(1, 40))
+def test_exponential_ab3_integrates_the_parabola_through_three_estimates(data, seed, top, T):
+    levels = schedule.from_logsnr(lambda u: top - (top + 6) * u, T)
+
+    def direct(levels, t, x, z):
+        alpha, sigma, lam = grid(levels, t)
+        kept = []
+        for i in range(len(t)):
+            kept = [denoise(x, level_of(levels, t, i)), *kept][:3]
+            if i + 1 == len(t):
+                return kept[0]
+            nodes = [lam[i - j] - lam[i] for j in range(len(kept))]
+            weights = lagrange_weights(nodes, lam[i + 1] - lam[i])
+            x = sigma[i + 1] / sigma[i] * x + alpha[i + 1] * sum(w * x0 for w, x0 in zip(weights, kept, strict=True))
+        return None
+
+    check(solvers.exponential_ab3, direct, levels, data.draw(visits(levels)), seed)
+
+
+@DRAWN
+def test_3m_is_what_is_published(levels, data, seed):
+    """The multistep third-order update of DPM-Solver++ in its authors' D0, D1, D2; earlier rows by 2M, then by 1."""
+
+    def direct(levels, t, x, z):
+        alpha, sigma, lam = grid(levels, t)
+        kept = []
+        for i in range(len(t)):
+            kept = [denoise(x, level_of(levels, t, i)), *kept][:3]
+            if i + 1 == len(t):
+                return kept[0]
+            h, phi = lam[i + 1] - lam[i], np.expm1(lam[i] - lam[i + 1])
+            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * phi * kept[0]
+            if i == 1:
+                x = x - alpha[i + 1] * phi / 2 * (kept[0] - kept[1]) / ((lam[i] - lam[i - 1]) / h)
+            if i > 1:
+                r0, r1 = (lam[i] - lam[i - 1]) / h, (lam[i - 1] - lam[i - 2]) / h
+                first, second = (kept[0] - kept[1]) / r0, (kept[1] - kept[2]) / r1
+                d1, d2 = first + r0 / (r0 + r1) * (first - second), (first - second) / (r0 + r1)
+                x = x + alpha[i + 1] * (phi / h + 1) * d1 - alpha[i + 1] * ((phi + h) / h**2 - 0.5) * d2
+        return None
+
+    levels = Level(*(leaf[:41] for leaf in levels))  # phi as published cancels over very short steps
+    steps = data.draw(visits(levels))
+    h = np.diff(np.log(levels.alpha[steps] / levels.sigma[steps]))
+    if not len(h) or h.min() > 1e-2:
+        check(solvers.dpm_solver_pp_3m, direct, levels, steps, seed)
+
+
+@DRAWN
+def test_unipc_is_its_paper_with_predictor_and_corrector_apart(levels, data, seed):
+    """Algorithms 5 and 6 of arXiv:2302.04867 for order 2 and B_2: the corrector's weights from its linear system."""
+
+    def direct(levels, t, x, z):
+        alpha, sigma, lam = grid(levels, t)
+        kept, corrected = [], x
+        for i in range(len(t)):
+            kept = [denoise(x, level_of(levels, t, i)), *kept][:3]
+            if i:
+                h = lam[i] - lam[i - 1]
+                b_h = np.expm1(-h)
+                base = sigma[i] / sigma[i - 1] * corrected - alpha[i] * b_h * kept[1]
+                if i == 1:
+                    corrected = base - alpha[i] * b_h * 0.5 * (kept[0] - kept[1])
+                else:
+                    r = (lam[i - 2] - lam[i - 1]) / h
+                    phi_2 = b_h / -h - 1
+                    phi_3 = phi_2 / -h - 0.5
+                    old, new = np.linalg.solve([[1, 1], [r, 1]], [phi_2 / b_h, 2 * phi_3 / b_h])
+                    corrected = base - alpha[i] * b_h * (old * (kept[2] - kept[1]) / r + new * (kept[0] - kept[1]))
+            if i + 1 == len(t):
+                return kept[0]
+            h = lam[i + 1] - lam[i]
+            x = sigma[i + 1] / sigma[i] * corrected - alpha[i + 1] * np.expm1(-h) * kept[0]
+            if i:
+                r = (lam[i - 1] - lam[i]) / h
+                x = x - alpha[i + 1] * np.expm1(-h) * 0.5 * (kept[1] - kept[0]) / r
+        return None
+
+    levels = Level(*(leaf[:41] for leaf in levels))
+    steps = data.draw(visits(levels))
+    h = np.diff(np.log(levels.alpha[steps] / levels.sigma[steps]))
+    if not len(h) or h.min() > 1e-2:  # phi_3 as published cancels over very short steps
+        check(solvers.unipc_2, direct, levels, steps, seed)
+
+
+def test_moments_are_their_integrals_on_both_sides_of_the_series():
+    for h in (1e-6, 1e-3, 0.1, 0.4999, 0.5001, 2.0, 15.0):
+        points, weights = np.polynomial.legendre.leggauss(60)
+        at = h * (points + 1) / 2
+        for n, found in enumerate(solvers._moments(np.array([h]))):
+            expected = h / 2 * weights @ (np.exp(at - h) * at**n)
+            assert found[0] == pytest.approx(expected, rel=1e-13, abs=0)
+
+
+# ------------------------------------------------------------------------------------------- convergence
+
+ORDERS = {
+    "ddim": (1, 0),
+    "heun": (2, 0),
+    "dpm_solver_pp_2m": (2, 0),
+    "dpm_solver_pp_3m": (2, 2),
+    "exponential_ab3": (3, 2),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_solvers_converge_at_their_order(name):
+    """Those of order 3 from exact history: their first rows have none, and are of lower order."""
+    order, warm = ORDERS[name]
+    assert_order(MAKERS[name], order, warm)
+
+
+def test_unipc_converges_at_order_two_or_better():
+    """Its corrector looks one estimate further than its predictor: measured, 3."""
+    assert (measured_order(solvers.unipc_2) >= 1.75).all()
+
+
+def test_a_measured_order_can_be_missed():
+    with pytest.raises(AssertionError, match="the measured order is"):
+        assert_order(sampler.ddim, 2)
+
+
+def flow_by_small_steps(x, levels, points):
+    """The probability flow by classical Runge-Kutta in sigma/alpha, 20,000 steps: another method, another variable."""
+    call, n = finite_denoiser(points, std=0.3), 20_000
+    logs = np.linspace(np.log(levels.sigma[-1] / levels.alpha[-1]), np.log(levels.sigma[1] / levels.alpha[1]), n + 1)
+
+    def slope(x, log):  # dx/dlog(sigma) for alpha 1
+        return x - call(x, Level(0, 1.0, np.exp(log)))
+
+    h = logs[1] - logs[0]
+    for log in logs[:-1]:
+        k1 = slope(x, log)
+        k2 = slope(x + h / 2 * k1, log + h / 2)
+        k3 = slope(x + h / 2 * k2, log + h / 2)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + slope(x + h * k3, log + h))
+    return x
+
+
+def test_solvers_find_the_flow_of_a_data_set():
+    """A nonlinear flow, integrated by another method: at 100 steps, higher order means a smaller error."""
+    points = np.random.default_rng(0).uniform(-1, 1, (5, 3))
+    levels = schedule.edm(4000, 0.05, 10.0)
+    x = 10 * np.random.default_rng(1).normal(size=(4, 3))
+    exact, errors = flow_by_small_steps(x, levels, points), {}
+    t = schedule.uniform_logsnr(levels, 101)
+    for name in ("ddim", "dpm_solver_pp_2m", "heun", "dpm_solver_pp_3m", "exponential_ab3", "unipc_2"):
+        plan = MAKERS[name](levels, t)
+        found = run_plan(finite_denoiser(points, std=0.3), plan, x, rows=range(plan.steps - 1))
+        errors[name] = np.abs(found - exact).max()
+    assert errors["ddim"] < 0.05
+    for name in ("dpm_solver_pp_2m", "heun"):
+        assert errors[name] < errors["ddim"] / 5
+    assert errors["unipc_2"] < errors["dpm_solver_pp_2m"] / 2
+
+
+def test_solvers_reach_gaussian_data_in_few_steps():
+    """Onto data, from pure noise, in 20 calls of the denoiser: what they are for."""
+    levels, x = schedule.linear(1000), 2 * np.random.default_rng(0).normal(size=50)
+    exact, errors = gaussian_flow(x, schedule.at(levels, 1000), 0.3, 0.5), {}
+    for name in ("ddim", "dpm_solver_pp_2m", "unipc_2"):
+        plan = MAKERS[name](levels, schedule.uniform_logsnr(levels, 20))
+        errors[name] = np.abs(run_plan(gaussian_denoiser(0.3, 0.5), plan, x) - exact).max()
+    assert errors["dpm_solver_pp_2m"] < errors["ddim"] / 3
+    assert errors["unipc_2"] < errors["ddim"] / 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: solvers.dpm_solver_pp_2m(s, [5, 1], 1.5), "eta is 1.5"),
+        (lambda s: solvers.edm(s, [5, 1], -1.0), "churn is -1.0"),
+        (lambda s: solvers.edm(s, [5, 1], inflation=0.0), "inflation 0.0"),
+        (lambda s: solvers.heun(s, [5, 5]), "got 5 before 5"),
+        (lambda s: solvers.unipc_2(s, []), "at least one level"),
+        (lambda s: solvers.edm(schedule.zero_terminal_snr(s), [10, 1]), "level 10 has no signal"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(schedule.linear(10))
