@@ -13,9 +13,14 @@ demo: .venv/installed
 	$(BIN)/python train.py digits --workdir $(RUN) $(TRAIN)
 	$(BIN)/python -m diffjax.demo $(RUN) $(DEMO)
 
-readme: demo
+readme: demo .venv/installed-test
 	mkdir -p docs && cp $(RUN)/overview.png docs/
-	sed -i -e '/<!-- demo.md -->/,/<!-- \/demo.md -->/{//!d}' -e '/<!-- demo.md -->/r $(RUN)/demo.md' README.md
+	$(BIN)/python -m diffjax.testing > $(RUN)/orders.md
+	$(BIN)/python -m diffjax.bench sampler > $(RUN)/bench.md
+	{ echo '```'; $(BIN)/python -c 'from diffjax import sampler, schedule; levels = schedule.linear(1000); \
+		print(sampler.ddim(levels, schedule.trailing(levels, 4), eta=0.5))'; echo '```'; } > $(RUN)/plan.md
+	for name in demo plan orders bench; do \
+		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" -e "/<!-- $$name -->/r $(RUN)/$$name.md" README.md; done
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(TESTS)

@@ -74,3 +74,13 @@ def test_the_library_example_of_the_readme_runs():
     scope = {}
     exec(blocks[0], scope)
     assert scope["images"].shape == (16, 8, 8, 1)
+
+
+def test_the_laws_of_the_readme_hold_for_its_sampler():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    scope = {}
+    exec(blocks[1], scope)
+    laws = [value for name, value in scope.items() if name.startswith("test_")]
+    assert len(laws) == 2
+    for law in laws:
+        law()
