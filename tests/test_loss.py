@@ -150,9 +150,17 @@ def test_the_loss_is_the_weighted_distance_to_the_target(name, weighting):
         np.testing.assert_allclose(found / weight, offset**2, atol=3e-3)
 
 
+def echo(params, x, t, condition, keys):
+    return x
+
+
+def at_level_500(key, index, T):
+    return jnp.full(index.shape, 500)
+
+
 def test_examples_do_not_share_noise_nor_depend_on_their_batch():
     x0 = jnp.zeros((8, 4, 4, 1))
-    objective = loss.denoising(lambda params, x, t, condition, keys: x, process.PREDICTIONS["x0"], LEVELS)
+    objective = loss.denoising(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
     whole = objective(None, {"image": x0, "index": indices(8)}, KEY)
     assert len(np.unique(whole)) == 8
     part = objective(None, {"image": x0[:3], "index": indices(3, start=5)}, KEY)
@@ -160,7 +168,7 @@ def test_examples_do_not_share_noise_nor_depend_on_their_batch():
 
 
 def test_every_step_draws_anew():
-    objective = loss.denoising(lambda params, x, t, condition, keys: x, process.PREDICTIONS["x0"], LEVELS)
+    objective = loss.denoising(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
     batch = {"image": jnp.zeros((4, 3)), "index": indices(4)}
     drawn = [objective(None, batch, jax.random.key(seed)) for seed in range(3)]
     assert len(np.unique(np.concatenate(drawn))) == 12
