@@ -1,18 +1,20 @@
 import pytest
 
-from diffjax import bench
+from diffjax import bench, experiment
 
 
 def test_the_figures_are_measured_and_printed(capsys, monkeypatch):
     """Small: times are not what is tested, but that each is there; and what does not depend on the machine is right."""
     monkeypatch.setattr(bench, "ROWS", 20)
+    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,)))
+    monkeypatch.setattr(experiment, "named", lambda name: tiny)
     bench.main(["sampler", "--pairs", "1"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
     figures = {what: figure for what, figure, _ in rows}
     assert len(figures) == 10
     assert figures["compilations of 12 plans of 11 samplers"] == "4"
     assert float(figures["DDIM-50 / 50 forwards"]) > 0
-    assert any("426,961 parameters" in what for what in figures)
+    assert any("forward, digits network" in what for what in figures)
 
 
 def test_comparisons_take_turns():

@@ -172,3 +172,34 @@ def test_every_step_draws_anew():
     batch = {"image": jnp.zeros((4, 3)), "index": indices(4)}
     drawn = [objective(None, batch, jax.random.key(seed)) for seed in range(3)]
     assert len(np.unique(np.concatenate(drawn))) == 12
+
+
+def test_the_objective_withholds_labels_and_its_noises_are_apart():
+    """What the network is given: labels at the rate, and keys for dropout that are not those of the noise."""
+    seen = {}
+
+    def network(params, x, t, condition, keys):
+        seen.update(x=x, condition=condition, keys=keys)
+        return x
+
+    objective = loss.denoising(
+        network, process.PREDICTIONS["x0"], LEVELS, times=at_level_500, null=10, drop_rate=0.3
+    )  # fmt: skip
+    n = 4000
+    objective(None, {"image": jnp.zeros((n, 2)), "index": indices(n), "label": jnp.arange(n) % 10}, KEY)
+    dropped = np.asarray(seen["condition"] == 10)
+    assert dropped.mean() == pytest.approx(0.3, abs=0.03)
+    assert (seen["condition"] == np.where(dropped, 10, np.arange(n) % 10)).all()
+    noise = np.asarray(seen["x"][:, 0]) / LEVELS.sigma[500]
+    assert noise.std() == pytest.approx(1, abs=0.05)
+    assert abs(np.corrcoef(noise, dropped)[0, 1]) < 0.06  # 4 standard deviations
+    again = jax.vmap(lambda key: jax.random.normal(key, (2,)))(seen["keys"])[:, 0]
+    assert abs(np.corrcoef(noise, again)[0, 1]) < 0.06
+
+
+def test_errors_are_squared_in_float32():
+    """bfloat16 has three digits: 1 + 1/256 is 1 there, and a mean of many squares stops growing."""
+    output = jnp.full((1, 4096), 1.0, jnp.bfloat16)
+    found = loss.squared_error(output, jnp.full((1, 4096), 1 + 1 / 512, jnp.float32))
+    assert found.dtype == jnp.float32
+    assert float(found[0]) == pytest.approx(1 / 512**2, rel=1e-3)

@@ -172,6 +172,14 @@ def test_spacings_are_those_of_the_papers(steps):
     assert list(schedule.leading(levels, steps)) == [1 + stride * i for i in reversed(range(steps))]
 
 
+@pytest.mark.parametrize("T", [5, 10, 45, 125, 320, 605, 1000])
+def test_quadratic_starts_at_four_fifths(T):
+    """0.8*T is a whole number for these, and the square of its root in float64 not always: 1 + 0.8*T all the same."""
+    levels = schedule.linear(T, 1e-4, 2e-4)
+    for steps in range(2, int(0.8 * T) + 2):
+        assert schedule.quadratic(levels, steps)[0] == 1 + 4 * T // 5
+
+
 def test_quadratic_integers_of_the_ddim_paper():
     """int(x) of linspace(0, sqrt(800), 10)**2, counted from 0 in the paper's code and from 1 here."""
     expected = [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
@@ -232,6 +240,7 @@ def test_karras_on_edm_is_the_grid_of_edm():
         (lambda s: schedule.rescaled_linear(20), "beta_20 is 1.0"),
         (lambda s: schedule.zero_terminal_snr(schedule.edm(10)), "alpha**2 + sigma**2 is 6401 at level 10"),
         (lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])), "two levels or more"),
+        (lambda s: schedule.check_variance_preserving(s._replace(alpha=s.alpha * 1.00001), "it"), "it is defined for"),
         (lambda s: schedule.variance_exploding(schedule.zero_terminal_snr(s)), "has no variance-exploding form"),
         (lambda s: schedule.check_levels(s, [5, 5, 1]), "got 5 before 5"),
         (lambda s: schedule.check_levels(s, [1, 0]), "level 0 is data"),

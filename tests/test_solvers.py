@@ -79,6 +79,27 @@ def test_consistency_sampling_noises_every_estimate_afresh(levels, data, seed):
 # ------------------------------------------------------------------------------------------- second order
 
 
+@DRAWN
+def test_2m_keeps_of_the_noise_what_ddim_keeps(levels, data, seed):
+    """For every eta: the coefficient of x and the noise are those of DDIM, and x0 is extrapolated as without noise."""
+    eta = data.draw(st.floats(0, 1))
+    t = data.draw(visits(levels))
+    first, second = sampler.ddim(levels, t, eta), solvers.dpm_solver_pp_2m(levels, t, eta)
+
+    def direct(levels, t, x, z):
+        _, _, lam = grid(levels, t)
+        before = None
+        for i in range(len(t)):
+            x0 = denoise(x, level_of(levels, t, i))
+            far = 0 if before is None or i + 1 == len(t) else (lam[i + 1] - lam[i]) / (2 * (lam[i] - lam[i - 1]))
+            estimate = x0 + far * (x0 - (x0 if before is None else before))
+            x = first.a[i] * x + first.b[i] * estimate + (0 if first.d is None else first.d[i] * z[i])
+            before = x0
+        return x
+
+    check(lambda levels, t: second, direct, levels, t, seed)
+
+
 @given(schedules(exploding=True), st.data(), st.integers(0, 99), st.sampled_from([0.0, 1.0]))
 def test_2m_is_algorithm_2_of_its_paper_and_its_sde(levels, data, seed, eta):
     """With D = x0 + (x0 - x0_1)*h/(2*h_1); the SDE as in arXiv:2211.01095, appendix A."""
@@ -335,3 +356,34 @@ def test_solvers_reach_gaussian_data_in_few_steps():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make(schedule.linear(10))
+
+
+def test_heun_corrects_over_the_longest_steps_too():
+    """From almost nothing of x0 to almost all of it: r is 5e-7."""
+    levels = schedule.cosine(1000)
+    t = np.array([1000, 10, 1])
+    alpha, sigma, _ = grid(levels, t)
+    ratio, x = sigma / alpha, np.linspace(-2, 2, 5)
+    call = {ratio[i]: level_of(levels, t, i) for i in range(3)}
+    expected = x / alpha[0]
+    for i in range(3):
+        expected = heun_step(expected, ratio[i], ratio[i + 1], lambda x, r: denoise(x * call[r].alpha, call[r]))
+    np.testing.assert_allclose(run_plan(denoise, solvers.heun(levels, t), x), expected, rtol=1e-9)
+
+
+def test_churn_keeps_to_its_range_with_both_ends():
+    levels = schedule.edm(9)
+    t = np.arange(9, 0, -1)
+    low, high = levels.sigma[3], levels.sigma[6]
+    plan = solvers.edm(levels, t, 1e9, low * (1 - 1e-12), high * (1 + 1e-12))
+    drawn = plan.d > 0
+    assert drawn.sum() == 4
+    # Rows before the levels 6, 5, 4, 3, and no other: not even a rounding of noise.
+    arrivals = np.append(plan.level.sigma[1:], 0)[drawn]
+    np.testing.assert_allclose(arrivals, 2**0.5 * levels.sigma[[6, 5, 4, 3]], rtol=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_an_order_is_missed_from_above_and_below(order):
+    with pytest.raises(AssertionError, match="the measured order is"):
+        assert_order(MAKERS["heun"], order)
