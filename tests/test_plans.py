@@ -66,6 +66,7 @@ def test_a_dial_reaches_its_sampler():
             lambda t: plans.check_fits(sampler.ddim(schedule.cosine(), t), LEVELS),
             "the plan belongs to another schedule",
         ),
+        (lambda t: plans.check_fits(sampler.ddim(schedule.linear(1000, 1e-4, 0.0201), t), LEVELS), "another schedule"),
         (
             lambda t: plans.check_fits(sampler.ddim(LEVELS, t), schedule.linear(100)),
             "level 1000 is not on the schedule",

@@ -29,6 +29,9 @@ from diffjax.training import parallel
 ETAS = st.floats(0, 1)
 
 
+LEVELS = schedule.linear(1000)
+
+
 def draw(seed, count=3, shape=(4, 2)):
     return np.random.default_rng(seed).normal(size=(count, *shape))
 
@@ -253,6 +256,12 @@ def test_slerp_goes_round_the_sphere(weight, seed):
     np.testing.assert_allclose(angle[1], weight * angle[0], atol=2e-3)  # arccos near 1, in float32
 
 
+def test_slerp_is_round_over_small_angles_too():
+    x, y = jnp.array([[1.0, 0.0]]), jnp.array([[np.cos(0.05), np.sin(0.05)]], jnp.float32)
+    expected = [[np.cos(0.025), np.sin(0.025)]]
+    np.testing.assert_allclose(sampler.slerp(x, y, 0.5), expected, atol=2e-6)
+
+
 def test_slerp_between_parallel_images_is_a_straight_line():
     x = jnp.ones((2, 4))
     np.testing.assert_allclose(sampler.slerp(x, x, 0.3), x, atol=1e-6)
@@ -451,6 +460,7 @@ def test_bfloat16_samples_still_count_levels_exactly():
     pieces = sampler.chunks(ddim_plan(1000), jnp.bfloat16)
     assert np.concatenate([piece.level.t for piece in pieces]).tolist() == list(range(1000, 0, -1))
     assert pieces[0].a.dtype == jnp.bfloat16
+    assert sampler.chunks(ddim_plan(5), np.float64)[0].level.t.dtype == np.float64
 
 
 @pytest.mark.parametrize("every", [1, 3, 10, 25, 100])
@@ -551,6 +561,12 @@ def test_nfe_is_counted_not_assumed(scale, expected):
 
     x = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
     assert sampler.count_nfe(build, network, ddim_plan(50), x) == expected
+    assert sampler.count_nfe(build, network, solvers.heun(LEVELS, [900, 500, 1]), x) == expected // 50 * 5
+
+    def twice(network):
+        return lambda x, level: build(network)(build(network)(x, level), level)
+
+    assert sampler.count_nfe(twice, network, ddim_plan(50), x) == 2 * expected
 
 
 @pytest.mark.parametrize(
