@@ -71,6 +71,23 @@ def test_eta_0_draws_nothing_and_is_an_euler_step_in_sigma_over_alpha(levels, se
     assert (x_s == sampler.ddim_step(x_t, x0, level_t, level_s, 0.0, 2 * z)).all()
 
 
+@pytest.mark.usefixtures("x64")
+def test_steps_compile_and_take_a_level_per_image():
+    x_t, x0, z = draw(0, shape=(3, 4, 2))
+    t, s = [900, 500, 1], [500, 20, 0]
+    steps = {
+        "ddim": lambda x_t, x0, level_t, level_s, z: sampler.ddim_step(x_t, x0, level_t, level_s, 0.5, z),
+        "ddpm": sampler.ddpm_step,
+        "ddpm, fixed_large": partial(sampler.ddpm_step, std=sampler.fixed_large),
+        "posterior": lambda x_t, x0, level_t, level_s, z: process.q_posterior(x_t, x0, level_t, level_s)[0],
+    }
+    for name, step in steps.items():
+        found = jax.jit(step)(x_t, x0, schedule.at(LEVELS, t), schedule.at(LEVELS, s), z)
+        for i in range(3):
+            one = step(x_t[i], x0[i], schedule.at(LEVELS, t[i]), schedule.at(LEVELS, s[i]), z[i])
+            np.testing.assert_allclose(found[i], one, atol=1e-12, err_msg=name)
+
+
 @given(schedules(), st.data())
 def test_fixed_large_is_beta_on_the_full_chain(levels, data):
     t = data.draw(st.integers(1, schedule.length(levels)))
