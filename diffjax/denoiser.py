@@ -23,7 +23,8 @@ def from_network(network: Network, params: Any, prediction: Prediction) -> Condi
     """The conditional denoiser that a network is: x0 = prediction.to_x0(x_t, network(params, x_t, t - 1, condition)).
 
     Networks count noisy levels from 0, as DDPM's code does, so level t is t - 1 to them. x_t: [B, ...]; level: scalar
-    leaves, or [B]. ValueError, when called or traced, for an output of another shape than x_t.
+    leaves, or [B]. ValueError, when called or traced, for an output of another shape than x_t. Whether the prediction
+    can be used on a plan's levels, `process.check_prediction(prediction, plan.level)` tells before tracing.
     """
 
     def denoise(x_t: Array, level: Level, condition: Condition) -> Array:
@@ -48,7 +49,8 @@ def guide(denoise: ConditionalDenoiser, condition: Array, null: Array | int, sca
     """Classifier-free guidance (arXiv:2207.12598): x0_null + scale*(x0_condition - x0_null).
 
     condition: [B, ...]; null: the condition that means "none", broadcast against it; scale: 0 is unconditional, 1
-    conditional, more is guided. The paper's w is scale - 1. Since x0 is affine in eps, this is its equation 6.
+    conditional, more is guided; one for all images, or [B]. The paper's w is scale - 1. Since x0 is affine in eps, this
+    is its equation 6.
 
     One pass over a batch of 2B: (condition, null) pairs are neighbours, so a batch that is split over devices keeps
     both halves of each pair on one device.
@@ -59,7 +61,7 @@ def guide(denoise: ConditionalDenoiser, condition: Array, null: Array | int, sca
     def guided(x_t: Array, level: Level) -> Array:
         twice = Level(*(jnp.repeat(leaf, 2) if jnp.ndim(leaf) else leaf for leaf in level))
         x0 = denoise(jnp.repeat(x_t, 2, axis=0), twice, pairs).reshape(-1, 2, *x_t.shape[1:])
-        return x0[:, 1] + scale * (x0[:, 0] - x0[:, 1])
+        return x0[:, 1] + expand(scale, x_t) * (x0[:, 0] - x0[:, 1])
 
     return guided
 

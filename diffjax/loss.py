@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from diffjax.denoiser import Condition
-from diffjax.process import Prediction, check_prediction, q_sample
+from diffjax.process import Prediction, check_prediction, expand, q_sample
 from diffjax.schedule import Level, Schedule, length, logsnr
 
 Objective = Callable[[Any, Any, Array], Array]  # (params, batch, key of the step) -> loss per example [B]
@@ -65,7 +65,8 @@ def simple(schedule: Schedule, prediction: Prediction) -> np.ndarray:
 
 def min_snr(schedule: Schedule, prediction: Prediction, gamma: float = 5.0) -> np.ndarray:
     """Weight min(SNR, gamma) of the squared error of x0 (arXiv:2303.09556): min(SNR, gamma)/SNR of that of eps, and
-    min(SNR, gamma)/(SNR + 1) of that of v. ValueError unless gamma > 0.
+    min(SNR, gamma)/(SNR + 1) of that of v. ValueError unless gamma > 0, and for a schedule without signal at level T,
+    which it would never train.
     """
     if not gamma > 0:
         raise ValueError(f"gamma is {gamma}: use a number above 0")
@@ -105,7 +106,11 @@ def edm(schedule: Schedule, prediction: Prediction, sigma_data: float = 0.5) -> 
 def _of_x0(weight: Callable[[Level], np.ndarray], schedule: Schedule, prediction: Prediction) -> np.ndarray:
     noisy = Level(*(leaf[1:] for leaf in schedule))
     check_prediction(prediction, schedule)
-    return np.append(0.0, weight(noisy) / prediction.gain(noisy))
+    weights = weight(noisy) / prediction.gain(noisy)
+    if (weights == 0).any():
+        t = noisy.t[weights == 0][0]
+        raise ValueError(f"this weighting gives level {t} no weight, so it would never be trained: use another")
+    return np.append(0.0, weights)
 
 
 WEIGHTINGS: dict[str, Weighting] = {f.__name__: f for f in (simple, min_snr, truncated_snr, sigmoid, edm)}
@@ -116,10 +121,10 @@ WEIGHTINGS: dict[str, Weighting] = {f.__name__: f for f in (simple, min_snr, tru
 
 def drop_condition(keys: Array, condition: Array, null: Any, rate: float) -> Array:
     """Replace each example's condition by `null` with probability `rate` (arXiv:2207.12598, Algorithm 1): what makes
-    one network both conditional and unconditional. condition: [B].
+    one network both conditional and unconditional. condition: [B, ...]; null: broadcast against one of it.
     """
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-    return jnp.where(dropped, jnp.asarray(null, condition.dtype), condition)
+    return jnp.where(expand(dropped, condition), jnp.asarray(null, condition.dtype), condition)
 
 
 def squared_error(output: Array, target: Array) -> Array:
@@ -143,14 +148,27 @@ def denoising(
     The batch is a dict: "image" float [B, ...] in [-1, 1], "index" uint32 [B], the global index of each example, and
     "label" [B] if the network has a condition, which is replaced by `null` with probability drop_rate.
 
-    ValueError for a prediction or a weighting that some level of the schedule does not allow.
+    ValueError for a prediction or a weighting that some level of the schedule does not allow, for a drop_rate outside
+    0..1 or without a null, and when traced for images that are not floats.
     """
     check_prediction(prediction, schedule)
-    weights = jnp.asarray(weighting(schedule, prediction), jnp.float32)
+    if not 0 <= drop_rate <= 1:
+        raise ValueError(f"drop_rate is {drop_rate}: use 0 to 1")
+    if drop_rate > 0 and null is None:
+        raise ValueError("a condition that is dropped becomes null: say what null is")
+    table_of_weights = np.asarray(weighting(schedule, prediction))
+    if table_of_weights.shape != schedule.t.shape or not (table_of_weights >= 0).all():
+        raise ValueError(
+            f"a weighting gives a number of 0 or more for each of the {len(schedule.t)} levels from 0 to T,"
+            f" not {table_of_weights.shape} with the least {table_of_weights.min()}"
+        )
+    weights = jnp.asarray(table_of_weights, jnp.float32)
     table = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), schedule)
 
     def objective(params: Any, batch: Any, key: Array) -> Array:
         x0, condition, index = batch["image"], batch.get("label"), batch["index"]
+        if not jnp.issubdtype(x0.dtype, jnp.floating):
+            raise ValueError(f"images are {x0.dtype}: noise is added to floats, of -1 to 1")
         t = times(jax.random.fold_in(key, 0), index, length(schedule))
         keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(example_keys(jax.random.fold_in(key, 1), index))
         for_eps, for_condition, for_dropout = keys

@@ -22,8 +22,8 @@ class Sampler(NamedTuple):
     dials: dict[str, Any]  # name -> value if not given
 
 
-def variance(text: str) -> Std:
-    """The variance of a name: fixed_small, fixed_large, or a number v of 0 to 1 between them (else ValueError)."""
+def std_named(text: str) -> Std:
+    """The noise of DDPM by name: fixed_small, fixed_large, or a number v of 0 to 1 between them (else ValueError)."""
     if text in sampler.VARIANCES:
         return sampler.VARIANCES[text]
     try:
@@ -34,7 +34,7 @@ def variance(text: str) -> Std:
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(lambda schedule, t, name: sampler.ddpm(schedule, t, variance(name)), {"variance": "fixed_small"}),
+    "ddpm": Sampler(lambda schedule, t, name: sampler.ddpm(schedule, t, std_named(name)), {"variance": "fixed_small"}),
     "sigma_hat": Sampler(sampler.sigma_hat, {}),
     "ddim": Sampler(sampler.ddim, {"eta": 0.0}),
     "euler": Sampler(sampler.euler, {}),
@@ -59,13 +59,13 @@ def named(name: str, schedule: Schedule, t: Any, spacing: str, **dials: Any) -> 
     make, defaults = SAMPLERS[name]
     for dial, value in dials.items():
         if value is not None and dial not in defaults:
-            owners = " and ".join(other for other in SAMPLERS if dial in SAMPLERS[other].dials)
+            owners = " and ".join(other for other in SAMPLERS if dial in SAMPLERS[other].dials) or "no sampler"
             mine = ", ".join(f"--{own}" for own in defaults) or "none"
             raise ValueError(f"--{dial} belongs to {owners}: the dials of {name} are {mine}")
     values = {dial: default if dials.get(dial) is None else dials[dial] for dial, default in defaults.items()}
     t = check_levels(schedule, t)
     plan = make(schedule, t, *values.values())
-    told = [f"{dial}={value:g}" if isinstance(value, float) else str(value) for dial, value in values.items()]
+    told = [str(value) if isinstance(value, str) else f"{dial}={value:g}" for dial, value in values.items()]
     told += [spacing] + ([f"{len(t)} levels"] if plan.steps != len(t) else [])
     return plan, f"{name}({', '.join(told)})"
 
@@ -75,7 +75,7 @@ def named(name: str, schedule: Schedule, t: Any, spacing: str, **dials: Any) -> 
 
 def save(path: Path, plan: Plan, name: str = "") -> None:
     """Write a plan: as a picture under its name to a .png file, and else as JSON, every digit of it."""
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         plot(plan, name).savefig(path)
         return
     columns = {name: np.asarray(column).tolist() for name, column in plan.level._asdict().items()}
@@ -87,8 +87,8 @@ def save(path: Path, plan: Plan, name: str = "") -> None:
 def load(path: Path) -> Plan:
     """A plan from JSON, as `save` wrote it. ValueError for a file that is no plan, naming what is wrong with it."""
     try:
-        columns = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        columns = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     names = ("t", "alpha", "sigma", "a", "b", "c", "d", "number")
     if not isinstance(columns, dict) or set(columns) != set(names):
@@ -98,18 +98,20 @@ def load(path: Path) -> Plan:
         level = Level(t if t.dtype.kind == "i" else t.astype(np.float64), *_floats(columns, "alpha", "sigma"))
         a, b, c = _floats(columns, "a", "b", "c")
         d = None if columns["d"] is None else np.asarray(columns["d"], np.float64)
-        plan = Plan(level, a, b, c, d, np.asarray(columns["number"], np.int32))
+        plan = Plan(level, a, b, c, d, np.asarray(columns["number"]))
+        check_plan(plan)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a plan: {error}") from None
-    check_plan(plan)
-    return plan
+    return plan._replace(number=plan.number.astype(np.int32))
 
 
 def check_fits(plan: Plan, schedule: Schedule) -> None:
     """ValueError for a plan whose levels are not those of the schedule: the network would see noise unlike its own."""
     expected = at(schedule, plan.level.t)
+    if np.min(plan.level.t) < 1:
+        raise ValueError("the plan calls the network at level 0, which is data: its levels are 1..T")
     for name, found, right in zip(("alpha", "sigma"), plan.level[1:], expected[1:], strict=True):
-        off = np.abs(found - right) > 1e-6 * (1 + np.abs(right))
+        off = np.abs(found - right) > 1e-6 * np.abs(right)
         if off.any():
             i = int(np.argmax(off))
             raise ValueError(

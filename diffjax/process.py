@@ -84,11 +84,14 @@ def convert(x_t: Any, output: Any, level: Level, source: Prediction, target: Pre
     return target.target(x0, eps_from_x0(x_t, x0, level), level)
 
 
-def check_prediction(prediction: Prediction, schedule: Level) -> None:
-    """ValueError where a prediction says nothing of x0 at a level of the schedule: eps or score without signal."""
-    silent = prediction.gain(Level(*(leaf[1:] for leaf in schedule))) == 0
+def check_prediction(prediction: Prediction, levels: Level) -> None:
+    """ValueError where a prediction says nothing of x0 at one of the noisy levels, of a schedule or of a plan: eps or
+    score without signal.
+    """
+    noisy = Level(*(leaf[levels.sigma > 0] for leaf in levels))
+    silent = prediction.gain(noisy) == 0
     if silent.any():
-        t = schedule.t[1:][silent][0]
+        t = noisy.t[silent][0]
         raise ValueError(
             f"level {t} has no signal (alpha is 0), so this prediction (eps or score) says nothing of x0 there:"
             " predict v or x0"

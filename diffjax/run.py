@@ -17,7 +17,7 @@ from diffjax.denoiser import Denoiser, Network
 from diffjax.evaluation.record import Sampling
 from diffjax.models.unet import UNet
 from diffjax.picture import to_uint8
-from diffjax.process import Prediction
+from diffjax.process import Prediction, check_prediction
 from diffjax.sampler import Carry, Plan
 from diffjax.schedule import Schedule
 from diffjax.training import parallel
@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Run:
     """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema") or the parameters as
-    trained ("params"). FileNotFoundError where there is none.
+    trained ("raw"). FileNotFoundError where there is none.
     """
     checkpoints, step = open_checkpoint(workdir, step)
     description = Description.from_dict(checkpoints.config(step))
@@ -147,6 +147,7 @@ class Generator:
         ValueError for a batch that the devices cannot share equally.
         """
         parallel.check_divisible(batch, len(self._mesh.devices))
+        check_prediction(self._prediction, plan.level)
         guided = self._classes > 0 and scale != 1
         whole, split = parallel.whole(self._mesh), parallel.split(self._mesh)
         params = jax.block_until_ready(jax.device_put(params, whole))

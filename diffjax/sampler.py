@@ -150,7 +150,7 @@ def encode(schedule: Schedule, t: Any) -> Plan:
     paper). t: strictly decreasing in 1..T (else ValueError). Run it without clipping, which cannot be inverted.
 
     The first row is called at the least noisy level with the data as they are, x = alpha*x + sigma*eps: no network
-    knows level 0.
+    knows level 0. Where level T has no signal, what is encoded there cannot be told apart, and not be decoded.
     """
     t = check_levels(schedule, t)[::-1]
     level_t, level_s = at(schedule, np.append(t[:1], t[:-1])), at(schedule, t)
@@ -175,11 +175,13 @@ def neighbours(schedule: Schedule, t: Any) -> tuple[Level, Level]:
 
 def plan_of(level: Level, a: Any, b: Any, c: Any = None, d: Any = None) -> Plan:
     """The plan with these columns, its rows numbered; history that is not named is not used, and a noise column of
-    zeros is none.
+    zeros is none. ValueError as from `check_plan`.
     """
     n = len(a)
     c = np.zeros((n, 2)) if c is None else c + 0.0  # no -0.0
-    return Plan(level, a, b, c, d if d is not None and np.any(d) else None, np.arange(1, n + 1, dtype=np.int32))
+    plan = Plan(level, a, b, c, d if d is not None and np.any(d) else None, np.arange(1, n + 1, dtype=np.int32))
+    check_plan(plan)
+    return plan
 
 
 def _read_off(step: Callable[..., Any], schedule: Schedule, t: Any) -> Plan:
@@ -194,8 +196,13 @@ def _coefficients(step: Callable[..., Any], level_t: Level, level_s: Level) -> n
 
 
 def check_plan(plan: Plan) -> None:
-    """ValueError, naming the column, unless all columns of a plan have its number of rows and are finite."""
-    n = plan.steps
+    """ValueError, naming the column, unless all columns of a plan have its number of rows, one at least, and are
+    finite; no noise is negative, and no two rows have one number, which would draw the same noise twice (0 is that of
+    x_T).
+    """
+    n = np.size(plan.a)
+    if not n:
+        raise ValueError("a plan has at least one row")
     columns = plan.level._asdict() | {"a": plan.a, "b": plan.b, "c": plan.c, "d": plan.d, "number": plan.number}
     for name, column in columns.items():
         shape = (n, 2) if name == "c" else (n,)
@@ -206,6 +213,11 @@ def check_plan(plan: Plan) -> None:
         if column is not None and not np.isfinite(column).all():
             i = int(np.argwhere(~np.isfinite(column))[0][0])
             raise ValueError(f"column {name} of the plan is {column[i]} in row {i + 1}: every coefficient is finite")
+    if plan.d is not None and np.min(plan.d) < 0:
+        raise ValueError(f"column d of the plan is {np.min(plan.d)} somewhere: a standard deviation is 0 or more")
+    number = np.asarray(plan.number)
+    if number.dtype.kind not in "iu" or number.min() < 1 or len(np.unique(number)) < n:
+        raise ValueError("column number of the plan: rows are numbered by different integers from 1 on")
 
 
 # ---------------------------------------------------------------------------------------------- running a plan
@@ -243,8 +255,11 @@ def advance(denoise: Denoiser, rows: Plan, carry: Carry, keys: Array) -> Carry:
     """Run rows of a plan, one `lax.scan`. To be compiled by the caller together with the denoiser; rows are an
     argument, so another plan of the same number of rows does not compile again.
 
-    carry: x, and the previous two estimates of x0 (zeros at first); keys: [B], one per image.
+    carry: x, and the previous two estimates of x0 (zeros at first); keys: [B], one per image (else ValueError, when
+    traced: fewer would give several images the same noise).
     """
+    if rows.d is not None and keys.shape[0] != carry[0].shape[0]:
+        raise ValueError(f"there are {keys.shape[0]} keys for {carry[0].shape[0]} images: give one per image")
 
     def body(carry: Carry, row: Plan) -> tuple[Carry, None]:
         x, x0_1, x0_2 = carry
@@ -262,17 +277,15 @@ CHUNK = 10  # rows per call: two programs, of ten rows and of one, run a plan of
 
 def chunks(plan: Plan, dtype: Any, every: int | None = None, size: int = CHUNK) -> list[Plan]:
     """The plan in pieces of `size` rows or of one, cut at every multiple of `every`, or of `size`: float64 cast once to
-    the dtype of x (t to float32 at least, since bfloat16 cannot count to a thousand). ValueError for a plan that is not
-    finite.
+    the dtype of x. ValueError for a plan that is not finite.
     """
     check_plan(plan)
     every = size if every is None else every
     if every < 1:
         raise ValueError(f"every is {every}: cut a plan after one row or more")
     cast = partial(np.asarray, dtype=dtype)
-    t = np.asarray(plan.level.t, jnp.promote_types(dtype, jnp.float32))
     table = Plan(
-        level=Level(t, cast(plan.level.alpha), cast(plan.level.sigma)),
+        level=Level(*(cast(leaf) for leaf in plan.level)),
         a=cast(plan.a),
         b=cast(plan.b),
         c=cast(plan.c),
@@ -299,12 +312,14 @@ def sample(
     each: Callable[[int, Carry], None] = lambda rows, carry: None,
     every: int | None = None,
 ) -> Array:
-    """Run a plan from the noise x [B, ...] down to images, ten rows a call.
+    """Run a plan from the noise x [B, ...] down to images, ten rows a call, in float32 at least.
 
     run: `advance` with its denoiser, compiled: jax.jit(functools.partial(advance, denoise)). keys: [B]. each: called
     with (rows done now, carry) after every call, for progress bars and previews: carry[0] is x, carry[1] the estimate
     of x0. every: calls end at its multiples, of ten if None.
     """
+    # bfloat16 has three digits: small steps of x would be lost in it. Networks cast for themselves.
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # Two arrays, not one twice: a compiled `run` may reuse the memory of each part of the carry.
     carry = x, jnp.zeros_like(x), jnp.zeros_like(x)
     for rows in chunks(plan, x.dtype, every):
@@ -335,7 +350,7 @@ def trajectory(
 def slerp(x: Array, y: Array, weight: Any) -> Array:
     """Spherical interpolation from x (weight 0) to y (weight 1), image by image: equation 67 of DDIM
     (arXiv:2010.02502), sin((1 - w)*angle)/sin(angle)*x + sin(w*angle)/sin(angle)*y, which keeps noise as long as noise
-    is. x, y: [B, ...]; weight: scalar or [B]. Where the angle vanishes it is a straight line.
+    is. x, y: [B, ...]; weight: scalar or [B]. Where the sine vanishes it is a straight line.
     """
     axes = tuple(range(1, x.ndim))
     norm = jnp.sqrt(jnp.sum(x**2, axes) * jnp.sum(y**2, axes))

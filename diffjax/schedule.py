@@ -90,7 +90,8 @@ def from_betas(betas: Sequence[float] | np.ndarray) -> Schedule:
     """The variance-preserving schedule with the given betas: alpha_t**2 = prod_{i<=t} (1 - beta_i), equation 4
     of DDPM (arXiv:2006.11239).
 
-    betas: [T], each strictly between 0 and 1 (else ValueError).
+    betas: [T], each strictly between 0 and 1, neither so small that float64 sees no step nor so many that it sees no
+    signal (else ValueError).
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not len(betas):
@@ -99,23 +100,23 @@ def from_betas(betas: Sequence[float] | np.ndarray) -> Schedule:
     if wrong.any():
         i = int(np.argmax(wrong))
         raise ValueError(f"beta_{i + 1} is {betas[i]}: every beta lies strictly between 0 and 1")
-    log_alpha2 = np.concatenate([[0.0], np.cumsum(np.log1p(-betas))])
-    # expm1 keeps the digits of sigma where alpha is nearly 1; 0 - x is never -0.0.
-    return Level(np.arange(len(betas) + 1), np.exp(log_alpha2 / 2), np.sqrt(0 - np.expm1(log_alpha2)))
+    log_alpha2 = np.cumsum(np.log1p(-betas))
+    # expm1 keeps the digits of sigma where alpha is nearly 1.
+    return _checked(np.exp(log_alpha2 / 2), np.sqrt(-np.expm1(log_alpha2)))
 
 
 def from_alphas(alpha: Sequence[float] | np.ndarray, sigma: Sequence[float] | np.ndarray | None = None) -> Schedule:
     """The schedule with the given amplitudes at levels 1..T (the paper's alpha-bar, or `alphas_cumprod`, is their
     square), and noise sigma; without sigma, variance-preserving: sigma = sqrt(1 - alpha**2).
 
-    alpha, sigma: [T]. ValueError unless all are finite, alpha is 0 or more (0 at level T only) and at most 1 without
+    alpha, sigma: [T]. ValueError unless all are finite, alpha is 0 or more (0 at level T only) and below 1 without
     sigma, sigma is above 0, and the signal-to-noise ratio decreases at every level.
     """
     alpha = np.asarray(alpha, np.float64)
     if alpha.ndim != 1 or not len(alpha):
         raise ValueError(f"alphas are a list of at least one number, got shape {alpha.shape}")
     if sigma is None:
-        _check_each("alpha", alpha, (alpha >= 0) & (alpha < 1), "lies between 0 and 1")
+        _check_each("alpha", alpha, (alpha >= 0) & (alpha < 1), "is 0 or more and below 1; level 0 is added")
         sigma = np.sqrt((1 - alpha) * (1 + alpha))
     sigma = np.asarray(sigma, np.float64)
     if sigma.shape != alpha.shape:
@@ -145,7 +146,7 @@ def linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
 
     The defaults belong to T = 1000: a shorter chain with the same betas does not reach noise. `rescaled_linear` does.
     """
-    return from_betas(np.linspace(first, last, _positive(T)))
+    return from_betas(_even(first, last, T))
 
 
 def rescaled_linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> Schedule:
@@ -158,7 +159,7 @@ def rescaled_linear(T: int = 1000, first: float = 1e-4, last: float = 0.02) -> S
 
 def scaled_linear(T: int = 1000, first: float = 0.00085, last: float = 0.012) -> Schedule:
     """Betas whose roots go from sqrt(first) to sqrt(last) in equal steps: latent diffusion (arXiv:2112.10752)."""
-    return from_betas(np.linspace(first**0.5, last**0.5, _positive(T)) ** 2)
+    return from_betas(_even(first**0.5, last**0.5, T) ** 2)
 
 
 def cosine(T: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Schedule:
@@ -198,7 +199,12 @@ def edm(T: int = 1000, smallest: float = 0.002, largest: float = 80.0, rho: floa
 
 
 def _ramp(first: float, last: float, n: int, rho: float) -> np.ndarray:
-    return np.linspace(first ** (1 / rho), last ** (1 / rho), n) ** rho
+    return _even(first ** (1 / rho), last ** (1 / rho), n) ** rho
+
+
+def _even(first: float, last: float, n: int) -> np.ndarray:
+    # One level alone is the noisiest.
+    return np.linspace(first, last, _positive(n)) if n > 1 else np.full(_positive(n), last)
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
@@ -279,7 +285,7 @@ def trailing(schedule: Schedule, steps: int) -> np.ndarray:
 
 def leading(schedule: Schedule, steps: int) -> np.ndarray:
     """1 + k*(T // steps), k = steps-1..0: the "linear" grid of DDIM (arXiv:2010.02502, D.2). Ends at level 1, but
-    starts below T (at 981 for 50 of 1000 steps), where images are not quite noise yet.
+    starts below T (at 981 for 50 of 1000 steps, at 1 for one step), where images are not quite noise yet.
     """
     T = _check_steps(schedule, steps)
     return 1 + (T // steps) * np.arange(steps)[::-1]
@@ -292,8 +298,9 @@ def linspace(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def quadratic(schedule: Schedule, steps: int) -> np.ndarray:
-    """1 + floor(linspace(0, sqrt(0.8*T), steps)**2): the CIFAR-10 grid of DDIM (arXiv:2010.02502, D.2), dense near
-    the data and from 0.8*T at the most. Where two of its integers coincide, the upper is pushed one level up.
+    """1 + floor(linspace(0, sqrt(0.8*T), steps)**2): the CIFAR-10 grid of DDIM (arXiv:2010.02502, D.2) as its authors
+    compute it, dense near the data and from 0.8*T at the most; one step alone is level 1. Where two of its integers
+    coincide, the upper is pushed one level up.
 
     ValueError for more steps than the 1 + floor(0.8*T) levels of its range.
     """
@@ -314,14 +321,14 @@ def karras(schedule: Schedule, steps: int, rho: float = 7.0) -> np.ndarray:
     """(sigma/alpha)**(1/rho) in equal steps from level T to level 1, both included: EDM, equation 5
     (arXiv:2206.00364), on any schedule. Fractions in general; ValueError for a schedule without signal at level T.
     """
-    if not rho > 0:
+    if not 0 < rho < np.inf:
         raise ValueError(f"rho is {rho}: use a number above 0")
     first, last = np.exp(-_ends(schedule, steps) / 2)
     return _by_logsnr(schedule, -2 * np.log(_ramp(first, last, steps, rho)))
 
 
 def uniform_logsnr(schedule: Schedule, steps: int) -> np.ndarray:
-    """logsnr in equal steps from level T to level 1, both included: DPM-Solver, section 3.4 (arXiv:2206.00927).
+    """logsnr in equal steps from level T to level 1, both included: DPM-Solver (arXiv:2206.00927).
     Fractions in general; ValueError for a schedule without signal at level T.
     """
     first, last = _ends(schedule, steps)
@@ -351,22 +358,27 @@ def check_levels(schedule: Schedule, t: Any) -> np.ndarray:
     if t.ndim != 1 or not len(t):
         raise ValueError(f"a sampler visits a list of at least one level, got shape {t.shape}")
     at(schedule, t)
+    if (schedule.alpha[0], schedule.sigma[0]) != (1, 0):
+        raise ValueError(
+            f"row 0 of a schedule is data: alpha 1 and sigma 0, not {schedule.alpha[0]}, {schedule.sigma[0]}"
+        )
+    t = t.astype(np.float64 if t.dtype.kind == "f" else np.int64)  # unsigned differences would wrap round
     if t.min() < 1:
         raise ValueError("a sampler starts from noise: level 0 is data, name levels 1..T only")
     if (np.diff(t) >= 0).any():
         i = int(np.argmax(np.diff(t) >= 0))
         raise ValueError(f"levels must decrease strictly, got {t[i]} before {t[i + 1]}")
-    return t.astype(np.float64 if t.dtype.kind == "f" else np.int64)
+    return t
 
 
 def _positive(T: int) -> int:
-    if T < 1:
-        raise ValueError(f"a schedule has at least one noisy level, got T = {T}")
+    if not isinstance(T, int | np.integer) or T < 1:
+        raise ValueError(f"a schedule has at least one noisy level, a whole number of them, got T = {T}")
     return T
 
 
 def _check_steps(schedule: Schedule, steps: int) -> int:
     T = length(schedule)
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps is {steps}: this schedule takes 1 to {T}")
+    if not isinstance(steps, int | np.integer) or not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}: this schedule takes 1 to {T}, a whole number")
     return T

@@ -45,7 +45,8 @@ def dpm_solver_pp_2m(schedule: Schedule, t: Any, eta: float = 0.0) -> Plan:
 @_limits
 def exponential_ab3(schedule: Schedule, t: Any) -> Plan:
     """Exponential Adams-Bashforth of order 3: the integral above over the parabola through the last three estimates,
-    exactly. The first two rows have less history, and are of order 1 and 2. t: strictly decreasing in 1..T.
+    exactly. The first two rows have less history, and are of order 1 and 2: from exact history it converges at order 3,
+    and a whole plan, with its own first rows, at order 2. t: strictly decreasing in 1..T.
     """
     level_t, level_s = neighbours(schedule, t)
     h, h_1, _ = _distances(level_t, level_s)
@@ -54,8 +55,8 @@ def exponential_ab3(schedule: Schedule, t: Any) -> Plan:
 
 @_limits
 def dpm_solver_pp_3m(schedule: Schedule, t: Any) -> Plan:
-    """DPM-Solver++ 3M as published and as implemented everywhere (arXiv:2211.01095): the parabola of `exponential_ab3`
-    with half its second difference, which leaves order 2. t: strictly decreasing in 1..T.
+    """DPM-Solver++ 3M as its authors' code has it, and all after them (arXiv:2211.01095): the parabola of
+    `exponential_ab3` with half its second difference, which leaves order 2. t: strictly decreasing in 1..T.
     """
     level_t, level_s = neighbours(schedule, t)
     h, h_1, _ = _distances(level_t, level_s)
@@ -87,8 +88,10 @@ def unipc_2(schedule: Schedule, t: Any) -> Plan:
 
 def heun(schedule: Schedule, t: Any) -> Plan:
     """Heun's method in sigma/alpha: EDM, Algorithm 1 (arXiv:2206.00364). N levels take 2N - 1 rows: a DDIM row from
-    each to the next and a correction called there, but none onto data or from a level without signal. t: strictly
-    decreasing in 1..T.
+    each to the next and a correction called there, but none onto data. t: strictly decreasing in 1..T.
+
+    Neither is there one over a step that takes sigma/alpha down a hundredfold or more, as the first of a cosine
+    schedule does in some hundred levels or less: the correction would count such an error of x0 fifty times over.
     """
     return _heun(*neighbours(schedule, t))
 
@@ -114,9 +117,9 @@ def edm(
     up = Level(*(np.append(leaf[1:], end) for leaf, end in zip(hat, (0, 1.0, 0.0), strict=True)))
     scale = up.alpha / level_s.alpha
     added = inflation * np.sqrt(np.maximum(0, up.sigma**2 - (scale * level_s.sigma) ** 2))
-    ends = np.cumsum(1 + (level_s.sigma > 0)) - 1
+    ends = np.cumsum(1 + _corrected(hat, level_s)) - 1
     factor, d = np.ones(plan.steps), np.zeros(plan.steps)
-    factor[ends], d[ends] = scale, np.where(up.t > level_s.t, added, 0.0)
+    factor[ends], d[ends] = scale, added
     return plan_of(plan.level, factor * plan.a, factor * plan.b, factor[:, None] * plan.c, d)
 
 
@@ -176,10 +179,13 @@ def _third(level_t: Level, level_s: Level, slope: np.ndarray, curvature: float) 
     return _plan(level_t, level_s, level_s.sigma / level_t.sigma, c)
 
 
+def _corrected(level_t: Level, level_s: Level) -> np.ndarray:
+    return snr_ratio(level_t, level_s) > 0.01
+
+
 @_limits
 def _heun(level_t: Level, level_s: Level) -> Plan:
-    r = snr_ratio(level_t, level_s)
-    corrected = r > 0
+    r, corrected = snr_ratio(level_t, level_s), _corrected(level_t, level_s)
     g = level_s.alpha * (1 - r) / (2 * r)
     ddim = level_s.sigma / level_t.sigma
     keep = np.stack([np.ones_like(corrected), corrected], axis=1)  # [N, 2]: the rows of each level

@@ -181,18 +181,19 @@ def assert_schedule(levels: Schedule) -> None:
             assert np.array_equal(picked, leaf[t]), "respacing is indexing"
 
 
-def plan_errors(plan: Plan, landing: Level = DATA) -> dict[str, np.ndarray]:
+def plan_errors(plan: Plan) -> dict[str, np.ndarray]:
     """By how much each row of a plan misses what every sampler owes, [N]; level s is where the row lands:
 
     mean: a*alpha_t + b + c1 + c2 - alpha_s, so that the true x0 stays the mean;
     variance: (a**2*sigma_t**2 + d**2)/sigma_s**2 - 1, so that x_s is as noisy as its level says. Owed by all but the
     variances larger than fixed_small and by inflated churn, which exceed it; where sigma_s is 0, of d**2 itself.
     """
-    alpha_s, sigma_s = np.append(plan.level.alpha[1:], landing.alpha), np.append(plan.level.sigma[1:], landing.sigma)
+    alpha_s, sigma_s = np.append(plan.level.alpha[1:], DATA.alpha), np.append(plan.level.sigma[1:], DATA.sigma)
     d = 0.0 if plan.d is None else plan.d
     noise = plan.a**2 * plan.level.sigma**2 + d**2
     return {
-        "mean": plan.a * plan.level.alpha + plan.b + plan.c.sum(1) - alpha_s,
+        # b and c first: Heun's corrections are large, and cancel.
+        "mean": plan.a * plan.level.alpha + (plan.b + plan.c.sum(1)) - alpha_s,
         "variance": np.where(sigma_s > 0, noise / np.where(sigma_s > 0, sigma_s, 1) ** 2 - 1, noise),
     }
 

@@ -88,6 +88,14 @@ def test_guidance_commutes_with_the_prediction(prediction, t):
     np.testing.assert_allclose(again, guided, rtol=0, atol=1e-10 * np.abs(guided).max())
 
 
+def test_each_image_may_have_its_own_scale():
+    x, labels, level = inputs(batch=2)  # [2, 3, 2]: the batch is as long as the last axis
+    each = denoiser.guide(conditional(), labels, NULL, jnp.array([0.5, 3.0]))(x, level)
+    for i, scale in enumerate((0.5, 3.0)):
+        one = denoiser.guide(conditional(), labels, NULL, scale)(x, level)
+        np.testing.assert_allclose(each[i], one[i], rtol=1e-6)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_order_of_pairs_does_not_matter():
     """(null, condition) pairs with the scale 1 - scale are the same guidance, and so are images in another order."""

@@ -11,6 +11,7 @@ from diffjax import loss, process, schedule
 from diffjax.testing import schedules
 
 LEVELS = schedule.linear(1000)
+EPS = process.PREDICTIONS["eps"]
 KEY = jax.random.key(0)
 
 
@@ -105,6 +106,15 @@ def test_the_sigmoid_weighting_is_one_of_logsnr_whatever_the_schedule():
         (lambda s: loss.edm(s, process.PREDICTIONS["eps"], sigma_data=-1.0), "sigma_data is -1.0"),
         (lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["eps"]), "predict v or x0"),
         (lambda s: loss.sigmoid(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]), "level T has no signal"),
+        (lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]), "gives level 1000 no weight"),
+        (lambda s: loss.denoising(None, EPS, s, lambda s, p: np.ones(1000)), "for each of the 1001 levels"),
+        (lambda s: loss.denoising(None, EPS, s, lambda s, p: np.full(1001, np.nan)), "a number of 0 or more"),
+        (lambda s: loss.denoising(None, EPS, s, drop_rate=1.5), "drop_rate is 1.5"),
+        (lambda s: loss.denoising(None, EPS, s, drop_rate=0.1), "say what null is"),
+        (
+            lambda s: loss.denoising(None, EPS, s)(None, {"image": np.zeros((1, 2), np.uint8), "index": [0]}, KEY),
+            "uint8",
+        ),
         (lambda s: loss.denoising(None, process.PREDICTIONS["eps"], schedule.zero_terminal_snr(s)), "predict v or x0"),
     ],
 )
@@ -116,9 +126,10 @@ def test_bad_input_is_named(make, message):
 def test_without_signal_at_the_end_v_and_x0_train():
     levels = schedule.zero_terminal_snr(LEVELS)
     for name in ("v", "x0"):
-        for weighting in (loss.simple, loss.min_snr, loss.truncated_snr, loss.edm):
-            weight = weighting(levels, process.PREDICTIONS[name])
+        for weighting in (loss.simple, loss.truncated_snr, loss.edm):
+            weight = weighting(levels, process.PREDICTIONS[name])[1:]
             assert np.isfinite(weight).all()
+            assert (weight > 0).all()
 
 
 # ------------------------------------------------------------------------------------------- the objective
@@ -129,6 +140,13 @@ def test_labels_are_withheld_at_the_rate(rate):
     dropped = np.asarray(loss.drop_condition(keys(20_000), jnp.zeros(20_000, jnp.int32), 10, rate))
     assert set(dropped) <= {0, 10}
     assert np.mean(dropped == 10) == pytest.approx(rate, abs=0.01)
+
+
+def test_conditions_of_several_numbers_are_dropped_whole():
+    condition = jnp.ones((4000, 4))
+    dropped = np.asarray(loss.drop_condition(keys(4000), condition, jnp.zeros(4), 0.3))
+    assert set(dropped.sum(1)) == {0, 4}
+    assert (dropped[:, 0] == 0).mean() == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.parametrize("weighting", loss.WEIGHTINGS.values(), ids=loss.WEIGHTINGS)

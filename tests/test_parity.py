@@ -179,7 +179,8 @@ SAMPLERS = {  # their class, its arguments, those of its step(), our plan, where
     "3m": (DPM, {"solver_order": 3}, {}, solvers.dpm_solver_pp_3m, GRIDS),
     "unipc": (UNIPC, {}, {}, solvers.unipc_2, GRIDS),
     # Not by linspace, which is of fractions here, between which sigma/alpha is linear; our logarithm of it is.
-    "heun": (HEUN, {}, {}, solvers.heun, EVEN),
+    # Nor where cosine starts at T: ours leaves out the correction of so long a first step.
+    "heun": (HEUN, {}, {}, solvers.heun, EVEN[:-1]),
 }
 
 

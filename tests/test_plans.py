@@ -51,6 +51,7 @@ def test_a_dial_reaches_its_sampler():
     halfway = sampler.ddpm(LEVELS, t, sampler.interpolated(0.5))
     assert same(plans.named("ddpm", LEVELS, t, "", variance="0.5")[0], halfway)
     assert plans.named("edm", LEVELS, t, "", churn=0.0)[0].d is None
+    assert plans.named("ddim", LEVELS, t, "trailing", eta=1)[1] == "ddim(eta=1, trailing)"
     assert plans.named("ddim", LEVELS, t, "trailing", eta=0.25)[1] == "ddim(eta=0.25, trailing)"
     assert plans.named("heun", LEVELS, t, "karras")[1] == "heun(karras, 20 levels)"
 
@@ -60,6 +61,7 @@ def test_a_dial_reaches_its_sampler():
     [
         (lambda t: plans.named("ddmi", LEVELS, t, ""), "there is no sampler 'ddmi': choose from ddpm, "),
         (lambda t: plans.named("heun", LEVELS, t, "", eta=0.5), "--eta belongs to ddim and dpm_solver_pp_2m"),
+        (lambda t: plans.named("heun", LEVELS, t, "", rho=7), "--rho belongs to no sampler"),
         (lambda t: plans.named("ddpm", LEVELS, t, "", variance="large"), "variance is 'large': use fixed_small"),
         (lambda t: plans.named("ddpm", LEVELS, t, "", variance="1.5"), "v is 1.5"),
         (
@@ -88,6 +90,13 @@ def test_bad_input_is_named(make, message):
         (lambda plan: json.dumps(plan | {"a": [[1], [2, 3]]}), "is not a plan"),
         (lambda plan: json.dumps(plan | {"b": [float("nan")] * 3}), "column b of the plan is nan in row 1"),
         (lambda plan: json.dumps(plan | {"c": [0, 0, 0]}), "column c of the plan has shape (3,)"),
+        (lambda plan: json.dumps(plan | {"a": None}), "is not a plan"),
+        (lambda plan: json.dumps(plan | {"a": 1.0}), "is not a plan"),
+        (lambda plan: json.dumps({name: [] for name in plan} | {"d": None}), "at least one row"),
+        (lambda plan: json.dumps(plan | {"d": [0, -1, 0]}), "a standard deviation is 0 or more"),
+        (lambda plan: json.dumps(plan | {"number": [1, 1, 2]}), "different integers from 1 on"),
+        (lambda plan: json.dumps(plan | {"number": [0, 1, 2]}), "different integers from 1 on"),
+        (lambda plan: json.dumps(plan | {"number": [1.5, 2, 3]}), "different integers from 1 on"),
         (lambda plan: json.dumps(plan | {"d": [0, 0]}), "column d of the plan has shape (2,)"),
     ],
 )

@@ -83,6 +83,9 @@ def test_a_prediction_that_says_nothing_is_refused(name):
     with pytest.raises(ValueError, match=r"level 50 has no signal .* predict v or x0"):
         process.check_prediction(process.PREDICTIONS[name], levels)
     process.check_prediction(process.PREDICTIONS[name], schedule.linear(50))
+    with pytest.raises(ValueError, match=r"level 50 has no signal"):
+        process.check_prediction(process.PREDICTIONS[name], schedule.at(levels, [50, 20]))
+    process.check_prediction(process.PREDICTIONS[name], schedule.at(levels, [49, 20]))
     for other in ("v", "x0"):
         process.check_prediction(process.PREDICTIONS[other], levels)
 

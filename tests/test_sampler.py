@@ -168,6 +168,48 @@ def test_rows_of_every_sampler_keep_mean_and_variance_and_land_on_data(levels, d
             raise AssertionError(f"{name}: {error}") from error
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda p: p._replace(b=p.b * 1.0001), "misses alpha_s"),
+        (lambda p: p._replace(a=p.a * 1.0001, b=p.b - 0.0001 * p.a * p.level.alpha), "misses sigma_s"),
+        (lambda p: p._replace(number=p.number[::-1]), "rows are numbered from 1"),
+        (lambda p: p._replace(a=p.a + 1e-9 * (np.arange(5) == 4)), "the last row is not x0"),
+        (lambda p: sampler.encode(LEVELS, p.level.t)._replace(number=p.number), "misses alpha_s"),
+    ],
+)
+def test_a_plan_that_breaks_a_law_is_told(broken, message):
+    plan = ddim_plan(5)
+    assert_plan(plan)
+    with pytest.raises(AssertionError, match=message):
+        assert_plan(broken(plan), tolerance=1e-8)
+
+
+def test_levels_that_rise_without_noise_are_told():
+    plan = solvers.edm(schedule.edm(100), schedule.karras(schedule.edm(100), 5), inflation=1.0)
+    rises = np.append(np.diff(plan.level.t) > 0, [False])
+    assert_plan(plan)
+    with pytest.raises(AssertionError, match="levels rise without noise"):
+        assert_plan(plan._replace(d=np.where(rises, 0, plan.d)), variance=False)
+
+
+@given(schedules(exploding=True), st.data(), st.integers(0, 99))
+def test_after_clipping_eps_is_the_one_that_clipping_implies(levels, data, seed):
+    """Each row of DDIM lands on alpha_s*x0 + sigma_s*eps with x_t = alpha_t*x0 + sigma_t*eps for the clipped x0."""
+    t, x = data.draw(visits(levels)), draw(seed, 1)[0]
+    plan, seen = sampler.ddim(levels, t), []
+
+    def clipped(x, level):
+        seen.append((x, np.asarray(np.clip(3 * x, -1, 1)), level))
+        return seen[-1][1]
+
+    made = run_plan(clipped, plan, x)
+    arrivals = [*seen[1:], (made, None, Level(0, 1.0, 0.0))]
+    for (x_t, x0, level_t), (x_s, _, level_s) in zip(seen, arrivals, strict=True):
+        eps = (x_t - level_t.alpha * x0) / level_t.sigma
+        np.testing.assert_allclose(x_s, level_s.alpha * x0 + level_s.sigma * eps, atol=1e-9 * (1 + np.abs(x_t).max()))
+
+
 @given(schedules(), st.data(), st.floats(0, 1))
 def test_larger_variances_exceed_the_level_by_what_they_say(levels, data, v):
     """By std**2 - fixed_small**2; fixed_large**2 is (sigma_t/sigma_s)**2 times fixed_small**2."""
@@ -248,6 +290,13 @@ def test_encode_takes_each_row_of_ddim_back(levels, data, seed):
     noisy = run_plan(lambda x, level: x0, up._replace(a=up.a, b=up.b), x_t, rows=range(1, up.steps))
     back = run_plan(lambda x, level: x0, down, noisy, rows=range(down.steps - 1))
     np.testing.assert_allclose(back, x_t, atol=1e-8 * (1 + np.abs(noisy).max() / levels.sigma[1]))
+
+
+def test_encoding_runs_in_the_compiled_loop_like_any_plan():
+    levels, t = schedule.linear(1000), schedule.trailing(schedule.linear(1000), 23)
+    plan, (x, keys) = sampler.encode(levels, t), start()
+    found = sampler.sample(COMPILED, plan, x, keys)
+    np.testing.assert_allclose(found, run_plan(gaussian_denoiser(0.1, 0.6), plan, np.float64(x)), atol=2e-5)
 
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99))
@@ -473,10 +522,22 @@ def test_chunks_are_the_plan_in_order(steps):
     np.testing.assert_array_equal(np.concatenate([piece.a for piece in pieces]), np.float32(plan.a))
 
 
-def test_bfloat16_samples_still_count_levels_exactly():
-    pieces = sampler.chunks(ddim_plan(1000), jnp.bfloat16)
-    assert np.concatenate([piece.level.t for piece in pieces]).tolist() == list(range(1000, 0, -1))
-    assert pieces[0].a.dtype == jnp.bfloat16
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_half_precision_noise_is_sampled_from_in_float32(dtype, eta):
+    """In three digits the thousand small steps of a chain would be lost."""
+    plan, n = ddim_plan(1000, eta), 20_000
+    keys = sampler.image_keys(jax.random.key(0), np.arange(n))
+    made = sampler.sample(
+        jax.jit(partial(sampler.advance, gaussian_denoiser(0.3, 0.5))), plan, sampler.start(plan, keys, (), dtype), keys
+    )
+    assert made.dtype == jnp.float32
+    mean, variance = moments(plan, gaussian_denoiser(0.3, 0.5), 0.0, 1.0)
+    assert float(made.mean()) == pytest.approx(mean, abs=4 * (variance / n) ** 0.5)
+    assert float(made.var()) == pytest.approx(variance, rel=4 * (2 / n) ** 0.5)
+
+
+def test_tables_are_as_exact_as_what_they_run_in():
     assert sampler.chunks(ddim_plan(5), np.float64)[0].level.t.dtype == np.float64
 
 
@@ -513,10 +574,17 @@ def made_on(devices, num, plan, denoise, shape):
         partial(sampler.advance, denoise), mesh=parallel.device_mesh(jax.devices()[:devices]),
         in_specs=(jax.P(), split, split), out_specs=split, check_vma=False,
     )  # fmt: skip
-    keys = sampler.image_keys(jax.random.key(0), np.arange(parallel.round_up(num, devices)))
-    x = sampler.start(plan, keys, shape)
+    mesh = parallel.device_mesh(jax.devices()[:devices])
+    keys = jax.device_put(
+        sampler.image_keys(jax.random.key(0), np.arange(parallel.round_up(num, devices))), parallel.split(mesh)
+    )
+    x, row = (
+        jax.jit(lambda keys, n=n: sampler.noise(keys, shape, n), out_shardings=parallel.split(mesh))(keys)
+        for n in (0, 5)
+    )
+    assert len(x.sharding.device_set) == devices
     images = sampler.sample(jax.jit(run), plan, x, keys)
-    return [np.asarray(array)[:num] for array in (jax.random.key_data(keys), x, sampler.noise(keys, shape, 5), images)]
+    return [np.asarray(array)[:num] for array in (jax.random.key_data(keys), x, row, images)]
 
 
 @pytest.fixture(scope="module")
@@ -550,6 +618,12 @@ def test_image_i_does_not_depend_on_its_batch_or_devices(kind, eta, unet):
     assert np.std(reference[3]) > 0.1
 
 
+def test_fewer_keys_than_images_are_refused():
+    x, keys = start(4)
+    with pytest.raises(ValueError, match="there are 1 keys for 4 images"):
+        sampler.sample(COMPILED, ddim_plan(5, 1.0), x, keys[:1])
+
+
 def test_noise_differs_between_images_rows_and_seeds():
     keys = sampler.image_keys(jax.random.key(0), np.arange(4))
     other = sampler.image_keys(jax.random.key(1), np.arange(4))
@@ -578,7 +652,7 @@ def test_nfe_is_counted_not_assumed(scale, expected):
 
     x = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
     assert sampler.count_nfe(build, network, ddim_plan(50), x) == expected
-    assert sampler.count_nfe(build, network, solvers.heun(LEVELS, [900, 500, 1]), x) == expected // 50 * 5
+    assert sampler.count_nfe(build, network, solvers.heun(LEVELS, [900, 500, 100]), x) == expected // 50 * 5
 
     def twice(network):
         return lambda x, level: build(network)(build(network)(x, level), level)

@@ -120,7 +120,17 @@ def test_forms_of_a_path_have_the_same_logsnr(levels):
         np.testing.assert_allclose(found, leaf, rtol=1e-12)
 
 
+def test_one_level_alone_is_the_noisiest():
+    assert schedule.edm(1).sigma[1] == 80
+    assert schedule.linear(1).alpha[1] ** 2 == pytest.approx(1 - 0.02)
+
+
 # ------------------------------------------------------------------------------------------- levels
+
+
+def test_unsigned_levels_are_levels():
+    t = np.array([90, 50, 1], np.uint8)
+    assert list(schedule.check_levels(schedule.linear(100), t)) == [90, 50, 1]
 
 
 @given(schedules(exploding=True, terminal=True), st.data())
@@ -211,7 +221,18 @@ def test_karras_on_edm_is_the_grid_of_edm():
         (lambda s: schedule.from_betas([0.0]), "beta_1 is 0.0"),
         (lambda s: schedule.from_betas([0.1, np.nan]), "beta_2 is nan"),
         (lambda s: schedule.from_betas([]), "at least one"),
-        (lambda s: schedule.linear(0), "at least one noisy level, got T = 0"),
+        (lambda s: schedule.from_betas([0.5, 1e-17]), "logsnr does not decrease from level 1 to level 2"),
+        (lambda s: schedule.from_betas([0.999] * 700), "every alpha is above 0"),
+        (lambda s: schedule.cosine(2.5), "a whole number of them, got T = 2.5"),
+        (lambda s: schedule.rescaled_linear(1), "beta_1 is 20.0"),
+        (lambda s: schedule.trailing(s, 5.5), "steps is 5.5"),
+        (lambda s: schedule.linspace(s, "5"), "steps is 5"),
+        (lambda s: schedule.karras(s, 5, np.inf), "rho is inf"),
+        (
+            lambda s: schedule.check_levels(schedule.Level(*(leaf[1:] for leaf in s)), [9, 3]),
+            "row 0 of a schedule is data",
+        ),
+        (lambda s: schedule.linear(0), "at least one noisy level, a whole number of them, got T = 0"),
         (lambda s: schedule.trailing(s, 0), "steps is 0: this schedule takes 1 to 100"),
         (lambda s: schedule.linspace(s, 101), "steps is 101"),
         (lambda s: schedule.quadratic(s, 82), "room for 81 of 100 levels, not for 82 steps"),
@@ -226,7 +247,7 @@ def test_karras_on_edm_is_the_grid_of_edm():
         (lambda s: schedule.karras(s, 0), "steps is 0"),
         (lambda s: schedule.karras(s, 5, -1.0), "rho is -1.0"),
         (lambda s: schedule.from_alphas([0.9, np.nan]), "alpha_2 is nan"),
-        (lambda s: schedule.from_alphas([1.1]), "alpha_1 is 1.1: every alpha lies between 0 and 1"),
+        (lambda s: schedule.from_alphas([1.1]), "alpha_1 is 1.1: every alpha is 0 or more and below 1"),
         (lambda s: schedule.from_alphas([0.9, 0.9]), "logsnr does not decrease from level 1 to level 2"),
         (lambda s: schedule.from_alphas([0.5, 0.0, 0.0]), "alpha_2 is 0.0: every alpha is above 0"),
         (lambda s: schedule.from_alphas([0.9], [0.0]), "sigma_1 is 0.0"),
