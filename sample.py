@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from diffjax import cli, picture, plans, sampler, schedule
 from diffjax.evaluation.record import markdown
-from diffjax.run import Generator, Run, check_guidance, check_seed, open_run, record
+from diffjax.run import Generator, Guidance, Run, check_guidance, check_seed, open_run, record
 from diffjax.training import parallel
 
 PROGRAM = "sample.py"
@@ -59,6 +59,14 @@ class Options:
     """Write the plan: to load it again (.json), or as a picture (.png)."""
     guidance: float = 1.0
     """Guidance scale: 0 unconditional, 1 conditional, more is guided."""
+    interval: tuple[float, float] | None = None
+    """Guide only where sigma/alpha lies between these two: elsewhere the network is evaluated once a step."""
+    rescale: float = 0.0
+    """Share, 0 to 1, by which the contrast of guided images is brought back to that of unguided ones."""
+    negative: int | None = None
+    """Lead away from this label, instead of from no label."""
+    two_passes: bool = False
+    """Evaluate the network twice for a guided step, not once on twice the batch: slower or not, in half the memory."""
     labels: str | None = None
     """Comma-separated labels, repeated over the images; None for all classes."""
     num: int = 64
@@ -71,6 +79,8 @@ class Options:
     """The moving average of the parameters, or the parameters as trained."""
     checkpoint: int | None = None
     """Training step of the checkpoint; None for the latest."""
+    threshold: float | None = None
+    """Dynamic thresholding at this quantile, as 0.995, in place of clipping."""
     clip: Annotated[bool, tyro.conf.arg(help="Clip the estimates of x0 to the range of images.")] = True
     out: str | None = None
     """Picture of all images (.png); None for a name in the run folder."""
@@ -85,8 +95,14 @@ def main(arguments: list[str]) -> None:
     with cli.one_sentence(PROGRAM):
         run = open_run(Path(options.run), options.checkpoint, options.weights)
         plan, name = make_plan(options, run.schedule)
-        name += "" if options.clip else " unclipped"
-        labels = make_labels(options, run)
+        guidance = Guidance(options.guidance, options.interval, options.rescale, options.negative, options.two_passes)
+        if options.threshold is not None and not 0 < options.threshold <= 1:
+            raise ValueError(f"--threshold is {options.threshold}: use more than 0, and at most 1; 0.995 is usual")
+        if options.threshold is not None:
+            name += f" thresholded {options.threshold:g}"
+        elif not options.clip:
+            name += " unclipped"
+        labels = make_labels(options, run, guidance)
         batch = make_batch(options)
         name_out = f"{name.split('(')[0]}-{plan.steps}-guidance-{options.guidance:g}-seed-{options.seed}.png"
         out = Path(options.out or Path(options.run) / "samples" / name_out)
@@ -99,7 +115,8 @@ def main(arguments: list[str]) -> None:
     with tqdm(total=plan.steps * -(-options.num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
         made = generate(
             run.params, plan, labels, options.num,
-            scale=options.guidance, seed=options.seed, batch=batch, clip=options.clip, progress=bar.update,
+            guidance=guidance, seed=options.seed, batch=batch, clip=options.clip, threshold=options.threshold,
+            progress=bar.update,
         )  # fmt: skip
     with cli.one_sentence(PROGRAM):
         if save_plan:
@@ -110,7 +127,7 @@ def main(arguments: list[str]) -> None:
         picture.save_png(out, picture.grid(made.images[:LARGEST_PICTURE], captions))
     if options.num > LARGEST_PICTURE:
         print(f"{out} shows the first {LARGEST_PICTURE} of {options.num} images")
-    print(markdown([record(run, made, plan, name, options.guidance, batch)]))
+    print(markdown([record(run, made, plan, name, guidance, batch)]))
     print("wrote " + ", ".join(str(path) for path in (out, save, save_plan) if path))
 
 
@@ -139,12 +156,12 @@ def make_plan(options: Options, levels: schedule.Schedule) -> tuple[sampler.Plan
     return plans.named(options.sampler, levels, t, options.spacing, **dials)
 
 
-def make_labels(options: Options, run: Run) -> np.ndarray | None:
+def make_labels(options: Options, run: Run, guidance: Guidance) -> np.ndarray | None:
     """A label per image, or None for a network without classes. ValueError for labels or a scale it cannot take."""
     if options.num < 1:
         raise ValueError(f"--num is {options.num}: ask for at least one image")
     check_seed(options.seed)
-    check_guidance(run, options.guidance)
+    check_guidance(run, guidance)
     classes = run.description.classes
     if not classes:
         if options.labels is not None:

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from diffjax import cli, experiment, loss, picture, sampler, schedule
-from diffjax.run import Description, Generator, count_parameters, describe_devices, network_of
+from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices, network_of
 from diffjax.training import data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints
 from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -140,7 +140,7 @@ def preview(workdir: Path, network: Any, description: Description) -> Callable[[
 
     def write(state: TrainState) -> None:
         batch = parallel.round_up(num, devices)
-        made = generate(state.ema, plan, labels, num, scale=scale, seed=PREVIEW_SEED, batch=batch)
+        made = generate(state.ema, plan, labels, num, guidance=Guidance(scale), seed=PREVIEW_SEED, batch=batch)
         captions = None if labels is None else [str(label) for label in labels]
         sheet = picture.grid(made.images, captions, columns=10)
         picture.save_png(workdir / "previews" / f"{int(state.step):07d}.png", sheet)

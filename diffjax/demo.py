@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffjax import cli, picture, sampler, schedule
 from diffjax.evaluation.digits import judge
 from diffjax.evaluation.record import as_dict, markdown
-from diffjax.run import Generator, check_guidance, check_seed, open_run, record
+from diffjax.run import Generator, Guidance, check_guidance, check_seed, open_run, record
 from diffjax.training import parallel
 
 PROGRAM = "diffjax.demo"
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
         run = open_run(folder)
         if run.description.config.data.name != "digits" or not run.description.classes:
             raise ValueError(f"{folder} is not a run of the configuration 'digits': use sample.py")
-        check_guidance(run, 2.0)
+        check_guidance(run, Guidance(2.0))
         check_seed(options.seed)
         levels = run.schedule
         ddpm = sampler.ddpm(levels, schedule.trailing(levels, schedule.length(levels)))
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
                     plan,
                     labels,
                     options.num,
-                    scale=scale,
+                    guidance=Guidance(scale),
                     seed=options.seed,
                     batch=batch,
                     progress=bar.update,
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
             ]
         median = sorted(timed, key=lambda made: made.run_seconds)[repeats // 2]
         made = median._replace(compile_seconds=sum(made.compile_seconds for made in timed))
-        rows.append(record(run, made, plan, name, scale, batch))
+        rows.append(record(run, made, plan, name, Guidance(scale), batch))
         verdicts.append(judge(made.images, labels))
         first_images.append(made.images[:10])
         captions = [str(label) for label in labels]

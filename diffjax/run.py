@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,13 +75,41 @@ def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Ru
     )  # fmt: skip
 
 
-def check_guidance(run: Run, scale: float) -> None:
-    """ValueError for a guidance scale that a run cannot serve."""
+class Guidance(NamedTuple):
+    """How images are led to their labels."""
+
+    scale: float = 1.0  # 0 unconditional, 1 conditional, more is guided
+    interval: tuple[float, float] | None = None  # of sigma/alpha; outside it, conditional, without a second evaluation
+    rescale: float = 0.0  # share by which the contrast of guided images is brought back
+    negative: int | None = None  # a label to be led away from, instead of none
+    two_passes: bool = False  # half the memory
+
+    def __str__(self) -> str:
+        """As in "2 in 0.3..5 rescaled 0.7"."""
+        text = f"{self.scale:g}" + ("" if self.interval is None else " in {:g}..{:g}".format(*self.interval))
+        text += f" rescaled {self.rescale:g}" if self.rescale else ""
+        text += f" away from {self.negative}" if self.negative is not None else ""
+        return text + (" in two passes" if self.two_passes else "")
+
+
+def check_guidance(run: Run, guidance: Guidance) -> None:
+    """ValueError for guidance that a run cannot serve."""
+    scale, interval, classes = guidance.scale, guidance.interval, run.description.classes
     if not (np.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance is {scale}: use a number of 0 or more")
-    if scale != 1 and not run.description.classes:
+    if guidance != Guidance() and not classes:
         raise ValueError(f"{run.name} was trained without labels: leave out --guidance")
-    if scale != 1 and run.description.config.train.label_dropout == 0:
+    if scale == 1 and guidance != Guidance():
+        raise ValueError(f"guidance {guidance} has the scale 1, which is plain conditional: give another --guidance")
+    if guidance.negative is not None and not 0 <= guidance.negative < classes:
+        raise ValueError(f"the label to be led away from is {guidance.negative}: use 0 to {classes - 1}")
+    if interval is not None and not 0 <= interval[0] < interval[1]:
+        raise ValueError(
+            f"the interval is {interval[0]:g} to {interval[1]:g} of sigma/alpha: use 0 or more, its end above its start"
+        )
+    if not 0 <= guidance.rescale <= 1:
+        raise ValueError(f"rescale is {guidance.rescale}: use 0 (not at all) to 1 (wholly)")
+    if scale != 1 and guidance.negative is None and run.description.config.train.label_dropout == 0:
         raise ValueError(
             f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label:"
             " leave out --guidance, or train again with --train.label-dropout 0.1"
@@ -134,37 +163,49 @@ class Generator:
         labels: np.ndarray | None,
         num: int,
         *,
-        scale: float,
+        guidance: Guidance,
         seed: int,
         batch: int,
         clip: bool = True,
+        threshold: float | None = None,
         progress: Callable[[int], Any] = lambda rows: None,
     ) -> Images:
         """Sample `num` images in batches of `batch` (the last one filled up and cut).
 
-        labels: int [num], None for a network without classes; scale: guidance scale, 1 for none. Image i is the same
-        for any batch and any number of devices. progress(rows) is called whenever rows of the plan are done.
-        ValueError for a batch that the devices cannot share equally.
+        labels: int [num], None for a network without classes; clip: estimates of x0 to [-1, 1]; threshold: dynamically,
+        at this quantile, instead. Image i is the same for any batch and any number of devices. progress(rows) is called
+        whenever rows of the plan are done. ValueError for a batch that the devices cannot share equally.
         """
         parallel.check_divisible(batch, len(self._mesh.devices))
         check_prediction(self._prediction, plan.level)
-        guided = self._classes > 0 and scale != 1
         whole, split = parallel.whole(self._mesh), parallel.split(self._mesh)
         params = jax.block_until_ready(jax.device_put(params, whole))
-        scale_array, start_std = jax.device_put((jnp.float32(scale), jnp.float32(plan.start_std)), whole)
+        start_std = jax.device_put(jnp.float32(plan.start_std), whole)
+        null = self._classes if guidance.negative is None else guidance.negative
+        led = jax.device_put((jnp.float32(guidance.scale), jnp.int32(null)), whole)
         key = jax.random.key(seed)
         before, seconds, made = self._compile_seconds, 0.0, []
+        inside = np.full(plan.steps, self._classes > 0 and guidance.scale != 1)
+        if guidance.interval is not None:
+            inside &= sampler.within(plan, *guidance.interval)
+        # What is compiled apart, plain and guided; numbers that may change without compiling are not in it.
+        after = ("threshold", threshold) if threshold is not None else ("clip", None) if clip else ("", None)
+        kinds = [(), ("guided", guidance.rescale, guidance.two_passes)]
         some = None if labels is None else np.zeros(batch, np.int32)
         x = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
-        nfe = sampler.count_nfe(self._denoiser(params, some, scale, guided, clip), self._network, plan, x)
+        nfe = sum(
+            sampler.count_nfe(self._denoiser(params, some, led, kind, after), self._network, plan, x) * n // plan.steps
+            for kind, n in zip(kinds, ((~inside).sum(), inside.sum()), strict=True)
+            if n
+        )
         for first in range(0, num, batch):
             index = np.arange(first, first + batch)
             keys = jax.device_put(sampler.image_keys(key, index), split)
             condition = None if labels is None else jax.device_put(np.resize(labels[first:], batch), split)
 
-            def run(rows: Plan, carry: Carry, keys: Any, condition: Any = condition) -> Carry:
-                arguments = params, condition, scale_array, rows, carry, keys
-                program = self._program((guided, clip), lambda: self._build(guided, clip), arguments)
+            def run(kind: Any, rows: Plan, carry: Carry, keys: Any, condition: Any = condition) -> Carry:
+                arguments = params, condition, led, rows, carry, keys
+                program = self._program((kind, after), lambda: self._build(kind, after), arguments)
                 return program(*arguments)
 
             def done(rows: int, carry: Carry) -> None:
@@ -172,30 +213,34 @@ class Generator:
                 jax.block_until_ready(carry)
                 progress(rows)
 
+            runs = [partial(run, kind) for kind in kinds]
             compiled, began = self._compile_seconds, time.perf_counter()
             x = self._program("noise", self._noise, (keys, start_std))(keys, start_std)
-            made.append(to_uint8(jax.device_get(sampler.sample(run, plan, x, keys, done))))
+            made.append(to_uint8(jax.device_get(sampler.sample(runs, plan, x, keys, done, which=inside.astype(int)))))
             seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
         images = np.concatenate(made)[:num]
         shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
         return Images(images, shown, nfe, self._compile_seconds - before, seconds)
 
-    def _denoiser(
-        self, params: Any, condition: Any, scale: Any, guided: bool, clip: bool
-    ) -> Callable[[Network], Denoiser]:
+    def _denoiser(self, params: Any, condition: Any, led: Any, kind: Any, after: Any) -> Callable[[Network], Denoiser]:
         def build(network: Network) -> Denoiser:
-            denoise = denoiser.from_network(network, params, self._prediction)
-            if guided:
-                denoise_x0 = denoiser.guide(denoise, condition, self._classes, scale)
+            conditional = denoiser.from_network(network, params, self._prediction)
+            if kind:
+                _, rescale, two_passes = kind
+                scale, null = led
+                denoise = denoiser.guide(conditional, condition, null, scale, rescale, two_passes)
             else:
-                denoise_x0 = denoiser.condition_on(denoise, condition)
-            return denoiser.clip(denoise_x0) if clip else denoise_x0
+                denoise = denoiser.condition_on(conditional, condition)
+            how, quantile = after
+            if how == "threshold":
+                return denoiser.threshold(denoise, quantile)
+            return denoiser.clip(denoise) if how == "clip" else denoise
 
         return build
 
-    def _build(self, guided: bool, clip: bool) -> Callable[..., Any]:
-        def program(params: Any, condition: Any, scale: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
-            denoise = self._denoiser(params, condition, scale, guided, clip)(self._network)
+    def _build(self, kind: Any, after: Any) -> Callable[..., Any]:
+        def program(params: Any, condition: Any, led: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
+            denoise = self._denoiser(params, condition, led, kind, after)(self._network)
             return sampler.advance(denoise, rows, carry, keys)
 
         # Explicitly per device: no image ever leaves the device that makes it.
@@ -224,11 +269,11 @@ def describe_devices() -> str:
     return f"{jax.device_count()} x {kind}" + (f" ({os.cpu_count()} cores)" if kind == "cpu" else "")
 
 
-def record(run: Run, made: Images, plan: Plan, sampler_name: str, guidance: float, batch: int) -> Sampling:
+def record(run: Run, made: Images, plan: Plan, sampler_name: str, guidance: Guidance, batch: int) -> Sampling:
     """The row that describes what was made, with its whole context."""
     config, image_shape, _ = run.description
     return Sampling(
-        sampler=sampler_name, steps=plan.steps, nfe=made.nfe, guidance=guidance,
+        sampler=sampler_name, steps=plan.steps, nfe=made.nfe, guidance=guidance.scale, guided=str(guidance),
         compile_seconds=made.compile_seconds, run_seconds=made.run_seconds, images=len(made.images), batch=batch,
         network=run.name, parameters=count_parameters(run.params), weights=f"{run.weights}, step {run.step}",
         image_size="x".join(map(str, image_shape)), device=describe_devices(), dtype=config.network.dtype,

@@ -8,7 +8,7 @@ solvers.py.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -275,8 +275,9 @@ def advance(denoise: Denoiser, rows: Plan, carry: Carry, keys: Array) -> Carry:
 CHUNK = 10  # rows per call: two programs, of ten rows and of one, run a plan of any length
 
 
-def chunks(plan: Plan, dtype: Any, every: int | None = None, size: int = CHUNK) -> list[Plan]:
-    """The plan in pieces of `size` rows or of one, cut at every multiple of `every`, or of `size`: float64 cast once to
+def chunks(plan: Plan, dtype: Any, every: int | None = None, size: int = CHUNK, which: Any = None) -> list[Plan]:
+    """The plan in pieces of `size` rows or of one, cut at every multiple of `every`, or of `size`, and
+    wherever `which` [N] changes: float64 cast once to
     the dtype of x. ValueError for a plan that is not finite.
     """
     check_plan(plan)
@@ -300,37 +301,48 @@ def chunks(plan: Plan, dtype: Any, every: int | None = None, size: int = CHUNK) 
     while cuts[-1] < plan.steps:
         here = cuts[-1]
         room = min(every - here % every, plan.steps - here)
+        if which is not None:
+            room = int(np.argmin(np.append(np.asarray(which)[here : here + room] == which[here], False)))
         cuts.append(here + (size if room >= size else 1))
     return [rows(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
+Run = Callable[[Plan, Carry, Array], Carry]  # `advance` with its denoiser, compiled
+
+
 def sample(
-    run: Callable[[Plan, Carry, Array], Carry],
+    run: Run | Sequence[Run],
     plan: Plan,
     x: Array,
     keys: Array,
     each: Callable[[int, Carry], None] = lambda rows, carry: None,
     every: int | None = None,
+    which: Any = None,
 ) -> Array:
     """Run a plan from the noise x [B, ...] down to images, ten rows a call, in float32 at least.
 
     run: `advance` with its denoiser, compiled: jax.jit(functools.partial(advance, denoise)). keys: [B]. each: called
     with (rows done now, carry) after every call, for progress bars and previews: carry[0] is x, carry[1] the estimate
-    of x0. every: calls end at its multiples, of ten if None.
+    of x0. every: calls end at its multiples, of ten if None. which: ints [N], where run is a sequence: row i is run by
+    run[which[i]], so that some rows can do without a second evaluation.
     """
+    runs = (run,) if callable(run) else run
+    which = np.zeros(plan.steps, np.int64) if which is None else np.asarray(which)
+    if which.shape != (plan.steps,) or not ((which >= 0) & (which < len(runs))).all():
+        raise ValueError(f"which names one of {len(runs)} runs, from 0, for each of {plan.steps} rows, not {which}")
     # bfloat16 has three digits: small steps of x would be lost in it. Networks cast for themselves.
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # Two arrays, not one twice: a compiled `run` may reuse the memory of each part of the carry.
     carry = x, jnp.zeros_like(x), jnp.zeros_like(x)
-    for rows in chunks(plan, x.dtype, every):
-        carry = run(rows, carry, keys)
+    done = 0
+    for rows in chunks(plan, x.dtype, every, which=which):
+        carry = runs[which[done]](rows, carry, keys)
+        done += rows.steps
         each(rows.steps, carry)
     return carry[0]
 
 
-def trajectory(
-    run: Callable[[Plan, Carry, Array], Carry], plan: Plan, x: Array, keys: Array, every: int
-) -> tuple[np.ndarray, np.ndarray]:
+def trajectory(run: Run, plan: Plan, x: Array, keys: Array, every: int) -> tuple[np.ndarray, np.ndarray]:
     """(x, estimates of x0), each [M, B, ...] on the host: after every `every` rows, and after the last. The rows
     between are not kept. The last x are the images. ValueError for `every` below 1.
     """
@@ -362,6 +374,16 @@ def slerp(x: Array, y: Array, weight: Any) -> Array:
     of_x = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / safe)
     of_y = jnp.where(straight, weight, jnp.sin(weight * angle) / safe)
     return expand(of_x, x) * x + expand(of_y, y) * y
+
+
+def within(plan: Plan, low: float, high: float) -> np.ndarray:
+    """Which rows of a plan are called at a level with low <= sigma/alpha <= high, bool [N]: the interval of guidance
+    (arXiv:2404.07724). ValueError unless low < high.
+    """
+    if not low < high:
+        raise ValueError(f"the interval is {low} to {high} of sigma/alpha: its end lies above its start")
+    ratio = np.exp(-logsnr(plan.level) / 2)
+    return (low <= ratio) & (ratio <= high)
 
 
 def count_nfe(build: Callable[[Network], Denoiser], network: Network, plan: Plan, x: Any) -> int:

@@ -17,6 +17,19 @@ def test_the_figures_are_measured_and_printed(capsys, monkeypatch):
     assert any("forward, digits network" in what for what in figures)
 
 
+def test_every_kind_of_guidance_is_timed_with_its_evaluations(capsys, monkeypatch):
+    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,)))
+    monkeypatch.setattr(experiment, "named", lambda name: tiny)
+    bench.main(["guidance", "--pairs", "1"])
+    lines = capsys.readouterr().out.splitlines()[4:]
+    nfe = {cells[1].strip(): int(cells[2]) for cells in (line.split("|") for line in lines)}
+    assert nfe.pop("plain conditional") == 20
+    inside = next(name for name in nfe if "rows" in name)
+    assert 20 < nfe.pop(inside) < 40
+    assert len(nfe) == 8
+    assert set(nfe.values()) == {40}
+
+
 def test_comparisons_take_turns():
     calls = []
     found = bench.compare(lambda: calls.append("a"), lambda: calls.append("b"), 3)

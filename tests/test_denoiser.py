@@ -96,6 +96,98 @@ def test_each_image_may_have_its_own_scale():
         np.testing.assert_allclose(each[i], one[i], rtol=1e-6)
 
 
+@settings(max_examples=15)
+@given(st.floats(0, 8), st.floats(0, 1), st.integers(0, 99))
+def test_two_passes_are_one(scale, rescale, seed):
+    x, labels, level = inputs(seed)
+    one, two = (
+        denoiser.guide(conditional("v"), labels, NULL, scale, rescale, passes)(x, level) for passes in (False, True)
+    )
+    np.testing.assert_allclose(two, one, atol=1e-5 * (1 + scale))
+
+
+def test_another_label_can_be_led_away_from():
+    x, labels, level = inputs()
+    away = jnp.array([5, 5, 5, 1, 1, 1])
+    guided = denoiser.guide(conditional(), labels, away, 3.0)(x, level)
+    from_, to = (conditional()(x, level, condition) for condition in (away, labels))
+    np.testing.assert_allclose(guided, from_ + 3.0 * (to - from_), rtol=1e-4, atol=1e-4)
+
+
+def test_the_scale_may_be_a_function_of_the_level():
+    x, labels, _ = inputs()
+    rising = denoiser.guide(conditional(), labels, NULL, lambda level: 1 + 3 * level.sigma)
+    for t in (10, 400, 999):
+        level = schedule.at(LEVELS, t)
+        fixed = denoiser.guide(conditional(), labels, NULL, 1 + 3 * level.sigma)
+        np.testing.assert_allclose(rising(x, level), fixed(x, level), rtol=1e-5)
+    each = schedule.at(LEVELS, np.full(6, 400))
+    np.testing.assert_allclose(rising(x, each), rising(x, schedule.at(LEVELS, 400)), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_combined_in_float32_whatever_the_network_computes_in():
+    """A difference of 1/256 is one digit of bfloat16 near 1: a hundred times it is not."""
+    from_, to = jnp.full((1, 2), 1.0, jnp.bfloat16), jnp.full((1, 2), 1.0078125, jnp.bfloat16)
+    found = denoiser.extrapolate(from_, to, schedule.at(LEVELS, 5), 3.3)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, 1 + 3.3 * 0.0078125, rtol=1e-6)
+
+
+@given(st.floats(0, 10), st.floats(0, 1), st.integers(0, 99))
+def test_rescaling_brings_the_contrast_back(scale, rescale, seed):
+    x0_from, x0_to = jax.random.normal(jax.random.key(seed), (2, 3, 4, 4, 1))
+    level = schedule.at(LEVELS, 400)
+    plain = denoiser.extrapolate(x0_from, x0_to, level, scale)
+    found = denoiser.extrapolate(x0_from, x0_to, level, scale, rescale)
+    std, std_to = (np.std(x, axis=(1, 2, 3)) for x in (plain, x0_to))
+    factor = 1 - rescale + rescale * std_to / std
+    np.testing.assert_allclose(found, plain * factor.reshape(3, 1, 1, 1), rtol=2e-4, atol=1e-6)
+    wholly = denoiser.extrapolate(x0_from, x0_to, level, scale, 1.0)
+    np.testing.assert_allclose(np.std(wholly, axis=(1, 2, 3)), std_to, rtol=1e-4)
+
+
+def test_rescaling_flat_images_divides_by_nothing():
+    flat = jnp.full((2, 3, 3, 1), 0.3)
+    np.testing.assert_array_equal(denoiser.extrapolate(flat, flat, schedule.at(LEVELS, 5), 2.0, 0.7), flat)
+
+
+@given(st.floats(0, 5))
+def test_autoguidance_leads_away_from_the_worse_network(scale):
+    x, labels, level = inputs()
+    better, worse = denoiser.condition_on(conditional(), labels), denoiser.condition_on(conditional("x0"), labels)
+    guided = denoiser.autoguide(better, worse, scale)(x, level)
+    expected = worse(x, level) + scale * (better(x, level) - worse(x, level))
+    np.testing.assert_allclose(guided, expected, atol=1e-4 * (1 + scale))
+
+
+@given(st.floats(0.01, 1), st.floats(0.1, 5), st.integers(0, 99))
+def test_thresholding_bounds_each_image_by_its_own_quantile(quantile, size, seed):
+    estimate = size * jax.random.normal(jax.random.key(seed), (3, 4, 4, 1))
+    found = denoiser.threshold(lambda x, level: estimate, quantile)(estimate, schedule.at(LEVELS, 5))
+    assert np.abs(found).max() <= 1 + 1e-6
+    for image, thresholded in zip(np.float64(estimate), found, strict=True):
+        s = max(1, np.quantile(np.abs(image), quantile))
+        np.testing.assert_allclose(thresholded, np.clip(image, -s, s) / s, atol=1e-5)
+
+
+def test_thresholding_leaves_images_in_range_as_they_are():
+    x = jax.random.uniform(jax.random.key(0), (2, 3, 3, 1), minval=-1, maxval=1)
+    np.testing.assert_array_equal(denoiser.threshold(lambda x, level: x, 0.995)(x, schedule.at(LEVELS, 5)), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: denoiser.threshold(d, 0.0), "quantile is 0.0"),
+        (lambda d: denoiser.threshold(d, 1.1), "quantile is 1.1"),
+        (lambda d: denoiser.autoguide(d, d, 2.0, -0.1)(jnp.ones((1, 2)), schedule.at(LEVELS, 5)), "rescale is -0.1"),
+    ],
+)
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(lambda x, level: x)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_order_of_pairs_does_not_matter():
     """(null, condition) pairs with the scale 1 - scale are the same guidance, and so are images in another order."""

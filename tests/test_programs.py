@@ -15,7 +15,7 @@ import sample
 import train
 from diffjax import demo, experiment
 from diffjax.evaluation.digits import judge
-from diffjax.run import open_run
+from diffjax.run import Guidance, open_run
 
 
 def metrics(folder):
@@ -76,7 +76,7 @@ def test_every_sampler_makes_images_and_a_stored_plan_makes_them_again(digits_ru
     cases = {
         "a": [*first, "--save-plan", plan],
         "b": ["--plan", plan],
-        "c": ["--sampler", "heun", "--levels", "1000,400.5,3"],
+        "c": ["--sampler", "heun", "--levels", "1000,600.5,100"],
     }
     made = {}
     for name, arguments in cases.items():
@@ -99,6 +99,28 @@ def test_every_sampler_makes_images_and_a_stored_plan_makes_them_again(digits_ru
     assert "| plan(plan.json) | 10    | 20 " in said
     assert "| heun(explicit, 3 levels) | 5     | 10 " in said
     assert judge(made["a"], np.arange(8)).recognised >= 0.6
+
+
+def test_every_kind_of_guidance_makes_digits_and_counts_its_evaluations(digits_run, tmp_path, capsys):
+    """DDIM in 10 steps: two evaluations for each guided one."""
+    cases = {
+        "2": ("", 20),
+        "2 in two passes": ("--two-passes", 20),
+        "2 in 0.3..5": ("--interval 0.3 5", 15),
+        "2 rescaled 0.7": ("--rescale 0.7", 20),
+        "2 away from 5": ("--negative 5", 20),
+    }
+    made = {}
+    for i, (guided, (options, nfe)) in enumerate(cases.items()):
+        arguments = ["--steps", "10", "--num", "24", "--labels", "0,1,6", "--guidance", "2", *options.split()]
+        out = ["--out", str(tmp_path / f"{i}.png"), "--save", str(tmp_path / f"{i}.npz")]
+        sample.main([str(digits_run), *arguments, *out])
+        cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
+        assert (cells[2], cells[3], cells[4]) == ("10", str(nfe), guided)
+        made[guided] = np.load(tmp_path / f"{i}.npz")["images"].astype(int)
+        assert judge(made[guided], np.resize([0, 1, 6], 24)).recognised >= 0.6
+    assert np.abs(made["2"] - made["2 in two passes"]).max() <= 1  # a rounding to 8 bits apart
+    assert all((made["2"] != made[other]).any() for other in cases if "passes" not in other and other != "2")
 
 
 def test_images_are_the_same_on_eight_devices_and_in_other_batches(digits_run, run_program, tmp_path):
@@ -224,6 +246,13 @@ BAD_SAMPLE = {
     "{run} --seed 9223372036854775808": "seed is 9223372036854775808",
     "{run} --guidance nan": "guidance is nan",
     "{run} --guidance=-2": "guidance is -2",
+    "{run} --interval 0.3 5": "has the scale 1, which is plain conditional",
+    "{run} --guidance 2 --interval 5 0.3": "the interval is 5 to 0.3 of sigma/alpha",
+    "{run} --guidance 2 --interval=-1 0.3": "the interval is -1 to 0.3",
+    "{run} --guidance 2 --rescale 1.5": "rescale is 1.5",
+    "{run} --guidance 2 --negative 10": "the label to be led away from is 10: use 0 to 9",
+    "{run} --threshold 0": "--threshold is 0.0: use more than 0",
+    "{unconditional} --guidance 1 --negative 2": "was trained without labels: leave out --guidance",
     "{run} --batch 12": "--batch is 12, which 8 devices cannot share equally: use a multiple of 8",
     "{broken}": "is incomplete: remove it",
     "{run} --out {tmp}/file/grid.png": "cannot be written",
@@ -310,8 +339,9 @@ def test_guidance_needs_label_dropout(digits_run):
     with pytest.raises(
         ValueError, match=r"trained with train.label_dropout 0, so it does not know images without a label"
     ):
-        sample.make_labels(sample.Options(run="x", guidance=2.0), run)
-    assert sample.make_labels(sample.Options(run="x", guidance=1.0, num=3), run).tolist() == [0, 1, 2]
+        sample.make_labels(sample.Options(run="x"), run, Guidance(2.0))
+    assert sample.make_labels(sample.Options(run="x", num=3), run, Guidance(2.0, negative=5)).tolist() == [0, 1, 2]
+    assert sample.make_labels(sample.Options(run="x", num=3), run, Guidance()).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("command", ["train.py --help", "train.py digits --help", "sample.py --help"])

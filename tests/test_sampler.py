@@ -564,6 +564,49 @@ def test_a_trajectory_keeps_what_is_asked_for_and_changes_nothing(every):
         np.testing.assert_allclose(x0s[i], gaussian_denoiser(0.1, 0.6)(partly, level), atol=2e-5)
 
 
+@pytest.mark.parametrize("make", [sampler.ddim, solvers.heun, partial(sampler.ddim, eta=1.0)])
+def test_rows_in_an_interval_are_run_by_another_program(make):
+    """As one denoiser that looks at the level; outside the interval its other half is not called at all."""
+    low, high, calls = 0.5, 3.0, {"inside": 0, "outside": 0}
+
+    def counted(name, denoise):
+        def call(x, level):
+            jax.debug.callback(lambda: calls.__setitem__(name, calls[name] + 1))
+            return denoise(x, level)
+
+        return call
+
+    inside, outside = gaussian_denoiser(0.3, 0.5), gaussian_denoiser(-0.2, 0.8)
+    runs = [jax.jit(partial(sampler.advance, counted(*each))) for each in (("outside", outside), ("inside", inside))]
+    plan, (x, keys) = make(LEVELS, schedule.trailing(LEVELS, 37)), start()
+    which = sampler.within(plan, low, high)
+    found = sampler.sample(runs, plan, x, keys, which=which.astype(int))
+    jax.effects_barrier()
+    assert calls == {"inside": which.sum(), "outside": (~which).sum()}
+    assert 0 < which.sum() < plan.steps
+
+    def both(x, level):
+        return (inside if low <= level.sigma / level.alpha <= high else outside)(x, level)
+
+    z = np.float64(np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number]))
+    np.testing.assert_allclose(found, run_plan(both, plan, np.float64(x), z), atol=2e-5)
+    pieces = sampler.chunks(plan, jnp.float32, which=which)
+    assert {piece.steps for piece in pieces} <= {1, 10}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p, x, k: sampler.within(p, 3.0, 0.5), "its end lies above its start"),
+        (lambda p, x, k: sampler.sample([COMPILED], p, x, k, which=[0, 0, 1, 0, 0]), "one of 1 runs"),
+        (lambda p, x, k: sampler.sample([COMPILED], p, x, k, which=[0, 0]), "for each of 5 rows"),
+    ],
+)
+def test_an_interval_that_cannot_be_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(ddim_plan(5), *start())
+
+
 # ------------------------------------------------------------------------------------------- image i
 
 

@@ -12,6 +12,7 @@ class Sampling:
     steps: int  # calls of the denoiser
     nfe: int  # network evaluations per image, counted: guidance takes two a step
     guidance: float  # 0 unconditional, 1 conditional, more is guided
+    guided: str  # the scale with all else that guides, as in "2 in 0.3..5 rescaled 0.7"
     compile_seconds: float  # spent compiling for this row; 0 where earlier rows had compiled it all
     run_seconds: float  # for all images, compilation apart
     images: int
@@ -33,7 +34,7 @@ _COLUMNS = {
     "sampler": lambda row: row.sampler,
     "steps": lambda row: row.steps,
     "NFE": lambda row: row.nfe,
-    "guidance": lambda row: f"{row.guidance:g}",
+    "guidance": lambda row: row.guided,
     "compile s": lambda row: f"{row.compile_seconds:.2f}",
     "run s": lambda row: f"{row.run_seconds:.2f}",
     "images/s": lambda row: f"{row.images_per_second:.1f}",

@@ -5,7 +5,8 @@ import pytest
 from diffjax.evaluation.record import Sampling, as_dict, markdown
 
 ROW = Sampling(
-    sampler="ddim(eta=0, trailing)", steps=50, nfe=100, guidance=2.0, compile_seconds=1.5, run_seconds=4.0, images=10,
+    sampler="ddim(eta=0, trailing)", steps=50, nfe=100, guidance=2.0, guided="2 in 0.3..5",
+    compile_seconds=1.5, run_seconds=4.0, images=10,
     batch=5, network="unet of x", parameters=1234, weights="ema, step 7", image_size="8x8x1", device="1 x cpu",
     dtype="float32",
 )  # fmt: skip
