@@ -195,7 +195,7 @@ class Generator:
         x = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
         nfe = sum(
             sampler.count_nfe(self._denoiser(params, some, led, kind, after), self._network, plan, x) * n // plan.steps
-            for kind, n in zip(kinds, ((~inside).sum(), inside.sum()), strict=True)
+            for kind, n in zip(kinds, (int((~inside).sum()), int(inside.sum())), strict=True)
             if n
         )
         for first in range(0, num, batch):

@@ -13,9 +13,10 @@ from PIL import Image
 
 import sample
 import train
-from diffjax import demo, experiment
+from diffjax import demo, experiment, sampler
 from diffjax.evaluation.digits import judge
-from diffjax.run import Guidance, open_run
+from diffjax.evaluation.record import as_dict
+from diffjax.run import Generator, Guidance, open_run, record
 
 
 def metrics(folder):
@@ -121,6 +122,15 @@ def test_every_kind_of_guidance_makes_digits_and_counts_its_evaluations(digits_r
         assert judge(made[guided], np.resize([0, 1, 6], 24)).recognised >= 0.6
     assert np.abs(made["2"] - made["2 in two passes"]).max() <= 1  # a rounding to 8 bits apart
     assert all((made["2"] != made[other]).any() for other in cases if "passes" not in other and other != "2")
+
+
+def test_what_is_made_can_be_told_in_json(digits_run):
+    run = open_run(digits_run)
+    plan = sampler.ddim(run.schedule, [1000, 500])
+    generate = Generator(run.network, run.prediction, *run.description[1:])
+    made = generate(run.params, plan, np.arange(8), 8, guidance=Guidance(2.0), seed=0, batch=8)
+    row = json.loads(json.dumps(as_dict(record(run, made, plan, "ddim", Guidance(2.0), 8))))
+    assert (row["nfe"], row["guidance"], row["guided"]) == (4, 2.0, "2")
 
 
 def test_images_are_the_same_on_eight_devices_and_in_other_batches(digits_run, run_program, tmp_path):
