@@ -6,6 +6,7 @@ python sample.py runs/digits --sampler dpm_solver_pp_2m --steps 10 --spacing uni
 """
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,11 +14,12 @@ from typing import Annotated, Literal
 import jax
 import numpy as np
 import tyro
+from jax import Array
 from tqdm import tqdm
 
 from diffjax import cli, picture, plans, sampler, schedule
 from diffjax.evaluation.record import markdown
-from diffjax.run import Generator, Guidance, Run, check_guidance, check_seed, open_run, record
+from diffjax.run import Generator, Guidance, Run, check_guidance, check_seed, open_run, read_labels, record
 from diffjax.training import parallel
 
 PROGRAM = "sample.py"
@@ -28,6 +30,8 @@ SamplerName = Literal[
 SpacingName = Literal["trailing", "leading", "linspace", "quadratic", "karras", "uniform_logsnr"]
 LARGEST_BATCH = 64
 LARGEST_PICTURE = 400
+FRAMES = 50  # of an animation, at most
+REFRESH_SECONDS = 1.0  # between previews, at least
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class Options:
     """Share, 0 to 1, by which the contrast of guided images is brought back to that of unguided ones."""
     negative: int | None = None
     """Lead away from this label, instead of from no label."""
+    worse: str | None = None
+    """Autoguidance: lead away from the network of this run folder, smaller or less trained, instead of from no
+    label."""
+    worse_checkpoint: int | None = None
+    """Training step of that run's checkpoint; None for the latest."""
     two_passes: bool = False
     """Evaluate the network twice for a guided step, not once on twice the batch: slower or not, in half the memory."""
     labels: str | None = None
@@ -84,6 +93,10 @@ class Options:
     clip: Annotated[bool, tyro.conf.arg(help="Clip the estimates of x0 to the range of images.")] = True
     out: str | None = None
     """Picture of all images (.png); None for a name in the run folder."""
+    preview: bool = False
+    """Refresh that picture with the estimates of x0 while sampling goes on."""
+    animate: str | None = None
+    """The estimates of x0 on the way, of the first batch (.gif)."""
     save: str | None = None
     """Arrays of all images (.npz): images uint8 [N, H, W, C], labels int [N], -1 for none."""
 
@@ -95,7 +108,7 @@ def main(arguments: list[str]) -> None:
     with cli.one_sentence(PROGRAM):
         run = open_run(Path(options.run), options.checkpoint, options.weights)
         plan, name = make_plan(options, run.schedule)
-        guidance = Guidance(options.guidance, options.interval, options.rescale, options.negative, options.two_passes)
+        guidance = make_guidance(options)
         if options.threshold is not None and not 0 < options.threshold <= 1:
             raise ValueError(f"--threshold is {options.threshold}: use more than 0, and at most 1; 0.995 is usual")
         if options.threshold is not None:
@@ -107,28 +120,65 @@ def main(arguments: list[str]) -> None:
         name_out = f"{name.split('(')[0]}-{plan.steps}-guidance-{options.guidance:g}-seed-{options.seed}.png"
         out = Path(options.out or Path(options.run) / "samples" / name_out)
         cli.check_output(out, ".png")
+        animation = cli.check_output(Path(options.animate), ".gif") if options.animate else None
         save = cli.check_output(Path(options.save), ".npz") if options.save else None
         save_plan = cli.check_output(Path(options.save_plan), ".json", ".png") if options.save_plan else None
 
     _, image_shape, classes = run.description
     generate = Generator(run.network, run.prediction, image_shape, classes)
+    watch = Watch(options, image_shape, labels, out)
     with tqdm(total=plan.steps * -(-options.num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
         made = generate(
             run.params, plan, labels, options.num,
             guidance=guidance, seed=options.seed, batch=batch, clip=options.clip, threshold=options.threshold,
-            progress=bar.update,
+            progress=bar.update, watch=watch, every=-(-plan.steps // FRAMES) if animation else None,
         )  # fmt: skip
     with cli.one_sentence(PROGRAM):
         if save_plan:
             plans.save(save_plan, plan, name)
         if save:
             np.savez(save, images=made.images, labels=made.labels)
-        captions = None if labels is None else [str(label) for label in labels[:LARGEST_PICTURE]]
-        picture.save_png(out, picture.grid(made.images[:LARGEST_PICTURE], captions))
+        if animation:
+            captions = watch.captions and watch.captions[: len(watch.frames[0])]
+            picture.save_gif(animation, [picture.grid(frame, captions) for frame in watch.frames])
+        picture.save_png(out, picture.grid(made.images[:LARGEST_PICTURE], watch.captions))
     if options.num > LARGEST_PICTURE:
         print(f"{out} shows the first {LARGEST_PICTURE} of {options.num} images")
     print(markdown([record(run, made, plan, name, guidance, batch)]))
-    print("wrote " + ", ".join(str(path) for path in (out, save, save_plan) if path))
+    print("wrote " + ", ".join(str(path) for path in (out, animation, save, save_plan) if path))
+
+
+class Watch:
+    """Looks on while images are made: keeps the frames of an animation, refreshes a preview."""
+
+    def __init__(self, options: Options, image_shape: tuple[int, ...], labels: np.ndarray | None, out: Path) -> None:
+        """For what the options ask to be shown."""
+        self._options, self._out, self._refreshed = options, out, 0.0
+        self._shown = np.full((min(options.num, LARGEST_PICTURE), *image_shape), 127, np.uint8)  # grey: not yet begun
+        self.captions = None if labels is None else [str(label) for label in labels[:LARGEST_PICTURE]]
+        self.frames: list[np.ndarray] = []
+
+    def __call__(self, first: int, x0: Array) -> None:
+        """The estimates of x0 of the images from index `first` on."""
+        keep = bool(self._options.animate) and first == 0
+        refresh = self._options.preview and time.monotonic() > self._refreshed + REFRESH_SECONDS
+        if not (keep or refresh):
+            return
+        now = picture.to_uint8(jax.device_get(x0))[: max(0, len(self._shown) - first)]
+        self._shown[first : first + len(now)] = now
+        if keep:
+            self.frames.append(now)
+        if refresh:
+            picture.save_png(self._out, picture.grid(self._shown, self.captions))
+            self._refreshed = time.monotonic()
+
+
+def make_guidance(options: Options) -> Guidance:
+    """Guidance as asked for. ValueError or OSError for another run that cannot be opened."""
+    if options.worse is None and options.worse_checkpoint is not None:
+        raise ValueError("--worse-checkpoint belongs to --worse: name the run folder too")
+    worse = None if options.worse is None else open_run(Path(options.worse), options.worse_checkpoint, options.weights)
+    return Guidance(options.guidance, options.interval, options.rescale, options.negative, options.two_passes, worse)
 
 
 def make_plan(options: Options, levels: schedule.Schedule) -> tuple[sampler.Plan, str]:
@@ -162,15 +212,10 @@ def make_labels(options: Options, run: Run, guidance: Guidance) -> np.ndarray | 
         raise ValueError(f"--num is {options.num}: ask for at least one image")
     check_seed(options.seed)
     check_guidance(run, guidance)
+    if options.labels is not None:
+        return read_labels(run, options.labels, options.num)
     classes = run.description.classes
-    if not classes:
-        if options.labels is not None:
-            raise ValueError(f"{run.name} was trained without labels: leave out --labels")
-        return None
-    text = options.labels.split(",") if options.labels is not None else [str(label) for label in range(classes)]
-    if not all(label.strip().isdecimal() and int(label) < classes for label in text):
-        raise ValueError(f"--labels is {options.labels!r}: name labels of 0 to {classes - 1}, separated by commas")
-    return np.resize(np.asarray(text, np.int32), options.num)
+    return np.resize(np.arange(classes, dtype=np.int32), options.num) if classes else None
 
 
 def make_batch(options: Options) -> int:

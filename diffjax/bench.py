@@ -130,7 +130,7 @@ def bench_guidance(pairs: int) -> str:
             lambda: sampler.sample(without, plan, x, keys),
             pairs,
         )
-        more = sampler.count_nfe(build, network, plan, x) // plan.steps - 1
+        more = sampler.count_nfe(lambda counted, build=build: build(counted(network)), plan, x) // plan.steps - 1
         nfe = plan.steps + more * int(where.sum())
         lines.append(f"| {name} | {nfe} | {1e3 * each.first:.1f} ms | {each.ratio:.2f} |")
         alone.append(each.second)

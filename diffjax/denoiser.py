@@ -127,6 +127,26 @@ def threshold(denoise: Denoiser, quantile: float) -> Denoiser:
     return thresholded
 
 
+def inpaint(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
+    """x0 <- mask*known + (1 - mask)*x0: what is known of the images stays exactly as it is.
+
+    known: images [B, ...]; mask: 1 where they are known, 0 where they are to be made, broadcast against them (else
+    ValueError). To be applied last, after guidance and clipping. What is made agrees better with what is known under a
+    plan that takes its rows again, `solvers.resample`.
+    """
+    try:
+        jnp.broadcast_to(mask, known.shape)
+    except ValueError:
+        raise ValueError(
+            f"the mask has shape {jnp.shape(mask)}, and images have {known.shape}: it must fit them"
+        ) from None
+
+    def inpainted(x_t: Array, level: Level) -> Array:
+        return mask * known + (1 - mask) * denoise(x_t, level)
+
+    return inpainted
+
+
 def normalise(denoise: Denoiser) -> Denoiser:
     """The same denoiser for levels of any scale: it sees x_t / sqrt(alpha**2 + sigma**2), at the level that goes with
     it. A network trained on a variance-preserving schedule so serves every form of the same path, as in EDM

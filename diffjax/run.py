@@ -76,30 +76,33 @@ def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Ru
 
 
 class Guidance(NamedTuple):
-    """How images are led to their labels."""
+    """How images are led to their labels, or away from a worse network."""
 
-    scale: float = 1.0  # 0 unconditional, 1 conditional, more is guided
+    scale: float = 1.0  # 0 unconditional (or the worse network), 1 conditional, more is guided
     interval: tuple[float, float] | None = None  # of sigma/alpha; outside it, conditional, without a second evaluation
     rescale: float = 0.0  # share by which the contrast of guided images is brought back
     negative: int | None = None  # a label to be led away from, instead of none
     two_passes: bool = False  # half the memory
+    worse: Run | None = None  # autoguidance: a run to be led away from, instead of no label
 
     def __str__(self) -> str:
         """As in "2 in 0.3..5 rescaled 0.7"."""
         text = f"{self.scale:g}" + ("" if self.interval is None else " in {:g}..{:g}".format(*self.interval))
         text += f" rescaled {self.rescale:g}" if self.rescale else ""
         text += f" away from {self.negative}" if self.negative is not None else ""
+        text += f" away from {self.worse.name} ({self.worse.weights}, step {self.worse.step})" if self.worse else ""
         return text + (" in two passes" if self.two_passes else "")
 
 
 def check_guidance(run: Run, guidance: Guidance) -> None:
     """ValueError for guidance that a run cannot serve."""
     scale, interval, classes = guidance.scale, guidance.interval, run.description.classes
+    worse, plain = guidance.worse, guidance._replace(worse=None)
     if not (np.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance is {scale}: use a number of 0 or more")
-    if guidance != Guidance() and not classes:
+    if plain != Guidance() and not classes and worse is None:
         raise ValueError(f"{run.name} was trained without labels: leave out --guidance")
-    if scale == 1 and guidance != Guidance():
+    if scale == 1 and (worse is not None or plain != Guidance()):
         raise ValueError(f"guidance {guidance} has the scale 1, which is plain conditional: give another --guidance")
     if guidance.negative is not None and not 0 <= guidance.negative < classes:
         raise ValueError(f"the label to be led away from is {guidance.negative}: use 0 to {classes - 1}")
@@ -109,11 +112,38 @@ def check_guidance(run: Run, guidance: Guidance) -> None:
         )
     if not 0 <= guidance.rescale <= 1:
         raise ValueError(f"rescale is {guidance.rescale}: use 0 (not at all) to 1 (wholly)")
-    if scale != 1 and guidance.negative is None and run.description.config.train.label_dropout == 0:
+    if worse is not None:
+        _check_worse(run, worse)
+        if guidance.negative is not None or guidance.two_passes:
+            raise ValueError("a worse run is led away from in place of a label: leave out --negative and --two-passes")
+    elif scale != 1 and guidance.negative is None and run.description.config.train.label_dropout == 0:
         raise ValueError(
             f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label:"
             " leave out --guidance, or train again with --train.label-dropout 0.1"
         )
+
+
+def _check_worse(run: Run, worse: Run) -> None:
+    ours, theirs = run.description[1:], worse.description[1:]
+    if ours != theirs:
+        raise ValueError(
+            f"{worse.name} was trained on images and classes {theirs}, and {run.name} on {ours}: autoguidance takes two"
+            " networks of the same data"
+        )
+    if any(not np.array_equal(a, b) for a, b in zip(run.schedule, worse.schedule, strict=True)):
+        raise ValueError(f"{worse.name} was trained on another schedule than {run.name}: autoguidance takes one")
+
+
+def read_labels(run: Run, text: str, num: int) -> np.ndarray:
+    """Labels as a user writes them, "3" or "0,1,2", repeated over `num` images: int32 [num]. ValueError for labels that
+    the run does not know.
+    """
+    classes, labels = run.description.classes, text.split(",")
+    if not classes:
+        raise ValueError(f"{run.name} was trained without labels: leave out --labels")
+    if not all(label.strip().isdecimal() and int(label) < classes for label in labels):
+        raise ValueError(f"--labels is {text!r}: name labels of 0 to {classes - 1}, separated by commas")
+    return np.resize(np.asarray(labels, np.int32), num)
 
 
 def check_seed(seed: int) -> None:
@@ -136,11 +166,16 @@ def count_parameters(params: Any) -> int:
 class Images(NamedTuple):
     """What a sampler made."""
 
-    images: np.ndarray  # uint8 [N, H, W, C]
+    x: np.ndarray  # float32 [N, H, W, C]: images in [-1, 1], or where else the plan ends
     labels: np.ndarray  # int32 [N], -1 where the network has no classes
     nfe: int  # network evaluations per image
     compile_seconds: float
     run_seconds: float
+
+    @property
+    def images(self) -> np.ndarray:
+        """uint8 [N, H, W, C]."""
+        return to_uint8(self.x)
 
 
 class Generator:
@@ -168,94 +203,127 @@ class Generator:
         batch: int,
         clip: bool = True,
         threshold: float | None = None,
+        x: np.ndarray | None = None,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
         progress: Callable[[int], Any] = lambda rows: None,
+        watch: Callable[[int, Array], Any] = lambda first, x0: None,
+        every: int | None = None,
     ) -> Images:
         """Sample `num` images in batches of `batch` (the last one filled up and cut).
 
-        labels: int [num], None for a network without classes; clip: estimates of x0 to [-1, 1]; threshold: dynamically,
-        at this quantile, instead. Image i is the same for any batch and any number of devices. progress(rows) is called
-        whenever rows of the plan are done. ValueError for a batch that the devices cannot share equally.
+        labels: int [num], `classes` for no label, or None for a network without classes; clip: estimates of x0 to
+        [-1, 1]; threshold: dynamically, at this quantile, instead; x: where to start [num, ...], noise if None; known:
+        images and mask [num, ...] as of `denoiser.inpaint`. Image i is the same for any batch and any number of
+        devices.
+
+        progress(rows) is called whenever rows of the plan are done, and watch(first, x0) with the index of the batch's
+        first image and the estimates of x0, which are gone afterwards; every: at the latest after so many rows.
+        ValueError for a batch that the devices cannot share equally.
         """
         parallel.check_divisible(batch, len(self._mesh.devices))
         check_prediction(self._prediction, plan.level)
         whole, split = parallel.whole(self._mesh), parallel.split(self._mesh)
-        params = jax.block_until_ready(jax.device_put(params, whole))
         start_std = jax.device_put(jnp.float32(plan.start_std), whole)
         null = self._classes if guidance.negative is None else guidance.negative
-        led = jax.device_put((jnp.float32(guidance.scale), jnp.int32(null)), whole)
+        led = jnp.float32(guidance.scale), jnp.int32(null)
+        worse = None if guidance.worse is None else guidance.worse.params
+        shared = jax.block_until_ready(jax.device_put((params, worse, led), whole))
         key = jax.random.key(seed)
         before, seconds, made = self._compile_seconds, 0.0, []
-        inside = np.full(plan.steps, self._classes > 0 and guidance.scale != 1)
+        looking = 0.0  # not sampling
+        led_at_all = guidance.scale != 1 and (self._classes > 0 or guidance.worse is not None)
+        inside = np.full(plan.steps, led_at_all)
         if guidance.interval is not None:
             inside &= sampler.within(plan, *guidance.interval)
         # What is compiled apart, plain and guided; numbers that may change without compiling are not in it.
         after = ("threshold", threshold) if threshold is not None else ("clip", None) if clip else ("", None)
-        kinds = [(), ("guided", guidance.rescale, guidance.two_passes)]
-        some = None if labels is None else np.zeros(batch, np.int32)
-        x = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
+        kinds: list[tuple[Any, ...]] = [(), ("guided", guidance.rescale, guidance.two_passes)]
+        if guidance.worse is not None:
+            kinds[1] = ("autoguided", guidance.rescale, guidance.worse.network, guidance.worse.prediction)
+
+        def own(index: np.ndarray) -> Any:
+            # Each image's label, and what is known of it. The last batch is filled up with images again.
+            return jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[index % num], (labels, known)), split)
+
+        shape = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
+        some = own(np.arange(batch))
         nfe = sum(
-            sampler.count_nfe(self._denoiser(params, some, led, kind, after), self._network, plan, x) * n // plan.steps
+            sampler.count_nfe(self._denoiser(shared, some, kind, after), plan, shape) * n // plan.steps
             for kind, n in zip(kinds, (int((~inside).sum()), int(inside.sum())), strict=True)
             if n
         )
         for first in range(0, num, batch):
             index = np.arange(first, first + batch)
             keys = jax.device_put(sampler.image_keys(key, index), split)
-            condition = None if labels is None else jax.device_put(np.resize(labels[first:], batch), split)
+            its_own = own(index)
 
-            def run(kind: Any, rows: Plan, carry: Carry, keys: Any, condition: Any = condition) -> Carry:
-                arguments = params, condition, led, rows, carry, keys
+            def run(kind: Any, rows: Plan, carry: Carry, keys: Any, its_own: Any = its_own) -> Carry:
+                arguments = shared, its_own, rows, carry, keys
                 program = self._program((kind, after), lambda: self._build(kind, after), arguments)
                 return program(*arguments)
 
-            def done(rows: int, carry: Carry) -> None:
+            def done(rows: int, carry: Carry, first: int = first) -> None:
                 # Waiting costs little with ten rows a call, and the bar tells the truth.
                 jax.block_until_ready(carry)
                 progress(rows)
+                nonlocal looking
+                began = time.perf_counter()
+                watch(first, carry[1])
+                looking += time.perf_counter() - began
 
             runs = [partial(run, kind) for kind in kinds]
             compiled, began = self._compile_seconds, time.perf_counter()
-            x = self._program("noise", self._noise, (keys, start_std))(keys, start_std)
-            made.append(to_uint8(jax.device_get(sampler.sample(runs, plan, x, keys, done, which=inside.astype(int)))))
-            seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
-        images = np.concatenate(made)[:num]
-        shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
-        return Images(images, shown, nfe, self._compile_seconds - before, seconds)
-
-    def _denoiser(self, params: Any, condition: Any, led: Any, kind: Any, after: Any) -> Callable[[Network], Denoiser]:
-        def build(network: Network) -> Denoiser:
-            conditional = denoiser.from_network(network, params, self._prediction)
-            if kind:
-                _, rescale, two_passes = kind
-                scale, null = led
-                denoise = denoiser.guide(conditional, condition, null, scale, rescale, two_passes)
+            if x is None:
+                begin = self._program("noise", self._noise, (keys, start_std))(keys, start_std)
             else:
-                denoise = denoiser.condition_on(conditional, condition)
+                begin = jax.device_put(np.asarray(x[index % num], np.float32), split)
+            end = sampler.sample(runs, plan, begin, keys, done, every, which=inside.astype(int))
+            made.append(jax.device_get(end))
+            seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
+        shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
+        return Images(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, seconds - looking)
+
+    def _denoiser(self, shared: Any, own: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:
+        def build(counted: Callable[[Network], Network]) -> Denoiser:
+            params, worse_params, (scale, null) = shared
+            condition, known = own
+            conditional = denoiser.from_network(counted(self._network), params, self._prediction)
+            denoise = denoiser.condition_on(conditional, condition)
+            if kind and kind[0] == "guided":
+                denoise = denoiser.guide(conditional, condition, null, scale, *kind[1:])
+            elif kind:
+                _, rescale, network, prediction = kind
+                worse = denoiser.from_network(counted(network), worse_params, prediction)
+                denoise = denoiser.autoguide(denoise, denoiser.condition_on(worse, condition), scale, rescale)
             how, quantile = after
             if how == "threshold":
-                return denoiser.threshold(denoise, quantile)
-            return denoiser.clip(denoise) if how == "clip" else denoise
+                denoise = denoiser.threshold(denoise, quantile)
+            elif how == "clip":
+                denoise = denoiser.clip(denoise)
+            return denoise if known is None else denoiser.inpaint(denoise, *known)
 
         return build
 
     def _build(self, kind: Any, after: Any) -> Callable[..., Any]:
-        def program(params: Any, condition: Any, led: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
-            denoise = self._denoiser(params, condition, led, kind, after)(self._network)
+        def program(shared: Any, own: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
+            denoise = self._denoiser(shared, own, kind, after)(lambda network: network)
             return sampler.advance(denoise, rows, carry, keys)
 
         # Explicitly per device: no image ever leaves the device that makes it.
         whole, split = P(), P(parallel.AXIS)
-        specs = (whole, split, whole, whole, split, split)
-        sharded = jax.shard_map(program, mesh=self._mesh, in_specs=specs, out_specs=split, check_vma=False)
-        return jax.jit(sharded, donate_argnums=4)
+        sharded = jax.shard_map(
+            program, mesh=self._mesh, in_specs=(whole, split, whole, split, split), out_specs=split, check_vma=False
+        )
+        return jax.jit(sharded, donate_argnums=3)
 
     def _noise(self) -> Callable[..., Any]:
         split = parallel.split(self._mesh)
         return jax.jit(lambda keys, std: std * sampler.noise(keys, self._image_shape), out_shardings=split)
 
     def _program(self, name: Any, build: Callable[[], Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        # Compiled ahead of time, so that compiling can be told from running.
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments))
+        # Compiled ahead of time, so that compiling can be told from running. What is absent is part of the tree.
+        leaves, tree = jax.tree.flatten(arguments)
+        shapes = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if (name, shapes) not in self._programs:
             began = time.perf_counter()
             self._programs[name, shapes] = build().lower(*arguments).compile()

@@ -386,16 +386,22 @@ def within(plan: Plan, low: float, high: float) -> np.ndarray:
     return (low <= ratio) & (ratio <= high)
 
 
-def count_nfe(build: Callable[[Network], Denoiser], network: Network, plan: Plan, x: Any) -> int:
-    """Network evaluations per image of a plan, counted: the denoiser is traced with a network that counts the rows of
-    its batch. x: [B, ...], or its ShapeDtypeStruct.
+def count_nfe(build: Callable[[Callable[[Network], Network]], Denoiser], plan: Plan, x: Any) -> int:
+    """Network evaluations per image of a plan, counted: the denoiser is traced with networks that count the rows of
+    their batch. x: [B, ...], or its ShapeDtypeStruct.
+
+    build: makes the denoiser; every network that is to count goes through the function that it is given, as in
+    lambda counted: condition_on(from_network(counted(network), params, prediction), labels).
     """
     seen = []
 
-    def counting(params: Any, x: Array, t: Array, condition: Any) -> Array:
-        seen.append(x.shape[0])
-        return network(params, x, t, condition)
+    def counted(network: Network) -> Network:
+        def counting(params: Any, x: Array, t: Array, condition: Any) -> Array:
+            seen.append(x.shape[0])
+            return network(params, x, t, condition)
+
+        return counting
 
     level = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), jnp.float32), Level(0, 0, 0))
-    jax.eval_shape(build(counting), x, level)
+    jax.eval_shape(build(counted), x, level)
     return plan.steps * sum(seen) // x.shape[0]

@@ -132,6 +132,33 @@ def consistency(schedule: Schedule, t: Any) -> Plan:
     return plan_of(level_t, 0 * level_s.alpha, level_s.alpha, d=level_s.sigma)
 
 
+def resample(plan: Plan, times: int, jump: int = 1) -> Plan:
+    """RePaint's resampling (arXiv:2201.09865, section 4.2): every `jump` rows are taken `times` times, with noise added
+    in between to get back up to where they began. Each time what is made sees what is known, and the seam closes.
+
+    The last row of a block that is taken again lands on s and is churned up to the block's first level t: all of it
+    times alpha_t/alpha_s, and noise of variance sigma_t**2 - (alpha_t/alpha_s*sigma_s)**2. ValueError for times or jump
+    below 1, and for a plan with history, which has none after a jump, or one that goes upwards.
+    """
+    if not (times >= 1 and jump >= 1):
+        raise ValueError(f"resampling takes {jump} rows {times} times: use 1 or more of both")
+    if np.any(plan.c) or np.any(np.diff(plan.level.t) >= 0):
+        raise ValueError("resampling is for plans of one row a level and without history, as of ddim and ddpm")
+    rows: list[int] = []
+    ups: list[int] = []  # of each row the level where it ends, the next one or that of its block's first row
+    for first in range(0, plan.steps, jump):
+        block = range(first, min(first + jump, plan.steps))
+        for again in range(times, 0, -1):
+            rows += block
+            ups += [row + 1 for row in block[:-1]] + [first if again > 1 else block[-1] + 1]
+    level = Level(*(np.append(leaf, end) for leaf, end in zip(plan.level, (0, 1.0, 0.0), strict=True)))
+    at_row, s, up = (Level(*(leaf[i] for leaf in level)) for i in (rows, np.add(rows, 1), ups))
+    scale = up.alpha / s.alpha
+    d = 0.0 if plan.d is None else scale * plan.d[rows]
+    d = np.sqrt(d**2 + np.maximum(0, up.sigma**2 - (scale * s.sigma) ** 2))
+    return plan_of(at_row, scale * plan.a[rows], scale * plan.b[rows], d=d)
+
+
 # ---------------------------------------------------------------------------------------------- rows
 
 

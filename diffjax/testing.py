@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from diffjax import sampler, schedule, solvers
+from diffjax import sampler, schedule, sde, solvers
 from diffjax.denoiser import Denoiser
 from diffjax.process import expand
 from diffjax.sampler import Plan
@@ -260,6 +260,120 @@ def assert_denoiser(denoise: Denoiser, x: Any, levels: Schedule, tolerance: floa
         assert np.abs(np.asarray(denoise(x[::-1], level))[::-1] - whole).max() <= bound, "the order of a batch matters"
 
 
+def assert_interval(guided: Denoiser, plain: Denoiser, x: Any, levels: Schedule, low: float, high: float) -> None:
+    """Guidance in an interval is scale 1 outside: at every level whose sigma/alpha is not in low..high, `guided` says
+    what the conditional denoiser `plain` says, and at some level within it does not.
+    """
+    ratio, differs = np.exp(sde.noise_time(levels)), []
+    for t in range(1, len(ratio)):
+        level = schedule.at(levels, t)
+        one, other = (np.asarray(denoise(x, level)) for denoise in (guided, plain))
+        if low <= ratio[t] <= high:
+            differs.append((one != other).any())
+        else:
+            assert np.allclose(one, other, rtol=1e-5, atol=1e-6), f"guided at sigma/alpha {ratio[t]:.3g}, outside"
+    assert not differs or any(differs), "nothing is guided"
+
+
+def assert_bounded(denoise: Denoiser, x: Any, levels: Schedule, low: float = -1.0, high: float = 1.0) -> None:
+    """Every estimate lies in low..high, as clipping and thresholding promise, at the first, middle and last level."""
+    for t in {1, (schedule.length(levels) + 1) // 2, schedule.length(levels)}:
+        x0 = np.asarray(denoise(x, schedule.at(levels, t)))
+        slack = 1e-6 * max(abs(low), abs(high))
+        assert (low - slack <= x0).all(), f"an estimate of {x0.min()} at level {t}, below {low}"
+        assert (x0 <= high + slack).all(), f"an estimate of {x0.max()} at level {t}, above {high}"
+
+
+def assert_inpainting(inpainted: Denoiser, denoise: Denoiser, known: Any, mask: Any, x: Any, levels: Schedule) -> None:
+    """Where the mask is 1 every estimate is what is known, exactly; where it is 0, what `denoise` says. So is the image
+    that a plan ends at, since its last row returns the estimate.
+    """
+    mask = np.broadcast_to(mask, np.shape(x))
+    for t in {1, (schedule.length(levels) + 1) // 2, schedule.length(levels)}:
+        level = schedule.at(levels, t)
+        found, free = np.asarray(inpainted(x, level)), np.asarray(denoise(x, level))
+        assert (found[mask == 1] == np.asarray(known)[mask == 1]).all(), f"known pixels change at level {t}"
+        assert np.allclose(found[mask == 0], free[mask == 0], rtol=1e-5, atol=1e-6), f"made otherwise at level {t}"
+
+
+def reconstruction_errors(denoise: Denoiser, x0: Any, levels: Schedule, steps: Sequence[int]) -> np.ndarray:
+    """Mean squared error, [len(steps)], of x0 encoded and decoded by DDIM in so many steps, as values in [0, 1]: half
+    of those in [-1, 1] (arXiv:2010.02502, table 2).
+    """
+    errors = []
+    for n in steps:
+        t = schedule.linspace(levels, n)
+        noise = run_plan(denoise, sampler.encode(levels, t), x0)
+        again = run_plan(denoise, sampler.ddim(levels, t), noise)
+        errors.append(np.mean((np.asarray(again) - np.asarray(x0)) ** 2) / 4)
+    return np.array(errors)
+
+
+def assert_reconstruction(
+    denoise: Denoiser, x0: Any, levels: Schedule, steps: Sequence[int] = (10, 20, 50, 100, 200, 500, 1000)
+) -> None:
+    """The error of encoding and decoding falls with the steps, as in table 2 of arXiv:2010.02502."""
+    errors = reconstruction_errors(denoise, x0, levels, steps)
+    assert (np.diff(errors) < 0).all(), f"the error does not fall: {errors} for {steps} steps"
+
+
+def assert_probability_flow(velocity: Callable[[Any, Any, Level], Any], levels: Schedule) -> None:
+    """velocity(x, x0, level) is dx/du of the probability flow, u = log(sigma/alpha): for Gaussian data it is tangent to
+    the exact flow at every level.
+    """
+    mean, std, width = 0.3, 0.5, 1e-4
+    x: Any = np.linspace(-2, 2, 5)
+    denoise = gaussian_denoiser(mean, std)
+    for t in range(1, len(levels.t)):
+        level, u = schedule.at(levels, t), sde.noise_time(schedule.at(levels, t))
+        ends = [_at_noise_time(u + side) for side in (width, -width)]
+        up, down = (gaussian_flow(x, level, mean, std, end) for end in ends)
+        found = velocity(x, denoise(x, level), level)
+        wrong = np.abs((up - down) / (2 * width) - found).max()
+        assert wrong <= 1e-6, f"the flow at level {t} is missed by {wrong:.3g}"
+
+
+def assert_exponential_euler(step: Callable[[Any, Any, Level, Level], Any], level_t: Level, level_s: Level) -> None:
+    """step(x_t, x0, level_t, level_s) is the exact solution of the probability flow from t to s with eps held constant:
+    the exponential Euler step, which DDIM is. Against Runge and Kutta's method in small steps.
+    """
+    x_t, x0 = np.linspace(-2, 2, 5), np.linspace(1, -1, 5)
+    eps = (x_t - level_t.alpha * x0) / level_t.sigma
+    us, x = np.linspace(sde.noise_time(level_t), sde.noise_time(level_s), 401), x_t
+
+    def velocity(x: Any, u: Any) -> Any:
+        level = _at_noise_time(u)
+        return sde.probability_flow(x, (x - level.sigma * eps) / level.alpha, level)
+
+    for u, h in zip(us[:-1], np.diff(us), strict=True):
+        k_1 = velocity(x, u)
+        k_2 = velocity(x + h / 2 * k_1, u + h / 2)
+        k_3 = velocity(x + h / 2 * k_2, u + h / 2)
+        x = x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + velocity(x + h * k_3, u + h))
+    wrong = np.abs(step(x_t, x0, level_t, level_s) - x).max()
+    assert wrong <= 1e-6 * np.abs(x).max(), f"the flow with constant eps is missed by {wrong:.3g}"
+
+
+def assert_log_density(log_density: Callable[[Any], Any], mean: Any, std: Any, x: Any, tolerance: float = 0.01) -> None:
+    """log_density(x) [B], in nats, is that of N(mean, std**2) elementwise, its mean to `tolerance` of itself. x:
+    [B, ...].
+    """
+    exact = -0.5 * ((x - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
+    exact = np.sum(np.broadcast_to(exact, np.shape(x)), axis=tuple(range(1, np.ndim(x))))
+    found = np.asarray(log_density(x))
+    assert found.shape == exact.shape, f"{found.shape} for {len(exact)} images"
+    wrong = abs(found.mean() / exact.mean() - 1)
+    assert wrong <= tolerance, f"the mean log density is {found.mean():.6g}, not {exact.mean():.6g}: {wrong:.2%} off"
+
+
+def _at_noise_time(u: Any) -> Level:
+    return Level(0, (1 + np.exp(2 * u)) ** -0.5, (1 + np.exp(-2 * u)) ** -0.5)
+
+
+def _resampled(make: Maker) -> Maker:
+    return lambda levels, t: solvers.resample(make(levels, t), times=3, jump=2)
+
+
 # Every kind of plan that the library makes, for laws that hold for all.
 MAKERS: dict[str, Maker] = {
     "ddim": sampler.ddim,
@@ -274,6 +388,8 @@ MAKERS: dict[str, Maker] = {
     "unipc_2": solvers.unipc_2,
     "heun": solvers.heun,
     "consistency": solvers.consistency,
+    "ddim, resampled": _resampled(sampler.ddim),
+    "ddpm, resampled": _resampled(sampler.ddpm),
 }
 CHURNING: dict[str, Maker] = {"edm": partial(solvers.edm, inflation=1.0)}  # needs signal at every level
 EXCESSIVE: dict[str, Maker] = {  # leave more noise than a level has; for variance-preserving schedules

@@ -87,3 +87,15 @@ def digits_run(digits_training):
     folder, process = digits_training
     assert process.wait(timeout=600) == 0, folder.with_suffix(".log").read_text()
     return folder
+
+
+def check_mistake(main, command, message, capsys, **places):
+    """A command ends with exit code 2 and one sentence that holds the message."""
+    arguments = [word.format(**places) for word in command.split()]
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    said = capsys.readouterr().err.strip()
+    assert end.value.code == 2
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert "Traceback" not in said

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from diffjax import denoiser, process, schedule
 from diffjax.schedule import Level
-from diffjax.testing import assert_denoiser
+from diffjax.testing import assert_bounded, assert_denoiser, assert_inpainting, assert_interval
 
 NULL = 10
 LEVELS = schedule.linear(1000)
@@ -245,3 +245,76 @@ def test_clip_bounds_x0_and_eps_follows(low, width):
     assert ((x0 >= np.float32(low)) & (x0 <= np.float32(low + width))).all()
     eps = process.eps_from_x0(x, x0, level)
     np.testing.assert_allclose(process.q_sample(x0, eps, level), x, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- laws of transforms
+
+
+@settings(max_examples=10)
+@given(st.floats(0, 3), st.floats(0.1, 30))
+def test_an_interval_as_a_scale_is_scale_one_outside(low, width):
+    x, labels, _ = inputs()
+    levels = schedule.cosine(20)
+
+    def scale(level):
+        ratio = level.sigma / level.alpha
+        return jnp.where((low <= ratio) & (ratio <= low + width), 3.0, 1.0)
+
+    guided = denoiser.guide(conditional("v"), labels, NULL, scale)
+    assert_interval(guided, denoiser.condition_on(conditional("v"), labels), x, levels, low, low + width)
+
+
+def test_guidance_outside_its_interval_is_told():
+    x, labels, _ = inputs()
+    plain = denoiser.condition_on(conditional("v"), labels)
+    with pytest.raises(AssertionError, match="outside"):
+        assert_interval(denoiser.guide(conditional("v"), labels, NULL, 3.0), plain, x, LEVELS, 0.5, 2.0)
+    with pytest.raises(AssertionError, match="nothing is guided"):
+        assert_interval(plain, plain, x, LEVELS, 0.5, 2.0)
+
+
+@settings(max_examples=15)
+@given(st.floats(0.01, 1), st.floats(0.1, 30))
+def test_clipping_and_thresholding_are_bounded(quantile, size):
+    x, labels, _ = inputs()
+
+    def wild(x_t, level):
+        return size * denoiser.condition_on(conditional(), labels)(x_t, level)
+
+    assert_bounded(denoiser.threshold(wild, quantile), x, LEVELS)
+    assert_bounded(denoiser.clip(wild, -0.5, 0.25), x, LEVELS, -0.5, 0.25)
+    with pytest.raises(AssertionError, match="an estimate of"):
+        assert_bounded(lambda x_t, level: 1.1 + 0 * x_t, x, LEVELS)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 99), st.sampled_from([(6, 3, 2), (3, 2), (1, 3, 1), (2,)]))
+def test_inpainting_keeps_what_is_known_exactly(seed, shape):
+    x, labels, _ = inputs(seed)
+    known = jax.random.uniform(jax.random.key(seed + 1), x.shape, minval=-1, maxval=1)
+    mask = jax.random.bernoulli(jax.random.key(seed + 2), 0.5, shape).astype(jnp.float32)
+    plain = denoiser.clip(denoiser.condition_on(conditional(), labels))
+    assert_inpainting(denoiser.inpaint(plain, known, mask), plain, known, mask, x, LEVELS)
+
+
+def test_inpainting_that_changes_a_pixel_is_told():
+    x, labels, _ = inputs()
+    plain = denoiser.condition_on(conditional("x0"), labels)
+    mask = jnp.zeros((3, 2)).at[0].set(1)
+    for wrong in (denoiser.inpaint(plain, x + 1e-6, mask), denoiser.inpaint(plain, x, 0 * mask + 1)):
+        with pytest.raises(AssertionError, match=r"known pixels change|made otherwise"):
+            assert_inpainting(wrong, plain, x, mask, x, LEVELS)
+
+
+def test_a_soft_mask_blends():
+    x, labels, level = inputs()
+    plain = denoiser.condition_on(conditional("x0"), labels)
+    found = denoiser.inpaint(plain, x, jnp.float32(0.25))(x, level)
+    np.testing.assert_allclose(found, 0.25 * x + 0.75 * plain(x, level), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"the mask has shape \(7, 3, 2\), and images have \(6, 3, 2\)"):
+        denoiser.inpaint(lambda x, level: x, jnp.zeros((6, 3, 2)), jnp.zeros((7, 3, 2)))
+    with pytest.raises(ValueError, match=r"the mask has shape \(6, 3, 2\), and images have \(1, 3, 2\)"):
+        denoiser.inpaint(lambda x, level: x, jnp.zeros((1, 3, 2)), jnp.zeros((6, 3, 2)))

@@ -7,16 +7,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # From the top of the house to the bottom.
 ROOMS = [
-    "schedule", "process", "denoiser", "sampler", "solvers", "loss",
+    "schedule", "process", "denoiser", "sampler", "solvers", "sde", "loss",
     "models.unet",
     "picture", "plans",
     "training.step", "training.parallel", "training.data", "training.checkpoint", "training.loop",
-    "evaluation.record", "evaluation.digits",
+    "evaluation.record", "evaluation.digits", "evaluation.likelihood",
     "testing",
-    "experiment", "cli", "run",
-    "demo", "bench",
+    "experiment", "cli", "run", "editing",
+    "demo", "bench", "edit", "evaluate",
 ]  # fmt: skip
-MATHEMATICS = ROOMS[:6]
+MATHEMATICS = ROOMS[:7]
 
 
 def room(path):

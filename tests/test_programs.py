@@ -8,12 +8,12 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, QUIET, TINY
+from conftest import QUICK, QUIET, TINY, check_mistake
 from PIL import Image
 
 import sample
 import train
-from diffjax import demo, experiment, sampler
+from diffjax import demo, experiment, picture, sampler
 from diffjax.evaluation.digits import judge
 from diffjax.evaluation.record import as_dict
 from diffjax.run import Generator, Guidance, open_run, record
@@ -124,6 +124,42 @@ def test_every_kind_of_guidance_makes_digits_and_counts_its_evaluations(digits_r
     assert all((made["2"] != made[other]).any() for other in cases if "passes" not in other and other != "2")
 
 
+def test_a_run_can_be_led_away_from_a_worse_one(digits_run, tmp_path, capsys):
+    """Autoguidance by an earlier checkpoint, in an interval: two networks where it is on, counted."""
+    made = {}
+    for i, (options, nfe) in enumerate({"--interval 0.3 5": 15, "": 20}.items()):
+        arguments = ["--steps", "10", "--num", "24", "--labels", "0,1,6", "--guidance", "2", *options.split()]
+        arguments += ["--worse", str(digits_run), "--worse-checkpoint", "200", "--save", str(tmp_path / f"{i}.npz")]
+        sample.main([str(digits_run), *arguments, "--out", str(tmp_path / "grid.png")])
+        cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
+        assert cells[3] == str(nfe)
+        assert "away from unet of digits (ema, step 200)" in cells[4]
+        made[i] = np.load(tmp_path / f"{i}.npz")["images"]
+        assert judge(made[i], np.resize([0, 1, 6], 24)).recognised >= 0.3  # one in ten by chance; guided by no label
+    assert (made[0] != made[1]).any()
+
+
+def test_sampling_can_be_watched(digits_run, tmp_path, monkeypatch):
+    """A preview that is refreshed, and an animation of the first batch that ends at the images."""
+    seen = []
+    save = picture.save_png
+    monkeypatch.setattr(picture, "save_png", lambda path, sheet: (seen.append(np.asarray(sheet)), save(path, sheet)))
+    monkeypatch.setattr(sample, "REFRESH_SECONDS", 0.0)
+    options = ["--steps", "20", "--num", "11", "--batch", "8", "--preview", "--animate", str(tmp_path / "a.gif")]
+    out = ["--out", str(tmp_path / "a.png"), "--save", str(tmp_path / "a.npz")]
+    sample.main([str(digits_run), *options, *out])
+    assert len(seen) == 2 * 20 + 1
+    assert (seen[-1] == np.asarray(Image.open(tmp_path / "a.png"))).all()
+    assert (seen[0] != seen[10]).any()
+    assert (seen[-2] == seen[-1]).all()  # the last estimate is the image
+    animation = Image.open(tmp_path / "a.gif")
+    assert animation.n_frames == 20
+    animation.seek(19)
+    images = np.load(tmp_path / "a.npz")["images"][:8]
+    expected = picture.grid(images, [str(i) for i in range(8)])
+    assert np.abs(np.asarray(animation.convert("RGB"), int) - np.asarray(expected, int)).max() <= 2
+
+
 def test_what_is_made_can_be_told_in_json(digits_run):
     run = open_run(digits_run)
     plan = sampler.ddim(run.schedule, [1000, 500])
@@ -186,6 +222,7 @@ def unconditional_run(run_program, tmp_path_factory):
 
 def test_an_unconditional_run_works_too(unconditional_run, run_program, tmp_path):
     arguments = ["--steps", 2, "--num", 5, "--out", tmp_path / "g.png", "--save", tmp_path / "s.npz"]
+    arguments += ["--animate", tmp_path / "a.gif"]
     code, _, err = run_program("sample.py", unconditional_run, *arguments, "--weights", "raw", "--no-clip", flags=QUICK)
     assert code == 0, err
     assert (np.load(tmp_path / "s.npz")["labels"] == -1).all()
@@ -263,6 +300,13 @@ BAD_SAMPLE = {
     "{run} --guidance 2 --negative 10": "the label to be led away from is 10: use 0 to 9",
     "{run} --threshold 0": "--threshold is 0.0: use more than 0",
     "{unconditional} --guidance 1 --negative 2": "was trained without labels: leave out --guidance",
+    "{run} --worse {run}": "has the scale 1, which is plain conditional",
+    "{run} --worse-checkpoint 5": "--worse-checkpoint belongs to --worse",
+    "{run} --guidance 2 --worse {tmp}/nowhere": "there is no run folder",
+    "{run} --guidance 2 --worse {run} --worse-checkpoint 7": "holds no checkpoint of step 7",
+    "{run} --guidance 2 --worse {unconditional}": "autoguidance takes two networks of the same data",
+    "{run} --guidance 2 --worse {run} --two-passes": "leave out --negative and --two-passes",
+    "{run} --animate {tmp}/a.png": "is to be a .gif file",
     "{run} --batch 12": "--batch is 12, which 8 devices cannot share equally: use a multiple of 8",
     "{broken}": "is incomplete: remove it",
     "{run} --out {tmp}/file/grid.png": "cannot be written",
@@ -272,17 +316,6 @@ BAD_SAMPLE = {
     "{unconditional} --guidance 2": "was trained without labels: leave out --guidance",
     "{unconditional} --labels 1": "was trained without labels: leave out --labels",
 }
-
-
-def check_mistake(main, command, message, capsys, **places):
-    arguments = [word.format(**places) for word in command.split()]
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 2
-    assert message in said
-    assert len(said.splitlines()) == 1
-    assert "Traceback" not in said
 
 
 BAD_DEMO = {

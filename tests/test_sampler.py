@@ -15,11 +15,13 @@ from diffjax.testing import (
     EXCESSIVE,
     MAKERS,
     assert_plan,
+    assert_reconstruction,
     finite_denoiser,
     gaussian_denoiser,
     moments,
     pairs,
     plan_errors,
+    reconstruction_errors,
     run_plan,
     schedules,
     visits,
@@ -686,21 +688,21 @@ def test_nfe_is_counted_not_assumed(scale, expected):
     def network(params, x, t, condition):
         return x
 
-    def build(network):
-        conditional = denoiser.from_network(network, None, process.PREDICTIONS["eps"])
+    def build(counted):
+        conditional = denoiser.from_network(counted(network), None, process.PREDICTIONS["eps"])
         labels = jnp.zeros(4, jnp.int32)
         if scale is None:
             return denoiser.condition_on(conditional, labels)
         return denoiser.guide(conditional, labels, 10, scale)
 
     x = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
-    assert sampler.count_nfe(build, network, ddim_plan(50), x) == expected
-    assert sampler.count_nfe(build, network, solvers.heun(LEVELS, [900, 500, 100]), x) == expected // 50 * 5
+    assert sampler.count_nfe(build, ddim_plan(50), x) == expected
+    assert sampler.count_nfe(build, solvers.heun(LEVELS, [900, 500, 100]), x) == expected // 50 * 5
 
-    def twice(network):
-        return lambda x, level: build(network)(build(network)(x, level), level)
+    def twice(counted):
+        return lambda x, level: build(counted)(build(counted)(x, level), level)
 
-    assert sampler.count_nfe(twice, network, ddim_plan(50), x) == 2 * expected
+    assert sampler.count_nfe(twice, ddim_plan(50), x) == 2 * expected
 
 
 @pytest.mark.parametrize(
@@ -736,3 +738,26 @@ def test_a_plan_prints_as_a_table():
     assert len(long) == 42
     assert long[21] == "..."
     assert long[-1].split()[0] == "1000"
+
+
+# ------------------------------------------------------------------------------------------- reconstruction
+
+
+def test_the_error_of_reconstruction_falls_with_the_steps():
+    """On Gaussian data, and on a data set of eight points, at the steps of the DDIM paper's table 2."""
+    generator = np.random.default_rng(0)
+    points = generator.uniform(-1, 1, (8, 3))
+    for denoise, x0 in [
+        (gaussian_denoiser(0.3, 0.5), generator.normal(0.3, 0.5, (20, 3))),
+        (finite_denoiser(points, 0.1), points + 0.1 * generator.normal(size=points.shape)),
+    ]:
+        assert_reconstruction(denoise, x0, LEVELS)
+        errors = reconstruction_errors(denoise, x0, LEVELS, [100, 200, 400])
+        assert (np.divide(errors[:-1], errors[1:]) > 2).all()  # of order one at least, squared
+
+
+def test_a_reconstruction_that_does_not_improve_is_told():
+    with pytest.raises(AssertionError, match="the error does not fall"):
+        assert_reconstruction(
+            lambda x, level: np.clip(x, -0.1, 0.1), np.linspace(-1, 1, 5)[:, None], LEVELS, (10, 20, 50)
+        )

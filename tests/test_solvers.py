@@ -11,6 +11,7 @@ from diffjax.testing import (
     MAKERS,
     ORDERS,
     assert_order,
+    assert_plan,
     finite_denoiser,
     gaussian_denoiser,
     gaussian_flow,
@@ -401,3 +402,77 @@ def test_churn_keeps_to_its_range_with_both_ends():
 def test_an_order_is_missed_from_above_and_below(order):
     with pytest.raises(AssertionError, match="the measured order is"):
         assert_order(MAKERS["heun"], order)
+
+
+# ------------------------------------------------------------------------------------------- resampling
+
+LEVELS = schedule.linear(1000)
+
+
+@given(schedules(exploding=True, terminal=True), st.data(), st.integers(1, 4), st.integers(1, 5))
+def test_resampling_takes_every_block_again_from_where_it_began(levels, data, times, jump):
+    """Row by row against the loop as its paper writes it: steps down, then q(x_t | x_s) back up."""
+    t = data.draw(visits(levels))
+    eta = data.draw(st.sampled_from([0.0, 0.7, 1.0]))
+    plan = sampler.ddim(levels, t, eta)
+    found = solvers.resample(plan, times, jump)
+    assert_plan(found)
+    expected = [
+        (t[i], i + 1 == min(first + jump, len(t)) and again < times - 1, first, i)
+        for first in range(0, len(t), jump)
+        for again in range(times)
+        for i in range(first, min(first + jump, len(t)))
+    ]
+    assert found.steps == len(expected)
+    for row, (level, churned, first, i) in enumerate(expected):
+        a, b, d = plan.a[i], plan.b[i], 0.0 if plan.d is None else plan.d[i]
+        if churned:
+            top, s = schedule.at(levels, t[first]), schedule.at(levels, np.append(t, 0)[i + 1])
+            scale = top.alpha / s.alpha
+            a, b, d = a * scale, b * scale, np.hypot(d * scale, np.sqrt(max(0, top.sigma**2 - (scale * s.sigma) ** 2)))
+        assert found.level.t[row] == level
+        np.testing.assert_allclose((found.a[row], found.b[row]), (a, b), rtol=1e-12)
+        np.testing.assert_allclose(0.0 if found.d is None else found.d[row], d, rtol=1e-9, atol=1e-12)
+
+
+def test_one_time_is_the_plan_itself():
+    for eta in (0.0, 1.0):
+        plan = sampler.ddim(LEVELS, [900, 500, 100], eta)
+        for column, same in zip(solvers.resample(plan, 1, 2)[1:], plan[1:], strict=True):
+            np.testing.assert_array_equal(column, same)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_resampling_brings_what_is_made_to_what_is_known(eta):
+    """Two correlated numbers, one known: the mean of the other comes nearer to E[other | known] with every doubling.
+    Rows and denoiser are affine, so the mean of the images is the image of the means, without sampling."""
+    covariance, known = 0.25 * np.array([[1, 0.9], [0.9, 1]]), 0.8
+
+    def inpainted(x, level):
+        gain = level.alpha * covariance @ np.linalg.inv(level.alpha**2 * covariance + level.sigma**2 * np.eye(2))
+        x0 = x @ gain.T
+        return np.stack([0 * x0[:, 0] + known, x0[:, 1]], 1)
+
+    missed = []
+    for times in (1, 2, 4, 8, 16):
+        plan = solvers.resample(sampler.ddim(LEVELS, schedule.trailing(LEVELS, 50), eta), times)
+        found = run_plan(inpainted, plan, np.zeros((1, 2)), np.zeros((plan.steps, 1, 2)))
+        assert found[0, 0] == known
+        missed.append(0.9 * known - found[0, 1])
+    assert (np.diff(missed) < 0).all()
+    assert missed[-1] < 0.15 * missed[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 0), "takes 1 rows 0 times: use 1 or more"),
+        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 2, 0), "takes 0 rows 2 times: use 1 or more"),
+        (lambda: solvers.resample(solvers.heun(LEVELS, [9, 5]), 2), "one row a level and without history"),
+        (lambda: solvers.resample(solvers.dpm_solver_pp_2m(LEVELS, [9, 5, 2]), 2), "without history"),
+        (lambda: solvers.resample(sampler.encode(LEVELS, [9, 5]), 2), "one row a level"),
+    ],
+)
+def test_what_cannot_be_resampled_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

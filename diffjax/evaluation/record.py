@@ -1,7 +1,8 @@
 """The row that cannot be ambiguous: no step count without its sampler, no time without its context."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Sampling:
         return self.images / self.run_seconds
 
 
-_COLUMNS = {
+_COLUMNS: dict[str, Callable[[Any], Any]] = {
     "sampler": lambda row: row.sampler,
     "steps": lambda row: row.steps,
     "NFE": lambda row: row.nfe,
@@ -47,10 +48,46 @@ _COLUMNS = {
 }
 
 
-def markdown(rows: Sequence[Sampling]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class BitsPerDim:
+    """How probable a network finds held-out images. Every field is needed."""
+
+    measure: str  # with its parameters, as in "probability flow, tsit5 to 0.0001, 1 probe"
+    bits_per_dim: float  # mean over images, and repeats
+    error: float  # standard error over images
+    spread: float | None  # standard deviation of that mean over repeats with other probes; None if not repeated
+    repeats: int
+    evaluations: float  # of the network, per image and repeat
+    derivatives: float  # of the network along a direction, per image and repeat
+    given: str  # what the network was told: "labels", "no labels"
+    images: int
+    data: str  # with its split
+    network: str
+    parameters: int
+    weights: str
+    image_size: str
+    dtype: str
+
+
+_BITS_COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "measure": lambda row: row.measure,
+    "bits/dim": lambda row: f"{row.bits_per_dim:.3f} ± {row.error:.3f}",
+    "spread over repeats": lambda row: "" if row.spread is None else f"{row.spread:.4f} of {row.repeats}",
+    "evaluations": lambda row: f"{row.evaluations:.0f}",
+    "derivatives": lambda row: f"{row.derivatives:.0f}",
+    "given": lambda row: row.given,
+    "images": lambda row: f"{row.images} of {row.image_size}, {row.data}",
+    "network": lambda row: f"{row.network}, {row.parameters:,} parameters",
+    "weights": lambda row: row.weights,
+    "dtype": lambda row: row.dtype,
+}
+
+
+def markdown(rows: Sequence[Sampling] | Sequence[BitsPerDim]) -> str:
     """A table of rows, every row with its whole context."""
-    cells = [list(_COLUMNS)] + [[str(cell(row)) for cell in _COLUMNS.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
+    columns = _COLUMNS if isinstance(rows[0], Sampling) else _BITS_COLUMNS
+    cells = [list(columns)] + [[str(cell(row)) for cell in columns.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 

@@ -119,6 +119,18 @@ def first_batches(
     return [stream[i] for i in range(min(limit, len(stream)))]
 
 
+def first_images(source: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first images of a split, float32 [num, H, W, C] in [-1, 1], and their labels, int32 [num], or None where they
+    have none. ValueError where there are not so many.
+    """
+    if not 1 <= num <= len(source):
+        raise ValueError(f"{num} images are asked for: this split holds {len(source)}, use 1 or more of them")
+    examples = [source[i] for i in range(num)]
+    images = to_float(np.stack([example["image"] for example in examples]))
+    labelled = "label" in examples[0]
+    return images, np.array([example["label"] for example in examples], np.int32) if labelled else None
+
+
 def _example(labels: bool) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
     def convert(index: int, example: dict[str, Any]) -> dict[str, Any]:
         label = {"label": np.int32(example["label"])} if labels else {}

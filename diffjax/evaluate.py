@@ -1,0 +1,223 @@
+"""What a trained run is worth: `python -m diffjax.evaluate RUN --bits-per-dim`, on held-out images.
+
+Bits per dimension, less is better: by the probability flow, the exact density of images with uniform noise of one grey
+value, its divergence estimated by random probes and the whole repeated with others; and by the variational bound of
+DDPM over all levels. Needs diffrax: pip install diffjax[diffrax].
+"""
+
+import functools
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from diffjax import cli, denoiser, sampler, schedule
+from diffjax.denoiser import Condition, ConditionalDenoiser
+from diffjax.evaluation import likelihood
+from diffjax.evaluation.record import BitsPerDim, markdown
+from diffjax.plans import std_named
+from diffjax.run import Run, check_seed, count_parameters, open_run
+from diffjax.schedule import Level
+from diffjax.training import data, parallel
+
+PROGRAM = "diffjax.evaluate"
+LARGEST_BATCH = 64
+STAGES = 6  # evaluations of a step of the solver
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure a trained run on held-out images."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder, as train.py leaves it."""
+    bits_per_dim: bool = False
+    """Likelihood by the probability flow, and the variational bound."""
+    num: int = 64
+    """Held-out images, the first ones."""
+    labels: bool = True
+    """Tell the network their labels, if it knows any."""
+    probes: int = 1
+    """Random probes of the flow's divergence, per image."""
+    repeats: int = 3
+    """Evaluations of the flow with different probes, whose spread is told."""
+    tolerance: float = 1e-4
+    """Of the solver, relative and absolute."""
+    evaluations: int | None = 200
+    """Of the network per image, for the bound: levels drawn at random, all of them if None."""
+    variance: str = "fixed_large"
+    """Noise of the bound's chain: fixed_large, fixed_small, or a number of 0 to 1 between them."""
+    seed: int = 0
+    """Of all that is drawn."""
+    weights: str = "ema"
+    """ema: the moving average of the parameters; raw: the parameters as trained."""
+    checkpoint: int | None = None
+    """Training step of the checkpoint; None for the latest."""
+    out: str | None = None
+    """The table's rows as a file (.json); None for evaluation.json in the run folder."""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, measure, write, print."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    options = cli.parse(Options, PROGRAM, arguments)
+    with cli.one_sentence(PROGRAM):
+        if not options.bits_per_dim:
+            raise ValueError("nothing is to be measured: say --bits-per-dim")
+        if importlib.util.find_spec("diffrax") is None:
+            raise ValueError("likelihoods need diffrax: pip install 'diffjax[diffrax]'")
+        check(options)
+        run = open_run(Path(options.run), options.checkpoint, options.weights)
+        T, config = schedule.length(run.schedule), run.description.config
+        if options.evaluations is not None and not 1 <= options.evaluations <= T - 1:
+            raise ValueError(f"--evaluations is {options.evaluations}: this chain takes 1 to {T - 1}, or None for all")
+        std = std_named(options.variance)
+        images, labels = data.first_images(data.load(config.data.name, config.data.dir).held_out, options.num)
+        labels = make_labels(options, run, labels)
+        out = cli.check_output(Path(options.out or Path(options.run) / "evaluation.json"), ".json")
+    rows = bits_per_dim(options, run, std, images, labels)
+    with cli.one_sentence(PROGRAM):
+        out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    print(markdown(rows))
+    print(f"wrote {out}")
+
+
+def check(options: Options) -> None:
+    """ValueError, naming the option, for values that mean nothing."""
+    if options.num < 2:
+        raise ValueError(f"--num is {options.num}: a mean and its error take two images or more")
+    for name in ("probes", "repeats"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}: use 1 or more")
+    if not 0 < options.tolerance < 1:
+        raise ValueError(f"--tolerance is {options.tolerance}: use a number above 0 and below 1, as 1e-4")
+    check_seed(options.seed)
+
+
+def make_labels(options: Options, run: Run, labels: np.ndarray | None) -> np.ndarray | None:
+    """What the network is told of each image. ValueError for no label where it was trained with all of them."""
+    classes = run.description.classes
+    if not classes:
+        return None
+    if options.labels:
+        return labels
+    if run.description.config.train.label_dropout == 0:
+        raise ValueError(
+            f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label: leave out"
+            " --no-labels"
+        )
+    return np.full(options.num, classes, np.int32)
+
+
+def bits_per_dim(
+    options: Options, run: Run, std: sampler.Std, images: np.ndarray, labels: np.ndarray | None
+) -> list[BitsPerDim]:
+    """The flow's row and the bound's."""
+    config, shape, classes = run.description
+    levels = schedule.variance_preserving(run.schedule)
+    batch = parallel.round_up(min(len(images), LARGEST_BATCH), jax.device_count())
+    key, T = jax.random.key(options.seed), schedule.length(levels)
+
+    def flow(params: Any, x0: Array, condition: Condition, keys: Array) -> Any:
+        for_bin, for_probes = keys
+        x0 = likelihood.dequantise(x0, for_bin)
+        return likelihood.log_density(
+            preserving(run, params), levels, x0, condition, for_probes, options.probes, options.tolerance
+        )
+
+    def bound(params: Any, x0: Array, condition: Condition, keys: Array) -> Any:
+        def clipped(x_t: Array, level: Level, condition: Condition) -> Array:
+            return jnp.clip(preserving(run, params)(x_t, level, condition), -1, 1)
+
+        t = schedule.trailing(levels, T)
+        return likelihood.variational_bound(clipped, levels, t, x0, condition, keys, std, options.evaluations)
+
+    def keys_of(number: int, index: np.ndarray) -> Array:
+        return sampler.image_keys(jax.random.fold_in(key, number), index)
+
+    over, calls = over_devices(run, images, labels, batch), -(-len(images) // batch)
+    with tqdm(total=calls * (options.repeats + 1), desc="bits per dim", unit="batch", dynamic_ncols=True) as bar:
+        # The same noise in the bins every time: what spreads are the probes.
+        found = [
+            over(flow, lambda i, n=n: (keys_of(0, i), keys_of(n + 2, i)), bar.update) for n in range(options.repeats)
+        ]
+        bounds = over(bound, lambda i: keys_of(1, i), bar.update)
+    nats, steps = (np.stack([getattr(one, name) for one in found]) for name in ("nats", "steps"))
+    by_flow = likelihood.bits_per_dim(nats, shape, density=True)
+    by_bound = likelihood.bits_per_dim(bounds, shape, density=False)
+    context: dict[str, Any] = {
+        "given": "labels" if classes and options.labels else "no labels", "images": len(images),
+        "data": f"{config.data.name}, held out", "network": run.name, "parameters": count_parameters(run.params),
+        "weights": f"{run.weights}, step {run.step}", "image_size": "x".join(map(str, shape)),
+        "dtype": config.network.dtype,
+    }  # fmt: skip
+    evaluations = STAGES * float(steps.mean())
+    probes = f"{options.probes} probe{'s' * (options.probes > 1)}"
+    return [
+        BitsPerDim(
+            measure=f"probability flow, tsit5 to {options.tolerance:g}, {probes}",
+            bits_per_dim=float(by_flow.mean()), error=standard_error(by_flow.mean(0)),
+            spread=float(by_flow.mean(1).std(ddof=1)) if options.repeats > 1 else None, repeats=options.repeats,
+            evaluations=evaluations, derivatives=evaluations * options.probes, **context,
+        ),
+        BitsPerDim(
+            measure=f"variational bound, ddpm({options.variance}) in {T} steps, clipped",
+            bits_per_dim=float(by_bound.mean()), error=standard_error(by_bound), spread=None, repeats=1,
+            evaluations=1.0 + (options.evaluations or T - 1), derivatives=0.0, **context,
+        ),
+    ]  # fmt: skip
+
+
+def preserving(run: Run, params: Any) -> ConditionalDenoiser:
+    """The run's denoiser for levels with alpha**2 + sigma**2 = 1, whatever form its schedule has: the same path."""
+    conditional = denoiser.from_network(run.network, params, run.prediction)
+    if schedule.is_variance_preserving(run.schedule):
+        return conditional
+    return lambda x_t, level, condition: conditional(
+        x_t / level.alpha, Level(level.t, level.alpha / level.alpha, level.sigma / level.alpha), condition
+    )
+
+
+def over_devices(run: Run, images: np.ndarray, labels: np.ndarray | None, batch: int) -> Callable[..., Any]:
+    """over(function, keys, progress): function(params, x0, condition, keys) of all images, batch by batch, each shared
+    out over all devices; its results on the host. keys: of the images' indices.
+    """
+    mesh, num = parallel.device_mesh(), len(images)
+    whole, split = parallel.whole(mesh), parallel.split(mesh)
+    params = jax.device_put(run.params, whole)
+
+    @functools.cache
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        specs = (P(), P(parallel.AXIS), P(parallel.AXIS), P(parallel.AXIS))
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[1], check_vma=False))
+
+    def over(function: Callable[..., Any], keys: Callable[[np.ndarray], Any], progress: Callable[[int], Any]) -> Any:
+        found = []
+        for first in range(0, num, batch):
+            index = np.arange(first, first + batch)
+            its_own = jax.tree.map(lambda leaf, index=index: leaf[index % num], (images, labels))
+            found.append(jax.device_get(compiled(function)(params, *jax.device_put((*its_own, keys(index)), split))))
+            progress(1)
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *found)
+
+    return over
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of one value per image."""
+    return float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+if __name__ == "__main__":
+    cli.main(main)

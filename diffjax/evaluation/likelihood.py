@@ -1,0 +1,183 @@
+"""How probable a denoiser finds data: exactly, by the probability-flow ODE (arXiv:2011.13456, section 4.3), and by the
+variational bound of the chain (arXiv:2006.11239, section 3.3). In nats per image; `bits_per_dim` turns them.
+
+Both judge images as the process sees them: the flow says the density of what it makes of noise, followed down to level
+1 and divided by alpha there; the chain decodes what it comes to at level 1 by a Gaussian.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from diffjax import sde
+from diffjax.denoiser import Condition, ConditionalDenoiser
+from diffjax.process import q_sample, snr_ratio
+from diffjax.sampler import Std, fixed_small, neighbours, noise
+from diffjax.schedule import Level, Schedule, check_variance_preserving
+
+BIN = 1 / 127.5  # between two neighbours of the 256 values of images in [-1, 1]
+
+
+class Likelihood(NamedTuple):
+    """Of a batch of images."""
+
+    nats: Array  # [B], log density
+    steps: Array  # [B], of the solver, rejected ones too; each takes 6 evaluations
+
+
+def log_density(
+    denoise: ConditionalDenoiser,
+    schedule: Schedule,
+    x0: Array,
+    condition: Condition,
+    keys: Array,
+    probes: int | None,
+    tolerance: float = 1e-4,
+) -> Likelihood:
+    """log p(x0) = log N(x_T; 0, 1) + integral of div(dx/du) du along the probability flow from level 1, where x is
+    alpha*x0, up to the last level with signal; plus log alpha per dimension. To be jitted by the caller.
+
+    x0: [B, ...]; condition: [B, ...], or None; keys: [B]. probes: random signs per image whose mean estimates the
+    divergence (Hutchinson), the same all along the flow; None for the exact divergence, at as many derivatives as an
+    image has numbers. tolerance: relative and absolute, of Tsitouras' 5(4) with adaptive steps, for each image alone.
+    Needs diffrax, and a variance-preserving schedule (else ImportError, ValueError). Denoisers must not clip, which
+    loses volume.
+    """
+    diffrax = _diffrax()
+    last = -1 if schedule.alpha[-1] else -2
+    u_1, u_T = sde.noise_time(Level(*(leaf[[1, last]] for leaf in schedule)))
+    level_at, alpha_1 = sde.level_at(schedule), schedule.alpha[1]
+
+    def one(x0: Array, condition: Condition, key: Array) -> Likelihood:
+        n = x0.size
+        if probes is None:
+            tangents = jnp.eye(n, dtype=x0.dtype).reshape(n, *x0.shape)
+        else:
+            # The mean over probes of e*(J e), as a sum.
+            tangents = jax.random.rademacher(key, (probes, *x0.shape), x0.dtype) / probes**0.5
+
+        def field(u: Array, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
+            level = level_at(u)
+
+            def velocity(x: Array) -> Array:
+                own = None if condition is None else condition[None]
+                return sde.probability_flow(x, denoise(x[None], level, own)[0], level)
+
+            speed, along = jax.linearize(velocity, state[0])
+            return speed, jnp.sum(jax.vmap(lambda e: jnp.sum(e * along(e)))(tangents))
+
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Tsit5(),
+            t0=u_1, t1=u_T, dt0=None,
+            y0=(alpha_1 * x0, jnp.zeros((), x0.dtype)),
+            stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+        )  # fmt: skip
+        x_T, volume = solution.ys[0][-1], solution.ys[1][-1]
+        nats = -0.5 * jnp.sum(x_T**2) - 0.5 * n * np.log(2 * np.pi) + volume + n * np.log(alpha_1)
+        return Likelihood(nats, solution.stats["num_steps"])
+
+    return jax.vmap(one)(x0, condition, keys)
+
+
+def variational_bound(
+    denoise: ConditionalDenoiser,
+    schedule: Schedule,
+    t: Any,
+    x0: Array,
+    condition: Condition,
+    keys: Array,
+    std: Std = fixed_small,
+    evaluations: int | None = None,
+    bin_width: float | None = BIN,
+) -> Array:
+    """A lower bound [B] of log p(x0) for the DDPM over the levels t: minus (equation 5 of arXiv:2006.11239)
+
+        KL(q(x_T|x0) | noise) + sum over steps t to s of KL(q(x_s|x_t, x0) | p(x_s|x_t)) - log p(x0|x_1)
+
+    The noise of a step is `std`: fixed_small is the right one for data without spread, and fixed_large for standard
+    normal data, where the bound is log p itself. The last step is a Gaussian of the standard deviation sigma of its
+    level (DDPM's beta_1) about the estimate, integrated over bins of `bin_width`, the outermost ones to infinity, or as
+    a density where that is None. To be jitted by the caller.
+
+    x0: [B, ...] in [-1, 1]; condition: [B, ...], or None; keys: [B]; t: strictly decreasing in 1..T, of a
+    variance-preserving schedule. evaluations: of the denoiser besides the last step's, one per step if None; fewer are
+    drawn from as many equal parts of the steps, each image its own, and estimate the sum without bias. ValueError for
+    another schedule, other levels, or evaluations not in 1..len(t).
+    """
+    check_variance_preserving(schedule, "the variational bound")
+    level_t, level_s = neighbours(schedule, t)
+    N = len(level_t.t) - 1  # steps that do not decode
+    M = N if evaluations is None else evaluations
+    if not min(1, N) <= M <= N:
+        raise ValueError(f"evaluations is {evaluations}: this chain has {N} steps before the last one, use 1 to {N}")
+    # KL of two Gaussians: constant + weight*|x0 - estimate|**2.
+    inner_t, inner_s = (Level(*(leaf[:-1] for leaf in level)) for level in (level_t, level_s))
+    r2, noise_q, noise_p = snr_ratio(inner_t, inner_s) ** 2, fixed_small(inner_t, inner_s), std(inner_t, inner_s)
+    weights = (inner_s.alpha * (1 - r2) / noise_p) ** 2 / 2
+    constant = float(np.sum(np.log(noise_p / noise_q) + (noise_q / noise_p) ** 2 / 2 - 0.5))
+    weights = jnp.asarray(np.append(weights, 0.0), x0.dtype)
+    table = jax.tree.map(lambda leaf: jnp.asarray(leaf, x0.dtype), level_t)
+    axes, size = tuple(range(1, x0.ndim)), x0[0].size
+
+    def squared_error(rows: Array, number: Any) -> tuple[Array, Array]:
+        level = Level(*(leaf[rows] for leaf in table))
+        x_t = q_sample(x0, noise(keys, x0.shape[1:], number, x0.dtype), level)
+        estimate = denoise(x_t, level, condition)
+        return estimate, weights[rows] * jnp.sum((x0 - estimate) ** 2, axes)
+
+    share = N / max(M, 1)
+    offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), dtype=x0.dtype))(keys)
+
+    def add(total: Array, j: Array) -> tuple[Array, None]:
+        rows = jnp.minimum(((j + offsets) * share).astype(jnp.int32), N - 1)
+        return total + share * squared_error(rows, j + 1)[1], None
+
+    steps, _ = jax.lax.scan(add, jnp.zeros(len(x0), x0.dtype), jnp.arange(M))
+    # The last step is the largest, and not left to chance.
+    estimate, _ = squared_error(jnp.full(len(x0), N), M + 1)
+    decoded = jnp.sum(_log_gaussian(x0, estimate, float(level_t.sigma[-1]), bin_width), axes)
+    alpha_T, sigma_T = level_t.alpha[0], level_t.sigma[0]
+    prior = jnp.sum(alpha_T**2 * x0**2 + sigma_T**2 - 1 - 2 * np.log(sigma_T), axes) / 2
+    return decoded - steps - size * constant - prior
+
+
+def _log_gaussian(x: Array, mean: Array, std: float, bin_width: float | None) -> Array:
+    if bin_width is None:
+        return -0.5 * ((x - mean) / std) ** 2 - 0.5 * np.log(2 * np.pi * std**2)
+    half = bin_width / 2
+    low = jnp.where(x < -1 + half, -jnp.inf, (x - half - mean) / std)
+    high = jnp.where(x > 1 - half, jnp.inf, (x + half - mean) / std)
+    # log(Phi(high) - Phi(low)), on the side where both are small.
+    flip = low + high > 0
+    low, high = jnp.where(flip, -high, low), jnp.where(flip, -low, high)
+    below, above = jax.scipy.special.log_ndtr(low), jax.scipy.special.log_ndtr(high)
+    return above + jnp.log1p(-jnp.exp(below - above))
+
+
+def dequantise(images: Array, keys: Array) -> Array:
+    """Images of 8 bits in [-1, 1], with uniform noise of one bin: the mean log density of these, plus log(BIN) per
+    dimension, is at most the log probability of the images (arXiv:1511.01844, section 3.1).
+    """
+    return images + jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-BIN / 2, maxval=BIN / 2))(
+        keys
+    )
+
+
+def bits_per_dim(nats: Any, image_shape: tuple[int, ...], density: bool) -> np.ndarray:
+    """-log2 of the probability of each number of an image, from log probabilities in nats [B], or from log densities of
+    dequantised images in [-1, 1].
+    """
+    per_dim = np.asarray(nats, np.float64) / np.prod(image_shape) + (np.log(BIN) if density else 0.0)
+    return -per_dim / np.log(2)
+
+
+def _diffrax() -> Any:
+    try:
+        import diffrax
+    except ImportError as error:
+        raise ImportError("likelihoods need diffrax: pip install diffjax[diffrax]") from error
+    return diffrax

@@ -1,0 +1,107 @@
+"""Bits per dimension of a trained run, as a command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import check_mistake
+
+from diffjax import denoiser, evaluate, process, sampler, schedule
+from diffjax.run import open_run
+
+
+@pytest.fixture
+def in_suite_data(data_dir, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_bits_per_dim_of_held_out_digits(digits_run, tmp_path, capsys):
+    """Both measures say what a digit is worth, less than the 8 bits of no knowledge, and other probes hardly matter."""
+    out = tmp_path / "bits.json"
+    arguments = [
+        "--bits-per-dim",
+        "--num",
+        "8",
+        "--repeats",
+        "2",
+        "--tolerance",
+        "3e-2",
+        "--evaluations",
+        "30",
+        "--out",
+    ]
+    evaluate.main([str(digits_run), *arguments, str(out)])
+    flow, bound = json.loads(out.read_text())
+    said = capsys.readouterr().out
+    for words in ("probability flow, tsit5 to 0.03, 1 probe", "8 of 8x8x1, digits, held out", "426,961 parameters"):
+        assert words in said
+    assert 3 < flow["bits_per_dim"] < 7
+    assert 3 < bound["bits_per_dim"] < 7
+    assert flow["spread"] < 0.3  # of eight images; sixty-four and a whole training: 0.01
+    assert (bound["evaluations"], bound["derivatives"], bound["given"]) == (31, 0, "labels")
+    assert flow["evaluations"] == flow["derivatives"] > 6
+
+
+def test_a_run_on_an_exploding_schedule_says_the_same_of_the_same_path():
+    exploding = schedule.edm(50)
+    levels = schedule.variance_preserving(exploding)
+
+    class Fake:
+        prediction = process.PREDICTIONS["x0"]
+        schedule = exploding
+
+        @staticmethod
+        def network(params, x, t, condition):
+            return params * x
+
+    conditional = denoiser.from_network(Fake.network, 0.5, Fake.prediction)
+    x = np.random.default_rng(0).normal(size=(2, 3))
+    level, same = schedule.at(levels, 20), schedule.at(exploding, 20)
+    found = evaluate.preserving(Fake, 0.5)(x, level, None)
+    np.testing.assert_allclose(found, conditional(x / level.alpha, same, None), rtol=1e-6)
+    Fake.schedule = levels
+    np.testing.assert_allclose(evaluate.preserving(Fake, 0.5)(x, level, None), conditional(x, level, None), rtol=1e-6)
+
+
+def test_all_images_count_once_whatever_the_batch(digits_run):
+    run = open_run(digits_run)
+    images = np.arange(11.0, dtype=np.float32)[:, None] * np.ones((1, 2), np.float32)
+    over = evaluate.over_devices(run, images, np.arange(11), 8)
+    calls = []
+    found = over(
+        lambda params, x0, condition, keys: x0[:, 0] + 100 * condition + 0 * jax.random.uniform(keys[0]),
+        lambda index: sampler.image_keys(jax.random.key(0), index),
+        calls.append,
+    )
+    np.testing.assert_allclose(found, 101 * np.arange(11), rtol=1e-6)
+    assert calls == [1, 1]
+
+
+BAD = {
+    "{run}": "nothing is to be measured: say --bits-per-dim",
+    "{tmp}/nowhere --bits-per-dim": "there is no run folder",
+    "{run} --bits-per-dim --num 1": "--num is 1: a mean and its error take two images or more",
+    "{run} --bits-per-dim --num 298": "298 images are asked for: this split holds 297",
+    "{run} --bits-per-dim --probes 0": "--probes is 0",
+    "{run} --bits-per-dim --repeats 0": "--repeats is 0",
+    "{run} --bits-per-dim --tolerance 0": "--tolerance is 0.0",
+    "{run} --bits-per-dim --evaluations 1000": "--evaluations is 1000: this chain takes 1 to 999",
+    "{run} --bits-per-dim --variance big": "variance is 'big'",
+    "{run} --bits-per-dim --seed=-1": "seed is -1",
+    "{run} --bits-per-dim --out {tmp}/a.txt": "is to be a .json file",
+}
+
+
+@pytest.mark.usefixtures("in_suite_data")
+@pytest.mark.parametrize("command", BAD)
+def test_a_mistake_in_evaluating_is_one_sentence(command, digits_run, tmp_path, capsys):
+    check_mistake(evaluate.main, command, BAD[command], capsys, run=digits_run, tmp=tmp_path)
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_without_diffrax_the_remedy_is_named(digits_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command, message = "{run} --bits-per-dim", "likelihoods need diffrax: pip install 'diffjax[diffrax]'"
+    check_mistake(evaluate.main, command, message, capsys, run=digits_run, tmp=tmp_path)
