@@ -15,11 +15,18 @@ demo: .venv/installed
 
 readme: demo .venv/installed-test
 	mkdir -p docs && cp $(RUN)/overview.png docs/
+	$(BIN)/python sample.py $(RUN) --guidance 2 --num 20 --animate docs/ddim.gif --out $(RUN)/ddim.png
+	$(BIN)/python -m diffjax.edit reconstruct $(RUN) --num 32 --steps 10,20,50,100,200,500,1000 \
+		--out docs/reconstruct.png | grep '^|' > $(RUN)/reconstruct.md
+	$(BIN)/python -m diffjax.edit interpolate $(RUN) --num 8 --out docs/interpolate.png
+	$(BIN)/python -m diffjax.edit vary $(RUN) --labels 8 --guidance 2 --out docs/vary.png
+	$(BIN)/python -m diffjax.edit inpaint $(RUN) --out docs/inpaint.png
+	$(BIN)/python -m diffjax.evaluate $(RUN) --bits-per-dim | grep '^|' > $(RUN)/bits.md
 	$(BIN)/python -m diffjax.testing > $(RUN)/orders.md
 	$(BIN)/python -m diffjax.bench sampler > $(RUN)/bench.md
 	{ echo '```'; $(BIN)/python -c 'from diffjax import sampler, schedule; levels = schedule.linear(1000); \
 		print(sampler.ddim(levels, schedule.trailing(levels, 4), eta=0.5))'; echo '```'; } > $(RUN)/plan.md
-	for name in demo plan orders bench; do \
+	for name in demo plan orders bench reconstruct bits; do \
 		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" -e "/<!-- $$name -->/r $(RUN)/$$name.md" README.md; done
 
 test: .venv/installed-test

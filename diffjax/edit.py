@@ -26,6 +26,7 @@ from diffjax.run import Guidance, Run, check_guidance, check_seed, open_run, rea
 from diffjax.training import data
 
 PROGRAM = "diffjax.edit"
+SHOWN = 12  # images, or pairs of them, in a picture
 REGIONS = ("left", "right", "top", "bottom", "center")
 # Reconstruction error of arXiv:2010.02502, table 2, by the number of steps.
 TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
@@ -136,7 +137,9 @@ def main(arguments: list[str]) -> None:
     with cli.one_sentence(PROGRAM):
         picture.save_png(out, sheet)
     print(report)
-    print(f"wrote {out}")
+    most = 2 * SHOWN if command == "interpolate" else SHOWN
+    shown = f", of the first {most} images" if len(scene.images) > most else ""
+    print(f"wrote {out}{shown}")
 
 
 def open_scene(options: Common) -> Scene:
@@ -170,13 +173,13 @@ def prepare_reconstruct(scene: Scene, options: Reconstruct) -> Job:
         scene.editor.levels(S)
 
     def edit(progress: Progress) -> tuple[Rows, str]:
-        rows, lines = {"original": scene.images}, []
+        rows, lines = {"original": scene.images[:SHOWN]}, []
         for S in steps:
             again = scene.editor.reconstruct(scene.images, scene.labels, S, progress)
-            rows[f"{S} steps and back"] = again
+            rows[f"{S} steps and back"] = again[:SHOWN]
             error = np.mean((again - scene.images) ** 2) / 4
             lines.append(f"| {S} | {error:.2g} | {TABLE_2.get(S, '')} |")
-        head = f"mean squared error, of {describe(scene)} | DDIM, table 2: CIFAR-10 |\n|---|---|---|\n"
+        head = f"mean squared error in [0, 1], {describe(scene)} | DDIM, table 2: CIFAR-10 |\n|---|---|---|\n"
         return rows, f"| steps of DDIM, either way | {head}" + "\n".join(lines)
 
     return 2 * sum(steps), edit
@@ -197,7 +200,7 @@ def prepare_interpolate(scene: Scene, options: Interpolate) -> Job:
         found = scene.editor.interpolate(first, second, labels, options.steps, weights, progress)
         rows = {
             f"pair {i + 1}": np.concatenate([first[i : i + 1], found[:, i], second[i : i + 1]])
-            for i in range(len(first))
+            for i in range(min(len(first), SHOWN))
         }
         return rows, (
             f"{len(first)} pairs of {describe(scene)}, encoded and decoded by DDIM in {options.steps} steps; the outer"
@@ -222,12 +225,13 @@ def prepare_vary(scene: Scene, options: Vary) -> Job:
         trailing_from(scene.run.schedule, level, n)
 
     def edit(progress: Progress) -> tuple[Rows, str]:
-        rows = {"original": scene.images}
+        rows = {"original": scene.images[:SHOWN]}
         for level, n in zip(levels, steps, strict=True):
-            rows[f"from level {level}"] = scene.editor.vary(
+            varied = scene.editor.vary(
                 scene.images, scene.labels, level, n,
                 eta=options.eta, guidance=guidance, seed=options.seed, progress=progress,
             )  # fmt: skip
+            rows[f"from level {level}"] = varied[:SHOWN]
         return rows, f"{describe(scene)}, by DDIM of eta {options.eta:g} in {steps} steps, guidance {guidance}"
 
     return sum(steps), edit
@@ -247,7 +251,8 @@ def prepare_inpaint(scene: Scene, options: Inpaint) -> Job:
             scene.images, mask, scene.labels, options.steps,
             eta=options.eta, times=options.resample, guidance=guidance, seed=options.seed, progress=progress,
         )  # fmt: skip
-        rows = {"original": scene.images, "known": scene.images * mask, "inpainted": found}
+        all_rows = {"original": scene.images, "known": scene.images * mask, "inpainted": found}
+        rows = {title: row[:SHOWN] for title, row in all_rows.items()}
         changed = int(((found != scene.images) & (mask == 1)).sum())
         return rows, (
             f"{describe(scene)}, by DDIM of eta {options.eta:g} in {options.steps} steps, each taken {options.resample}"

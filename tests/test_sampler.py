@@ -54,6 +54,23 @@ def test_ddim_is_equation_12_of_the_paper(levels, eta, seed):
     np.testing.assert_allclose(sampler.ddim_step(x_t, x0, level_t, level_s, eta, z), expected, atol=2e-6)
 
 
+@given(st.integers(2, 1000), st.floats(1e-5, 0.01), st.floats(0.01, 0.05), st.data(), st.integers(0, 99))
+def test_ddpm_is_algorithm_2_of_its_paper(T, first, last, data, seed):
+    """As printed, in the paper's alpha = 1 - beta, its product alpha-bar, and eps: both choices of its sigma."""
+    levels, beta = schedule.linear(T, first, last), np.linspace(first, last, T)
+    alpha, abar = 1 - beta, np.append(1.0, np.cumprod(1 - beta))
+    t = data.draw(st.integers(1, T))
+    x_t, eps, z = draw(seed)
+    level_t, level_s = schedule.at(levels, t), schedule.at(levels, t - 1)
+    x0 = process.x0_from_eps(x_t, eps, level_t)
+    mean = (x_t - (1 - alpha[t - 1]) / np.sqrt(1 - abar[t]) * eps) / np.sqrt(alpha[t - 1])
+    variances = {sampler.fixed_large: beta[t - 1], sampler.fixed_small: (1 - abar[t - 1]) / (1 - abar[t]) * beta[t - 1]}
+    for std, variance in variances.items():
+        noise = np.sqrt(variance) * z if t > 1 else 0  # "z ~ N(0, I) if t > 1, else z = 0"
+        found = sampler.ddpm_step(x_t, x0, level_t, level_s, z, std)
+        np.testing.assert_allclose(found, mean + noise, rtol=1e-6, atol=1e-8 / abar[t] ** 0.5)
+
+
 @given(pairs(), st.integers(0, 99))
 def test_eta_1_is_ddpm(levels, seed):
     x_t, x0, z = draw(seed)
