@@ -112,7 +112,8 @@ class Scene(NamedTuple):
 
 
 Rows = dict[str, np.ndarray]  # of the picture, by their titles: float32 [columns, H, W, C]
-Job = tuple[int, Callable[[Progress], tuple[Rows, str]]]  # rows of plans to run, and what runs them: picture, report
+# How many rows of plans there are to run for each batch, and what runs them: picture and report.
+Job = tuple[int, Callable[[Progress], tuple[Rows, str]]]
 
 
 def main(arguments: list[str]) -> None:
@@ -128,8 +129,9 @@ def main(arguments: list[str]) -> None:
     options = cli.parse(kind, f"{PROGRAM} {command}", arguments[1:])
     with cli.one_sentence(PROGRAM):
         scene = open_scene(options)
+        steps, edit = prepare(scene, options)
         out = cli.check_output(Path(options.out or Path(options.run) / "edits" / f"{command}.png"), ".png")
-        total, edit = prepare(scene, options)
+    total = steps * scene.editor.batches(len(scene.images) // (2 if command == "interpolate" else 1))
     with tqdm(total=total, desc=command, unit="step", dynamic_ncols=True) as bar:
         rows, report = edit(bar.update)
     columns = max(len(row) for row in rows.values())
@@ -189,6 +191,10 @@ def prepare_interpolate(scene: Scene, options: Interpolate) -> Job:
     """Rows: one per pair."""
     if len(scene.images) % 2:
         raise ValueError(f"there are {len(scene.images)} images: interpolation takes pairs, give an even number")
+    if scene.labels is not None and (scene.labels[::2] != scene.labels[1::2]).any():
+        raise ValueError(
+            f"--labels is {options.labels!r}: both images of a pair are asked about under one label, as 3 or 3,3,8,8"
+        )
     if options.between < 1:
         raise ValueError(f"--between is {options.between}: ask for at least one image")
     scene.editor.levels(options.steps)
@@ -253,10 +259,11 @@ def prepare_inpaint(scene: Scene, options: Inpaint) -> Job:
         )  # fmt: skip
         all_rows = {"original": scene.images, "known": scene.images * mask, "inpainted": found}
         rows = {title: row[:SHOWN] for title, row in all_rows.items()}
-        changed = int(((found != scene.images) & (mask == 1)).sum())
+        known = (mask == 1).all(-1)  # pixels
+        changed = ((found != scene.images).any(-1) & known).sum()
         return rows, (
             f"{describe(scene)}, by DDIM of eta {options.eta:g} in {options.steps} steps, each taken {options.resample}"
-            f" times, guidance {guidance}; {changed} of {int((mask == 1).sum())} known pixels changed"
+            f" times, guidance {guidance}; {changed} of {known.sum()} known pixels changed"
         )
 
     return options.steps * options.resample, edit
@@ -296,8 +303,12 @@ def read_mask(text: str, shape: tuple[int, ...]) -> np.ndarray:
         if not Path(text).is_file():
             raise ValueError(f"--mask is {text!r}: name an image file, or one of {', '.join(REGIONS)}")
         white, said = picture.read(Path(text), (height, width, 1))
+        if picture.LAID_OVER in said:
+            raise ValueError(f"{text} is transparent in parts: a mask is white where images are made anew, else black")
         if said:
             print(said)
+        if ((white > 0) & (white < 255)).any():
+            print(f"{text} has greys: from the middle one on they count as white")
         return (white < 128).astype(np.float32)
     mask[y, x] = 0
     return mask

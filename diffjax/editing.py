@@ -35,6 +35,10 @@ class Editor:
         self._run = run
         self._generate = Generator(run.network, run.prediction, *run.description[1:])
 
+    def batches(self, num: int) -> int:
+        """In how many batches `num` images are edited, all of whose steps `progress` is told."""
+        return -(-num // self._batch(num))
+
     def levels(self, steps: int) -> np.ndarray:
         """The levels that encoding and decoding visit: both ends, since encoding begins at level 1, where the data are,
         and ends in noise. ValueError for more steps than levels, or less than one.
@@ -71,7 +75,7 @@ class Editor:
         progress: Progress = quiet,
     ) -> np.ndarray:
         """Images between those of two sets, [len(weights), N, H, W, C]: encoded, `slerp` by each weight (0: the first),
-        decoded (arXiv:2010.02502, section 5.3). labels: of the first and of what is between.
+        decoded (arXiv:2010.02502, section 5.3). labels: one per pair, for both and what is between.
         """
         x, y = (jnp.asarray(self.encode(images, labels, steps, progress)) for images in (first, second))
         between = [np.asarray(sampler.slerp(x, y, weight)) for weight in weights]
@@ -111,25 +115,39 @@ class Editor:
         progress: Progress = quiet,
     ) -> np.ndarray:
         """Images whose pixels are kept exactly where the mask is 1, and made by DDIM where it is 0, every step taken
-        `times` times (`solvers.resample`). mask: of 0 to 1, [H, W], or [N, H, W, C] or what broadcasts to it (else
-        ValueError).
+        `times` times (`solvers.resample`). mask: of 0 to 1, [H, W], or [N, H, W, C] or what broadcasts to it, as
+        [N, H, W, 1] (else ValueError).
         """
         mask = check_mask(mask, images.shape)
         levels = self._run.schedule
         plan = solvers.resample(sampler.ddim(levels, schedule.trailing(levels, steps), eta), times)
-        known = np.asarray(images, np.float32), mask
-        return self._make(plan, labels, None, guidance, seed, progress, known=known, num=len(images))
+        return self._make(plan, labels, images, guidance, seed, progress, mask=mask)
+
+    def _batch(self, num: int) -> int:
+        return parallel.round_up(min(num, LARGEST_BATCH), jax.device_count())
 
     def _make(
-        self, plan: Plan, labels: Any, x: Any, guidance: Guidance, seed: int, progress: Progress, **options: Any
+        self,
+        plan: Plan,
+        labels: np.ndarray | None,
+        images: np.ndarray,
+        guidance: Guidance,
+        seed: int,
+        progress: Progress,
+        clip: bool = True,
+        mask: np.ndarray | None = None,
     ) -> np.ndarray:
-        num, classes = options.pop("num", None) or len(x), self._run.description.classes
+        # From the images as they are; with a mask from noise, and the images are what is known.
+        _, shape, classes = self._run.description
+        images, num = np.asarray(images, np.float32), len(images)
+        if images.shape[1:] != tuple(shape) or not num:
+            raise ValueError(f"images are {images.shape}: this run knows [N, {', '.join(map(str, shape))}]")
         if classes and labels is None:
             labels = np.full(num, classes, np.int32)
-        batch = parallel.round_up(min(num, LARGEST_BATCH), jax.device_count())
         return self._generate(
             self._run.params, plan, labels, num,
-            guidance=guidance, seed=seed, batch=batch, x=x, progress=progress, **options,
+            guidance=guidance, seed=seed, batch=self._batch(num), clip=clip, progress=progress,
+            x=images if mask is None else None, known=None if mask is None else (images, mask),
         ).x  # fmt: skip
 
 
@@ -144,7 +162,7 @@ def trailing_from(levels: Schedule, level: int, steps: int) -> np.ndarray:
 
 def check_mask(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A mask as float32 of the shape [N, H, W, C] of images. ValueError unless it fits them, is of 0 (to be made) to 1
-    (known), and has something of both.
+    (known), and neither all 1 nor all 0.
     """
     mask = np.asarray(mask, np.float32)
     mask = mask[..., None] if mask.ndim == 2 else mask

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from diffjax import cli, denoiser, sampler, schedule
-from diffjax.denoiser import Condition, ConditionalDenoiser
+from diffjax import cli, sampler, schedule
+from diffjax.denoiser import Condition, from_network
 from diffjax.evaluation import likelihood
 from diffjax.evaluation.record import BitsPerDim, markdown
 from diffjax.plans import std_named
@@ -33,7 +33,7 @@ from diffjax.training import data, parallel
 
 PROGRAM = "diffjax.evaluate"
 LARGEST_BATCH = 64
-STAGES = 6  # evaluations of a step of the solver
+STAGES, BEGINNING = 6, 3  # evaluations of a step of the solver, and before the first one
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Options:
     """Noise of the bound's chain: fixed_large, fixed_small, or a number of 0 to 1 between them."""
     seed: int = 0
     """Of all that is drawn."""
-    weights: str = "ema"
-    """ema: the moving average of the parameters; raw: the parameters as trained."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The moving average of the parameters, or the parameters as trained."""
     checkpoint: int | None = None
     """Training step of the checkpoint; None for the latest."""
     out: str | None = None
@@ -100,8 +100,8 @@ def check(options: Options) -> None:
     for name in ("probes", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: use 1 or more")
-    if not 0 < options.tolerance < 1:
-        raise ValueError(f"--tolerance is {options.tolerance}: use a number above 0 and below 1, as 1e-4")
+    if not 0 < options.tolerance <= 0.01:
+        raise ValueError(f"--tolerance is {options.tolerance}: use a number above 0, and at most 0.01; 1e-4 is usual")
     check_seed(options.seed)
 
 
@@ -125,7 +125,7 @@ def bits_per_dim(
 ) -> list[BitsPerDim]:
     """The flow's row and the bound's."""
     config, shape, classes = run.description
-    levels = schedule.variance_preserving(run.schedule)
+    levels, prediction = run.schedule, run.prediction
     batch = parallel.round_up(min(len(images), LARGEST_BATCH), jax.device_count())
     key, T = jax.random.key(options.seed), schedule.length(levels)
 
@@ -133,12 +133,13 @@ def bits_per_dim(
         for_bin, for_probes = keys
         x0 = likelihood.dequantise(x0, for_bin)
         return likelihood.log_density(
-            preserving(run, params), levels, x0, condition, for_probes, options.probes, options.tolerance
-        )
+            from_network(run.network, params, prediction), levels, x0, condition, for_probes, options.probes,
+            options.tolerance,
+        )  # fmt: skip
 
     def bound(params: Any, x0: Array, condition: Condition, keys: Array) -> Any:
         def clipped(x_t: Array, level: Level, condition: Condition) -> Array:
-            return jnp.clip(preserving(run, params)(x_t, level, condition), -1, 1)
+            return jnp.clip(from_network(run.network, params, prediction)(x_t, level, condition), -1, 1)
 
         t = schedule.trailing(levels, T)
         return likelihood.variational_bound(clipped, levels, t, x0, condition, keys, std, options.evaluations)
@@ -153,7 +154,10 @@ def bits_per_dim(
             over(flow, lambda i, n=n: (keys_of(0, i), keys_of(n + 2, i)), bar.update) for n in range(options.repeats)
         ]
         bounds = over(bound, lambda i: keys_of(1, i), bar.update)
-    nats, steps = (np.stack([getattr(one, name) for one in found]) for name in ("nats", "steps"))
+    nats, steps, solved = (np.stack(parts) for parts in zip(*found, strict=True))
+    if not solved.all():
+        image = int(np.argmin(solved.all(0)))
+        cli.stop(PROGRAM, f"the flow of image {image} took too many steps: use a larger --tolerance")
     by_flow = likelihood.bits_per_dim(nats, shape, density=True)
     by_bound = likelihood.bits_per_dim(bounds, shape, density=False)
     context: dict[str, Any] = {
@@ -162,7 +166,7 @@ def bits_per_dim(
         "weights": f"{run.weights}, step {run.step}", "image_size": "x".join(map(str, shape)),
         "dtype": config.network.dtype,
     }  # fmt: skip
-    evaluations = STAGES * float(steps.mean())
+    evaluations = STAGES * float(steps.mean()) + BEGINNING
     probes = f"{options.probes} probe{'s' * (options.probes > 1)}"
     return [
         BitsPerDim(
@@ -177,16 +181,6 @@ def bits_per_dim(
             evaluations=1.0 + (options.evaluations or T - 1), derivatives=0.0, **context,
         ),
     ]  # fmt: skip
-
-
-def preserving(run: Run, params: Any) -> ConditionalDenoiser:
-    """The run's denoiser for levels with alpha**2 + sigma**2 = 1, whatever form its schedule has: the same path."""
-    conditional = denoiser.from_network(run.network, params, run.prediction)
-    if schedule.is_variance_preserving(run.schedule):
-        return conditional
-    return lambda x_t, level, condition: conditional(
-        x_t / level.alpha, Level(level.t, level.alpha / level.alpha, level.sigma / level.alpha), condition
-    )
 
 
 def over_devices(run: Run, images: np.ndarray, labels: np.ndarray | None, batch: int) -> Callable[..., Any]:
@@ -206,8 +200,9 @@ def over_devices(run: Run, images: np.ndarray, labels: np.ndarray | None, batch:
         found = []
         for first in range(0, num, batch):
             index = np.arange(first, first + batch)
-            its_own = jax.tree.map(lambda leaf, index=index: leaf[index % num], (images, labels))
-            found.append(jax.device_get(compiled(function)(params, *jax.device_put((*its_own, keys(index)), split))))
+            x0, condition = jax.tree.map(lambda leaf, index=index: leaf[index % num], (images, labels))
+            arguments = jax.device_put((x0, condition, keys(index)), split)
+            found.append(jax.device_get(compiled(function)(params, *arguments)))
             progress(1)
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *found)
 

@@ -1,11 +1,14 @@
 """Images as arrays and as files."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+LAID_OVER = "laid over white"  # what becomes of transparency
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
@@ -55,32 +58,36 @@ def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
     """An image file as uint8 [H, W, C], C of 1 (grey) or 3 (RGB), and a sentence that says what was done to make it so,
     empty if nothing: the middle of it, resized, its transparency laid over white.
 
-    OSError for a file that cannot be read, ValueError for one that is not an image.
+    OSError for a file that cannot be read, ValueError for one that is not an image, or has more than 8 bits.
     """
     height, width, channels = shape
+    mode = {1: "L", 3: "RGB"}[channels]
     try:
-        with Image.open(path) as file:
+        with Image.open(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
             image = ImageOps.exif_transpose(file)
             image.load()
+        was, changes = f"{image.width}x{image.height} {image.mode}", []
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels of more than 8 bits, mode {image.mode}")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+            changes.append(LAID_OVER)
+        converted = image.convert(mode)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that can be read: use a PNG or JPEG file") from None
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}): use a PNG or JPEG file") from error
-    mode = {1: "L", 3: "RGB"}[channels]
-    was, changes = f"{image.width}x{image.height} {image.mode}", []
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} has pixels of more than 8 bits (mode {image.mode}): store it with 8 bits")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-        changes.append("laid over white")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno:  # about the file, and names it
+            raise
+        raise ValueError(f"{path} cannot be read as an image ({error}): use a PNG or JPEG file of 8 bits") from error
     if image.width * height != image.height * width:
         changes.append("cut to its middle")
     if image.size != (width, height):
         changes.append(f"resized to {width}x{height}")
     if image.mode != mode:
         changes.append("made grey" if channels == 1 else "made RGB")
-    image = ImageOps.fit(image.convert(mode), (width, height), Image.Resampling.BOX)
+    image = ImageOps.fit(converted, (width, height), Image.Resampling.BOX)
     return np.asarray(image).reshape(shape), f"{path} is {was}: {', '.join(changes)}" if changes else ""
 
 
@@ -98,4 +105,6 @@ def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0) ->
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [2000]
     first, *others = frames
-    first.save(path, "gif", save_all=True, append_images=others, duration=durations, loop=0)
+    part = path.with_name(path.name + ".part")
+    first.save(part, "gif", save_all=True, append_images=others, duration=durations, loop=0)
+    os.replace(part, path)

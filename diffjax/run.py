@@ -55,18 +55,21 @@ class Run(NamedTuple):
     step: int
 
 
+WEIGHTS = {"ema": "ema", "raw": "params"}  # where checkpoints keep them
+
+
 def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Run:
     """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema") or the parameters as
-    trained ("raw"). FileNotFoundError where there is none.
+    trained ("raw"). FileNotFoundError where there is none, ValueError for other weights.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights are {weights!r}: use ema or raw")
     checkpoints, step = open_checkpoint(workdir, step)
     description = Description.from_dict(checkpoints.config(step))
     config, image_shape, classes = description
     unet = experiment.build_unet(config, image_shape, classes)
     like = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
-    params = checkpoints.restore_weights(
-        step, {"ema": "ema", "raw": "params"}[weights], like, parallel.whole(parallel.device_mesh())
-    )
+    params = checkpoints.restore_weights(step, WEIGHTS[weights], like, parallel.whole(parallel.device_mesh()))
     checkpoints.close()
     return Run(
         name=f"unet of {workdir.resolve().name}", description=description, network=network_of(unet), params=params,
@@ -97,13 +100,17 @@ class Guidance(NamedTuple):
 def check_guidance(run: Run, guidance: Guidance) -> None:
     """ValueError for guidance that a run cannot serve."""
     scale, interval, classes = guidance.scale, guidance.interval, run.description.classes
-    worse, plain = guidance.worse, guidance._replace(worse=None)
+    worse = guidance.worse
     if not (np.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance is {scale}: use a number of 0 or more")
-    if plain != Guidance() and not classes and worse is None:
+    if worse is None and guidance != Guidance() and not classes:
         raise ValueError(f"{run.name} was trained without labels: leave out --guidance")
-    if scale == 1 and (worse is not None or plain != Guidance()):
-        raise ValueError(f"guidance {guidance} has the scale 1, which is plain conditional: give another --guidance")
+    if scale == 1 and guidance != Guidance():
+        raise ValueError(f"guidance {guidance} has the scale 1, which is not guided: give another --guidance")
+    if worse is not None:
+        _check_worse(run, worse)
+        if guidance.negative is not None or guidance.two_passes:
+            raise ValueError("a worse run is led away from in place of a label: leave out --negative and --two-passes")
     if guidance.negative is not None and not 0 <= guidance.negative < classes:
         raise ValueError(f"the label to be led away from is {guidance.negative}: use 0 to {classes - 1}")
     if interval is not None and not 0 <= interval[0] < interval[1]:
@@ -112,11 +119,7 @@ def check_guidance(run: Run, guidance: Guidance) -> None:
         )
     if not 0 <= guidance.rescale <= 1:
         raise ValueError(f"rescale is {guidance.rescale}: use 0 (not at all) to 1 (wholly)")
-    if worse is not None:
-        _check_worse(run, worse)
-        if guidance.negative is not None or guidance.two_passes:
-            raise ValueError("a worse run is led away from in place of a label: leave out --negative and --two-passes")
-    elif scale != 1 and guidance.negative is None and run.description.config.train.label_dropout == 0:
+    if scale != 1 and worse is None and guidance.negative is None and run.description.config.train.label_dropout == 0:
         raise ValueError(
             f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label:"
             " leave out --guidance, or train again with --train.label-dropout 0.1"
@@ -124,11 +127,11 @@ def check_guidance(run: Run, guidance: Guidance) -> None:
 
 
 def _check_worse(run: Run, worse: Run) -> None:
-    ours, theirs = run.description[1:], worse.description[1:]
+    ours, theirs = ((r.description.config.data.name, *r.description[1:]) for r in (run, worse))
     if ours != theirs:
         raise ValueError(
-            f"{worse.name} was trained on images and classes {theirs}, and {run.name} on {ours}: autoguidance takes two"
-            " networks of the same data"
+            f"{worse.name} was trained on data, images and classes {theirs}, and {run.name} on {ours}:"
+            " autoguidance takes two networks of the same data"
         )
     if any(not np.array_equal(a, b) for a, b in zip(run.schedule, worse.schedule, strict=True)):
         raise ValueError(f"{worse.name} was trained on another schedule than {run.name}: autoguidance takes one")
@@ -206,7 +209,7 @@ class Generator:
         x: np.ndarray | None = None,
         known: tuple[np.ndarray, np.ndarray] | None = None,
         progress: Callable[[int], Any] = lambda rows: None,
-        watch: Callable[[int, Array], Any] = lambda first, x0: None,
+        watch: Callable[[int, int, Array], Any] = lambda first, done, x0: None,
         every: int | None = None,
     ) -> Images:
         """Sample `num` images in batches of `batch` (the last one filled up and cut).
@@ -216,8 +219,9 @@ class Generator:
         images and mask [num, ...] as of `denoiser.inpaint`. Image i is the same for any batch and any number of
         devices.
 
-        progress(rows) is called whenever rows of the plan are done, and watch(first, x0) with the index of the batch's
-        first image and the estimates of x0, which are gone afterwards; every: at the latest after so many rows.
+        progress(rows) is called whenever rows of the plan are done, and watch(first, done, x0) with the index of the
+        batch's first image, how many of its rows are done, and its estimates of x0, which are gone afterwards; every:
+        at its multiples at least.
         ValueError for a batch that the devices cannot share equally.
         """
         parallel.check_divisible(batch, len(self._mesh.devices))
@@ -241,12 +245,12 @@ class Generator:
         if guidance.worse is not None:
             kinds[1] = ("autoguided", guidance.rescale, guidance.worse.network, guidance.worse.prediction)
 
-        def own(index: np.ndarray) -> Any:
+        def conditions(index: np.ndarray) -> Any:
             # Each image's label, and what is known of it. The last batch is filled up with images again.
             return jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[index % num], (labels, known)), split)
 
         shape = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
-        some = own(np.arange(batch))
+        some = conditions(np.arange(batch))
         nfe = sum(
             sampler.count_nfe(self._denoiser(shared, some, kind, after), plan, shape) * n // plan.steps
             for kind, n in zip(kinds, (int((~inside).sum()), int(inside.sum())), strict=True)
@@ -255,20 +259,23 @@ class Generator:
         for first in range(0, num, batch):
             index = np.arange(first, first + batch)
             keys = jax.device_put(sampler.image_keys(key, index), split)
-            its_own = own(index)
+            its_conditions = conditions(index)
 
-            def run(kind: Any, rows: Plan, carry: Carry, keys: Any, its_own: Any = its_own) -> Carry:
-                arguments = shared, its_own, rows, carry, keys
+            def run(kind: Any, rows: Plan, carry: Carry, keys: Any, its: Any = its_conditions) -> Carry:
+                arguments = shared, its, rows, carry, keys
                 program = self._program((kind, after), lambda: self._build(kind, after), arguments)
                 return program(*arguments)
 
-            def done(rows: int, carry: Carry, first: int = first) -> None:
+            done = 0
+
+            def look(rows: int, carry: Carry, first: int = first) -> None:
                 # Waiting costs little with ten rows a call, and the bar tells the truth.
                 jax.block_until_ready(carry)
                 progress(rows)
-                nonlocal looking
+                nonlocal done, looking
+                done += rows
                 began = time.perf_counter()
-                watch(first, carry[1])
+                watch(first, done, carry[1])
                 looking += time.perf_counter() - began
 
             runs = [partial(run, kind) for kind in kinds]
@@ -277,16 +284,16 @@ class Generator:
                 begin = self._program("noise", self._noise, (keys, start_std))(keys, start_std)
             else:
                 begin = jax.device_put(np.asarray(x[index % num], np.float32), split)
-            end = sampler.sample(runs, plan, begin, keys, done, every, which=inside.astype(int))
+            end = sampler.sample(runs, plan, begin, keys, look, every, which=inside.astype(int))
             made.append(jax.device_get(end))
             seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
         shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
         return Images(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, seconds - looking)
 
-    def _denoiser(self, shared: Any, own: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:
+    def _denoiser(self, shared: Any, conditions: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:
         def build(counted: Callable[[Network], Network]) -> Denoiser:
             params, worse_params, (scale, null) = shared
-            condition, known = own
+            condition, known = conditions
             conditional = denoiser.from_network(counted(self._network), params, self._prediction)
             denoise = denoiser.condition_on(conditional, condition)
             if kind and kind[0] == "guided":
@@ -305,8 +312,8 @@ class Generator:
         return build
 
     def _build(self, kind: Any, after: Any) -> Callable[..., Any]:
-        def program(shared: Any, own: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
-            denoise = self._denoiser(shared, own, kind, after)(lambda network: network)
+        def program(shared: Any, conditions: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
+            denoise = self._denoiser(shared, conditions, kind, after)(lambda network: network)
             return sampler.advance(denoise, rows, carry, keys)
 
         # Explicitly per device: no image ever leaves the device that makes it.

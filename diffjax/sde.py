@@ -38,7 +38,7 @@ def level_at(schedule: Schedule) -> Callable[[Any], Level]:
         u_of_t, t_of_u = u_of_t[:-1], t_of_u[:-1]
 
     def level(u: Any) -> Level:
-        u = jnp.asarray(u)
+        u = jnp.asarray(u, jnp.result_type(float, u))
         t = jnp.interp(u, jnp.asarray(u_of_t, u.dtype), jnp.asarray(t_of_u, u.dtype))
         return Level(t, jnp.sqrt(jax.nn.sigmoid(-2 * u)), jnp.sqrt(jax.nn.sigmoid(2 * u)))
 

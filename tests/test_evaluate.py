@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import check_mistake
 
-from diffjax import denoiser, evaluate, process, sampler, schedule
+from diffjax import evaluate, sampler
+from diffjax.evaluation import likelihood
 from diffjax.run import open_run
 
 
@@ -27,7 +28,7 @@ def test_bits_per_dim_of_held_out_digits(digits_run, tmp_path, capsys):
         "--repeats",
         "2",
         "--tolerance",
-        "3e-2",
+        "1e-2",
         "--evaluations",
         "30",
         "--out",
@@ -35,7 +36,7 @@ def test_bits_per_dim_of_held_out_digits(digits_run, tmp_path, capsys):
     evaluate.main([str(digits_run), *arguments, str(out)])
     flow, bound = json.loads(out.read_text())
     said = capsys.readouterr().out
-    for words in ("probability flow, tsit5 to 0.03, 1 probe", "8 of 8x8x1, digits, held out", "426,961 parameters"):
+    for words in ("probability flow, tsit5 to 0.01, 1 probe", "8 of 8x8x1, digits, held out", "426,961 parameters"):
         assert words in said
     assert 3 < flow["bits_per_dim"] < 7
     assert 3 < bound["bits_per_dim"] < 7
@@ -44,25 +45,18 @@ def test_bits_per_dim_of_held_out_digits(digits_run, tmp_path, capsys):
     assert flow["evaluations"] == flow["derivatives"] > 6
 
 
-def test_a_run_on_an_exploding_schedule_says_the_same_of_the_same_path():
-    exploding = schedule.edm(50)
-    levels = schedule.variance_preserving(exploding)
+@pytest.mark.usefixtures("in_suite_data")
+def test_a_flow_that_does_not_end_is_one_sentence(digits_run, tmp_path, capsys, monkeypatch):
+    def over(function, keys, progress):
+        return likelihood.Likelihood(np.zeros(2), np.ones(2), np.array([True, False]))
 
-    class Fake:
-        prediction = process.PREDICTIONS["x0"]
-        schedule = exploding
-
-        @staticmethod
-        def network(params, x, t, condition):
-            return params * x
-
-    conditional = denoiser.from_network(Fake.network, 0.5, Fake.prediction)
-    x = np.random.default_rng(0).normal(size=(2, 3))
-    level, same = schedule.at(levels, 20), schedule.at(exploding, 20)
-    found = evaluate.preserving(Fake, 0.5)(x, level, None)
-    np.testing.assert_allclose(found, conditional(x / level.alpha, same, None), rtol=1e-6)
-    Fake.schedule = levels
-    np.testing.assert_allclose(evaluate.preserving(Fake, 0.5)(x, level, None), conditional(x, level, None), rtol=1e-6)
+    monkeypatch.setattr(evaluate, "over_devices", lambda *arguments: over)
+    message = "the flow of image 1 took too many steps: use a larger --tolerance"
+    command = "{run} --bits-per-dim --num 2 --repeats 1"
+    with pytest.raises(SystemExit) as end:
+        evaluate.main([*command.format(run=digits_run).split(), "--out", str(tmp_path / "a.json")])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_all_images_count_once_whatever_the_batch(digits_run):
@@ -87,6 +81,8 @@ BAD = {
     "{run} --bits-per-dim --probes 0": "--probes is 0",
     "{run} --bits-per-dim --repeats 0": "--repeats is 0",
     "{run} --bits-per-dim --tolerance 0": "--tolerance is 0.0",
+    "{run} --bits-per-dim --tolerance 0.1": "--tolerance is 0.1: use a number above 0, and at most 0.01",
+    "{run} --bits-per-dim --weights average": "'average'",
     "{run} --bits-per-dim --evaluations 1000": "--evaluations is 1000: this chain takes 1 to 999",
     "{run} --bits-per-dim --variance big": "variance is 'big'",
     "{run} --bits-per-dim --seed=-1": "seed is -1",

@@ -82,7 +82,7 @@ def test_files_that_are_no_images_are_named(tmp_path):
         picture.read(tmp_path / "a.png", (8, 8, 1))
     path = written(tmp_path, Image.new("RGB", (99, 99), "red"), "b.png")
     path.write_bytes(path.read_bytes()[:80])
-    with pytest.raises((ValueError, OSError), match=r"b\.png|truncated"):
+    with pytest.raises(ValueError, match=r"b\.png cannot be read as an image \(.*runcated"):
         picture.read(path, (8, 8, 1))
     with pytest.raises(ValueError, match="more than 8 bits"):
         picture.read(written(tmp_path, Image.fromarray(np.full((8, 8), 40000, np.uint16)), "c.png"), (8, 8, 1))

@@ -13,7 +13,7 @@ from PIL import Image
 
 import sample
 import train
-from diffjax import demo, experiment, picture, sampler
+from diffjax import demo, experiment, picture, sampler, schedule
 from diffjax.evaluation.digits import judge
 from diffjax.evaluation.record import as_dict
 from diffjax.run import Generator, Guidance, open_run, record
@@ -160,6 +160,20 @@ def test_sampling_can_be_watched(digits_run, tmp_path, monkeypatch):
     assert np.abs(np.asarray(animation.convert("RGB"), int) - np.asarray(expected, int)).max() <= 2
 
 
+@pytest.mark.parametrize(("steps", "every"), [(20, 1), (60, 2), (120, 3), (450, 10), (1000, 20)])
+def test_frames_are_few_and_at_equal_distances(tmp_path, steps, every):
+    watch = sample.Watch(sample.Options("", animate="a.gif", num=1), steps, (8, 8, 1), None, tmp_path)
+    plan = sampler.ddim(schedule.linear(1000), schedule.trailing(schedule.linear(1000), steps))
+    done, kept = 0, []
+    for rows in sampler.chunks(plan, np.float32, watch.every):
+        done += rows.steps
+        before = len(watch.frames)
+        watch(0, done, np.zeros((1, 8, 8, 1)))
+        kept += [done] * (len(watch.frames) - before)
+    assert kept == [*range(every, steps, every), steps]
+    assert len(kept) <= sample.FRAMES
+
+
 def test_what_is_made_can_be_told_in_json(digits_run):
     run = open_run(digits_run)
     plan = sampler.ddim(run.schedule, [1000, 500])
@@ -293,14 +307,14 @@ BAD_SAMPLE = {
     "{run} --seed 9223372036854775808": "seed is 9223372036854775808",
     "{run} --guidance nan": "guidance is nan",
     "{run} --guidance=-2": "guidance is -2",
-    "{run} --interval 0.3 5": "has the scale 1, which is plain conditional",
+    "{run} --interval 0.3 5": "has the scale 1, which is not guided",
     "{run} --guidance 2 --interval 5 0.3": "the interval is 5 to 0.3 of sigma/alpha",
     "{run} --guidance 2 --interval=-1 0.3": "the interval is -1 to 0.3",
     "{run} --guidance 2 --rescale 1.5": "rescale is 1.5",
     "{run} --guidance 2 --negative 10": "the label to be led away from is 10: use 0 to 9",
     "{run} --threshold 0": "--threshold is 0.0: use more than 0",
     "{unconditional} --guidance 1 --negative 2": "was trained without labels: leave out --guidance",
-    "{run} --worse {run}": "has the scale 1, which is plain conditional",
+    "{run} --worse {run}": "has the scale 1, which is not guided",
     "{run} --worse-checkpoint 5": "--worse-checkpoint belongs to --worse",
     "{run} --guidance 2 --worse {tmp}/nowhere": "there is no run folder",
     "{run} --guidance 2 --worse {run} --worse-checkpoint 7": "holds no checkpoint of step 7",

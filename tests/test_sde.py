@@ -8,20 +8,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from diffjax import process, sampler, schedule, sde
-from diffjax.schedule import Level
 from diffjax.testing import (
     assert_exponential_euler,
     assert_probability_flow,
+    at_noise_time,
     gaussian_denoiser,
     pairs,
     schedules,
 )
 
 X = np.linspace(-2, 2, 5)
-
-
-def at_noise_time(u):
-    return Level(0, (1 + np.exp(2 * u)) ** -0.5, (1 + np.exp(-2 * u)) ** -0.5)
 
 
 @settings(max_examples=20)
@@ -99,6 +95,10 @@ def test_levels_by_noise_time_are_those_of_the_schedule(levels, share):
     level = schedule.at(levels, t)
     found = jax.jit(sde.level_at(levels))(float(sde.noise_time(level)))
     np.testing.assert_allclose(found, level, rtol=1e-7, atol=1e-9)
+
+
+def test_noise_time_may_be_a_whole_number():
+    np.testing.assert_allclose(sde.level_at(schedule.linear(100))(0).alpha, 0.5**0.5, rtol=1e-6)
 
 
 def test_beyond_its_ends_a_schedule_has_no_other_t():

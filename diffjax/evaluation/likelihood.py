@@ -25,7 +25,8 @@ class Likelihood(NamedTuple):
     """Of a batch of images."""
 
     nats: Array  # [B], log density
-    steps: Array  # [B], of the solver, rejected ones too; each takes 6 evaluations
+    steps: Array  # [B], of the solver, rejected ones too; each takes 6 evaluations, and its beginning 3 more
+    solved: Array  # [B], whether the solver came to the end in as many steps as it may take
 
 
 def log_density(
@@ -42,7 +43,8 @@ def log_density(
 
     x0: [B, ...]; condition: [B, ...], or None; keys: [B]. probes: random signs per image whose mean estimates the
     divergence (Hutchinson), the same all along the flow; None for the exact divergence, at as many derivatives as an
-    image has numbers. tolerance: relative and absolute, of Tsitouras' 5(4) with adaptive steps, for each image alone.
+    image has numbers. tolerance: relative and absolute, of Tsitouras' 5(4) with adaptive steps, for each image alone;
+    the log density misses its limit by more, since it adds up, and by as much rounding may move it, in another batch.
     Needs diffrax, and a variance-preserving schedule (else ImportError, ValueError). Denoisers must not clip, which
     loses volume.
     """
@@ -63,8 +65,8 @@ def log_density(
             level = level_at(u)
 
             def velocity(x: Array) -> Array:
-                own = None if condition is None else condition[None]
-                return sde.probability_flow(x, denoise(x[None], level, own)[0], level)
+                batch_of_one = None if condition is None else condition[None]
+                return sde.probability_flow(x, denoise(x[None], level, batch_of_one)[0], level)
 
             speed, along = jax.linearize(velocity, state[0])
             return speed, jnp.sum(jax.vmap(lambda e: jnp.sum(e * along(e)))(tangents))
@@ -75,10 +77,11 @@ def log_density(
             t0=u_1, t1=u_T, dt0=None,
             y0=(alpha_1 * x0, jnp.zeros((), x0.dtype)),
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
+            throw=False,  # or the host is called back from inside the program
         )  # fmt: skip
         x_T, volume = solution.ys[0][-1], solution.ys[1][-1]
         nats = -0.5 * jnp.sum(x_T**2) - 0.5 * n * np.log(2 * np.pi) + volume + n * np.log(alpha_1)
-        return Likelihood(nats, solution.stats["num_steps"])
+        return Likelihood(nats, solution.stats["num_steps"], solution.result == diffrax.RESULTS.successful)
 
     return jax.vmap(one)(x0, condition, keys)
 
@@ -100,13 +103,13 @@ def variational_bound(
 
     The noise of a step is `std`: fixed_small is the right one for data without spread, and fixed_large for standard
     normal data, where the bound is log p itself. The last step is a Gaussian of the standard deviation sigma of its
-    level (DDPM's beta_1) about the estimate, integrated over bins of `bin_width`, the outermost ones to infinity, or as
-    a density where that is None. To be jitted by the caller.
+    level (DDPM's, beta_1 being its square) about the estimate, integrated over bins of `bin_width`, the outermost ones
+    to infinity, or as a density where that is None. To be jitted by the caller.
 
     x0: [B, ...] in [-1, 1]; condition: [B, ...], or None; keys: [B]; t: strictly decreasing in 1..T, of a
     variance-preserving schedule. evaluations: of the denoiser besides the last step's, one per step if None; fewer are
     drawn from as many equal parts of the steps, each image its own, and estimate the sum without bias. ValueError for
-    another schedule, other levels, or evaluations not in 1..len(t).
+    another schedule, other levels, or evaluations not in 1..len(t)-1.
     """
     check_variance_preserving(schedule, "the variational bound")
     level_t, level_s = neighbours(schedule, t)
@@ -130,7 +133,9 @@ def variational_bound(
         return estimate, weights[rows] * jnp.sum((x0 - estimate) ** 2, axes)
 
     share = N / max(M, 1)
-    offsets = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0), dtype=x0.dtype))(keys)
+    # Where every step is evaluated, none may be taken for its neighbour by rounding.
+    draw = jax.random.uniform if M < N else lambda key, dtype: jnp.zeros((), dtype)
+    offsets = jax.vmap(lambda key: draw(jax.random.fold_in(key, 0), dtype=x0.dtype))(keys)
 
     def add(total: Array, j: Array) -> tuple[Array, None]:
         rows = jnp.minimum(((j + offsets) * share).astype(jnp.int32), N - 1)

@@ -32,7 +32,7 @@ def gaussian_nats(x, mean=MEAN, std=STD):
 
 @pytest.mark.parametrize("levels", [LEVELS, schedule.cosine(200), schedule.zero_terminal_snr(LEVELS)])
 def test_the_flow_knows_the_density_of_gaussian_data(levels):
-    """To 1% in float32; the flow's own density, of which data are level 1 and noise the last, to 1e-3."""
+    """Each image to 1%, in float32."""
     x, keys = draw(40)
 
     @jax.jit
@@ -121,7 +121,7 @@ def closed_form_bound(levels, t, mean, std, noise_std):
 @pytest.mark.parametrize("evaluations", [None, 3])
 def test_the_bound_is_its_closed_form_on_gaussian_data(noise_std, evaluations):
     levels = schedule.cosine(50)
-    t, (x, keys) = schedule.trailing(levels, 8), draw(20_000, 1)
+    t, (x, keys) = np.array([25, 22, 19, 15, 12, 9, 6, 2]), draw(20_000, 1)  # whose end is not quite noise
     found = likelihood.variational_bound(
         exact(), levels, t, x, None, keys, noise_std, evaluations=evaluations, bin_width=None
     )
