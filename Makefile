@@ -15,7 +15,7 @@ demo: .venv/installed
 
 readme: demo .venv/installed-test
 	mkdir -p docs && cp $(RUN)/overview.png docs/
-	$(BIN)/python sample.py $(RUN) --guidance 2 --num 20 --animate docs/ddim.gif --out $(RUN)/ddim.png
+	$(BIN)/python sample.py $(RUN) --guidance 2 --num 10 --animate docs/ddim.gif --out $(RUN)/ddim.png
 	$(BIN)/python -m diffjax.edit reconstruct $(RUN) --num 32 --steps 10,20,50,100,200,500,1000 \
 		--out docs/reconstruct.png | grep '^|' > $(RUN)/reconstruct.md
 	$(BIN)/python -m diffjax.edit interpolate $(RUN) --num 8 --out docs/interpolate.png

@@ -30,12 +30,11 @@ def digits(digits_run, data_dir):
 
 
 def test_reconstruction_improves_with_the_steps(editor, digits):
-    """As in table 2 of DDIM; each fourfold number of steps divides the squared error by more than four."""
+    """As in table 2 of DDIM; a fourfold number of steps divides the squared error by more than four."""
     images, labels = digits
-    errors = [np.mean((editor.reconstruct(images, labels, n) - images) ** 2) / 4 for n in (5, 20, 80)]
+    errors = [np.mean((editor.reconstruct(images, labels, n) - images) ** 2) / 4 for n in (10, 40)]
     assert errors[1] < errors[0] / 4
-    assert errors[2] < errors[1] / 4
-    assert errors[2] < 2e-3
+    assert errors[1] < 5e-3
 
 
 def test_encoded_digits_are_noise(editor, digits):
@@ -49,11 +48,11 @@ def test_encoded_digits_are_noise(editor, digits):
 def test_interpolation_begins_and_ends_at_the_images(editor, digits):
     images, _ = digits
     first, second = images[:2], images[2:4]
-    found = editor.interpolate(first, second, None, 40, [0, 0.5, 1])
+    found = editor.interpolate(first, second, None, 20, [0, 0.5, 1])
     assert found.shape == (3, 2, 8, 8, 1)
     for end, expected in ((found[0], first), (found[2], second)):
-        np.testing.assert_allclose(end, editor.reconstruct(expected, None, 40), atol=1e-3)
-        assert np.mean((end - expected) ** 2) < 0.02
+        np.testing.assert_allclose(end, editor.reconstruct(expected, None, 20), atol=1e-3)
+        assert np.mean((end - expected) ** 2) < 0.05
     assert np.mean((found[1] - first) ** 2) > 0.05
     assert np.mean((found[1] - second) ** 2) > 0.05
 
