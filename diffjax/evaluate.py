@@ -33,7 +33,7 @@ from diffjax.training import data, parallel
 
 PROGRAM = "diffjax.evaluate"
 LARGEST_BATCH = 64
-STAGES, BEGINNING = 6, 3  # evaluations of a step of the solver, and before the first one
+STAGES, BEGINNING = 6, 1  # evaluations of a step of the solver, and before the first one
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from diffjax import bench, experiment
 def test_the_figures_are_measured_and_printed(capsys, monkeypatch):
     """Small: times are not what is tested, but that each is there; and what does not depend on the machine is right."""
     monkeypatch.setattr(bench, "ROWS", 20)
-    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,)))
+    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,), blocks=1, attention=()))
     monkeypatch.setattr(experiment, "named", lambda name: tiny)
     bench.main(["sampler", "--pairs", "1"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
@@ -18,7 +18,7 @@ def test_the_figures_are_measured_and_printed(capsys, monkeypatch):
 
 
 def test_every_kind_of_guidance_is_timed_with_its_evaluations(capsys, monkeypatch):
-    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,)))
+    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,), blocks=1, attention=()))
     monkeypatch.setattr(experiment, "named", lambda name: tiny)
     bench.main(["guidance", "--pairs", "1"])
     lines = capsys.readouterr().out.splitlines()[4:]

@@ -25,7 +25,7 @@ class Likelihood(NamedTuple):
     """Of a batch of images."""
 
     nats: Array  # [B], log density
-    steps: Array  # [B], of the solver, rejected ones too; each takes 6 evaluations, and its beginning 3 more
+    steps: Array  # [B], of the solver, rejected ones too; each takes 6 evaluations, and its beginning one more
     solved: Array  # [B], whether the solver came to the end in as many steps as it may take
 
 
@@ -74,7 +74,7 @@ def log_density(
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),
-            t0=u_1, t1=u_T, dt0=None,
+            t0=u_1, t1=u_T, dt0=0.01,
             y0=(alpha_1 * x0, jnp.zeros((), x0.dtype)),
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
             throw=False,  # or the host is called back from inside the program

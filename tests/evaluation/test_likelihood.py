@@ -56,7 +56,7 @@ def test_the_flow_knows_its_own_density_exactly():
 
 @pytest.mark.usefixtures("x64")
 def test_probes_estimate_the_divergence_without_bias():
-    """A denoiser whose Jacobian is not diagonal: one probe errs, and the mean over probes is the exact density."""
+    """A denoiser whose Jacobian is not diagonal: three probes err, and the mean over many is the exact density."""
     mix = jnp.array([[0.3, 0.2], [-0.4, 0.1]])
 
     def denoise(x_t, level, condition):
@@ -64,13 +64,11 @@ def test_probes_estimate_the_divergence_without_bias():
 
     x, keys = draw(200, 2)
     x, condition = jnp.broadcast_to(x[:1], x.shape), jnp.full(200, 0.1)
-    of = partial(likelihood.log_density, denoise, schedule.cosine(50), tolerance=1e-6)
+    of = partial(likelihood.log_density, denoise, schedule.cosine(50), tolerance=1e-5)
     whole = of(x[:1], condition[:1], keys[:1], probes=None).nats
-    one, many = (of(x[:n], condition[:n], keys[:n], probes=p).nats for n, p in ((200, 1), (20, 100)))
-    assert one.std() > 1e-3
-    assert abs(one.mean() - whole[0]) < 4 * one.std() / 200**0.5
-    assert many.std() < one.std() / 5
-    np.testing.assert_allclose(many.mean(), whole[0], atol=4 * one.std() / 2000**0.5)
+    found = of(x, condition, keys, probes=3).nats
+    assert 1e-3 < found.std() < 1
+    assert abs(found.mean() - whole[0]) < 4 * found.std() / 200**0.5
 
 
 def test_a_batch_changes_no_image():
@@ -83,7 +81,7 @@ def test_a_batch_changes_no_image():
     assert whole.steps[2] == alone.steps[0] != whole.steps[0]
 
 
-def test_evaluations_are_six_a_step():
+def test_evaluations_are_six_a_step_and_one_before():
     seen = []
 
     def counting(x_t, level, condition):
@@ -93,7 +91,7 @@ def test_evaluations_are_six_a_step():
     x, keys = draw(1)
     found = likelihood.log_density(counting, LEVELS, x, None, keys, None)
     jax.effects_barrier()
-    assert 6 * int(found.steps[0]) <= len(seen) <= 6 * int(found.steps[0]) + 3
+    assert len(seen) == 6 * int(found.steps[0]) + 1
 
 
 # ------------------------------------------------------------------------------------------- the bound
