@@ -150,6 +150,9 @@ def test_the_bound_closes_in_on_the_density_with_the_steps():
         lost.append(ideal - closed_form_bound(levels, np.arange(T, 0, -1), MEAN, STD, sampler.fixed_large))
     np.testing.assert_allclose(np.divide(lost[:-1], lost[1:]), 2, atol=0.2)
     assert lost[1] < 0.01 * abs(ideal)
+    # DDPM's own chain and variance, on data that are not its ideal ones.
+    whole = closed_form_bound(LEVELS, np.arange(1000, 0, -1), MEAN, STD, sampler.fixed_large)
+    assert 0 < ideal - whole < 0.01 * abs(ideal)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.1, 0.002), (-1.0, 0.1), (0.999, 0.3), (0.5, 1e-4)])
