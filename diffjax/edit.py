@@ -167,10 +167,7 @@ def open_scene(options: Common) -> Scene:
 
 def prepare_reconstruct(scene: Scene, options: Reconstruct) -> Job:
     """Rows: the images, and for every number of steps the images again."""
-    try:
-        steps = [int(text) for text in options.steps.split(",")]
-    except ValueError:
-        raise ValueError(f"--steps is {options.steps!r}: write whole numbers, separated by commas") from None
+    steps = whole_numbers("--steps", options.steps)
     for S in steps:
         scene.editor.levels(S)
 
@@ -221,10 +218,7 @@ def prepare_vary(scene: Scene, options: Vary) -> Job:
     guidance = make_guidance(scene, options.guidance)
     sampler.check_eta(options.eta)
     T = schedule.length(scene.run.schedule)
-    try:
-        levels = [int(text) for text in options.levels.split(",")]
-    except ValueError:
-        raise ValueError(f"--levels is {options.levels!r}: write whole numbers, separated by commas") from None
+    levels = whole_numbers("--levels", options.levels)
     schedule.trailing(scene.run.schedule, options.steps)
     steps = [max(1, options.steps * level // T) for level in levels]
     for level, n in zip(levels, steps, strict=True):
@@ -275,6 +269,14 @@ COMMANDS: dict[str, tuple[type[Common], Callable[[Scene, Any], Job]]] = {
     "vary": (Vary, prepare_vary),
     "inpaint": (Inpaint, prepare_inpaint),
 }
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """As written in an option, "10" or "10,20". ValueError, naming it, for anything else."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}: write whole numbers, separated by commas") from None
 
 
 def make_guidance(scene: Scene, scale: float) -> Guidance:

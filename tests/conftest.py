@@ -89,6 +89,12 @@ def digits_run(digits_training):
     return folder
 
 
+@pytest.fixture
+def in_suite_data(data_dir, monkeypatch):
+    """Programs of this process find the suite's datasets."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+
+
 def check_mistake(main, command, message, capsys, **places):
     """A command ends with exit code 2 and one sentence that holds the message."""
     arguments = [word.format(**places) for word in command.split()]

@@ -148,11 +148,6 @@ def test_a_mask_that_cannot_be_is_named(mask, message):
 # ------------------------------------------------------------------------------------------- commands
 
 
-@pytest.fixture
-def in_suite_data(data_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
-
-
 @pytest.mark.usefixtures("in_suite_data")
 @pytest.mark.parametrize(
     ("command", "said", "size"),

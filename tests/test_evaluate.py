@@ -12,11 +12,6 @@ from diffjax.evaluation import likelihood
 from diffjax.run import open_run
 
 
-@pytest.fixture
-def in_suite_data(data_dir, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
-
-
 @pytest.mark.usefixtures("in_suite_data")
 def test_bits_per_dim_of_held_out_digits(digits_run, tmp_path, capsys):
     """Both measures say what a digit is worth, less than the 8 bits of no knowledge, and other probes hardly matter."""
