@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from diffjax import cli, experiment, loss, picture, sampler, schedule
-from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices, network_of
+from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
 from diffjax.training import data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints
 from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step
@@ -77,7 +77,11 @@ def train(config: experiment.Config, workdir: Path) -> None:
         held_out = data.first_batches(dataset.held_out, batch, devices, HELD_OUT_BATCHES, labels=config.data.labels)
         levels, prediction = experiment.build_schedule(config), experiment.build_prediction(config)
         unet = experiment.build_unet(config, description.image_shape, description.classes)
-        network, null, drop_rate = network_of(unet), description.classes, config.train.label_dropout
+        network, null, drop_rate = (
+            experiment.build_network(config, unet),
+            description.classes,
+            config.train.label_dropout,
+        )
         weighting, times = experiment.build_weighting(config), experiment.build_times(config)
         objective = loss.denoising(network, prediction, levels, weighting, times, null, drop_rate)
         # The held-out loss is L_simple over independent levels whatever the weighting, so that runs compare.

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffjax import cli, denoiser, experiment, plans, sampler, schedule
 from diffjax.denoiser import ConditionalDenoiser, Denoiser, Network
 from diffjax.process import Prediction
-from diffjax.run import count_parameters, describe_devices, network_of
+from diffjax.run import count_parameters, describe_devices
 from diffjax.sampler import Carry, Plan
 from diffjax.schedule import Level, Schedule
 
@@ -146,7 +146,12 @@ def digits_network() -> tuple[Network, Any, Schedule, Prediction]:
     config = experiment.named("digits")
     unet = experiment.build_unet(config, (8, 8, 1), 10)
     params = experiment.init_params(unet, (8, 8, 1), jax.random.key(0))
-    return network_of(unet), params, experiment.build_schedule(config), experiment.build_prediction(config)
+    return (
+        experiment.build_network(config, unet),
+        params,
+        experiment.build_schedule(config),
+        experiment.build_prediction(config),
+    )
 
 
 class Compared(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import tyro
 
+from diffjax import cpu
 from diffjax.experiment import suggest
 
 
@@ -37,6 +38,7 @@ def one_sentence(program: str) -> Iterator[None]:
 
 def main(program: Callable[[list[str]], None]) -> None:
     """Run a program with the command line's arguments. Ctrl-C ends it with exit code 130, without a traceback."""
+    cpu.tune()
     try:
         program(sys.argv[1:])
     except KeyboardInterrupt:

@@ -34,11 +34,18 @@ def from_network(network: Network, params: Any, prediction: Prediction) -> Condi
         if output.shape != x_t.shape:
             raise ValueError(
                 f"the network says {output.shape} of samples {x_t.shape}: it must say one number for each. A network"
-                " with learned variance says two: keep the first half of its channels, since plans use a fixed variance"
+                " with learned variance says two: wrap it in `fixed_variance`"
             )
         return prediction.to_x0(x_t, output, level)
 
     return denoise
+
+
+def fixed_variance(network: Callable[..., Array]) -> Callable[..., Array]:
+    """A network that says a variance after its estimate (improved DDPM, arXiv:2102.09672: twice the channels of x),
+    without it: plans use a fixed variance.
+    """
+    return lambda params, x, *rest: network(params, x, *rest)[..., : x.shape[-1]]
 
 
 def condition_on(denoise: ConditionalDenoiser, condition: Condition) -> Denoiser:

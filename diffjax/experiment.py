@@ -11,6 +11,7 @@ import importlib
 import math
 import pkgutil
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffjax import loss, process, schedule
+from diffjax import denoiser, loss, process, schedule
 from diffjax.models.unet import UNet
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -31,6 +32,7 @@ SCHEDULES = {
     "sigmoid": schedule.sigmoid,
     "edm": lambda T: schedule.variance_preserving(schedule.edm(T)),
 }
+BETAS = {"linear": schedule.linear, "scaled_linear": schedule.scaled_linear}  # by their first and last beta
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,38 @@ class Network:
     """Residual blocks per resolution."""
     attention: tuple[int, ...] = ()
     """Sizes in pixels at which self-attention follows each block."""
+    middle_attention: bool = True
+    """Self-attention between the two blocks at the bottom."""
+    middle_attention_norm: bool = True
+    """A norm before that attention."""
     heads: int = 1
     """Attention heads; they divide the width."""
+    head_width: int | None = None
+    """Or, in place of heads, channels of each head."""
+    scale_shift: bool = True
+    """The time scales and shifts what blocks normalise (improved DDPM, ADM); else it is added to it (DDPM)."""
+    resample_blocks: bool = False
+    """Resolutions change inside residual blocks (ADM), not in convolutions (DDPM)."""
+    symmetric_padding: bool = False
+    """Convolutions that halve see zeros on all four sides (PyTorch), not on two (TensorFlow)."""
+    norm_groups: int | None = None
+    """Groups of every norm; None for groups of four channels, 32 at most."""
+    norm_epsilon: float = 1e-6
+    """What every norm adds to the variance."""
+    sin_first: bool = False
+    """Sines before cosines in the embedding of the time, as DDPM has them."""
+    frequency_shift: float = 0.0
+    """1 for the frequencies of DDPM, 0 for those of ADM."""
+    learned_variance: bool = False
+    """The network says a variance too, which is dropped: plans use a fixed one."""
+    null_label: bool = True
+    """The class table has a row for no label."""
     dropout: float = 0.0
     """Rate of dropout inside residual blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the network's computation; parameters are float32."""
+    remat: bool = False
+    """Compute blocks again for the gradient: less memory, a third more time."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +99,8 @@ class Diffusion:
 
     schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "edm"] = "linear"
     """Noise schedule."""
+    betas: tuple[float, float] | None = None
+    """First and last beta of linear and scaled_linear; None for the usual ones, rescaled to T."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that no signal is left at level T; predict v or x0 then."""
     T: int = 1000
@@ -130,8 +160,9 @@ class Config:
 
 
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
-BOUND = ("data.name", "data.labels", "network.channels", "network.multipliers", "network.blocks", "network.attention")
-BOUND += ("network.heads", "diffusion.schedule", "diffusion.zero_terminal_snr", "diffusion.T", "diffusion.prediction")
+BOUND = ("data.name", "data.labels", "diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr")
+BOUND += ("diffusion.T", "diffusion.prediction")
+BOUND += tuple(f"network.{f.name}" for f in dataclasses.fields(Network) if f.name not in ("dropout", "dtype", "remat"))
 SEEDS = 2**32  # JAX would take a larger seed modulo this
 
 
@@ -156,7 +187,8 @@ def suggest(name: str, names: typing.Sequence[str]) -> str:
 def check(config: Config) -> None:
     """ValueError, naming the field, for values that no run can have. What types exclude needs no check here."""
     fields = flat(config)
-    positive = ("network.channels", "network.blocks", "network.heads", "diffusion.T")
+    positive = ("network.channels", "network.blocks", "network.heads", "network.norm_epsilon", "diffusion.T")
+    positive += tuple(name for name in ("network.head_width", "network.norm_groups") if fields[name] is not None)
     positive += ("train.steps", "train.batch", "train.clip", "train.keep", "train.log_every", "train.save_every")
     for name in positive:
         if not 0 < fields[name] < math.inf:
@@ -175,11 +207,12 @@ def check(config: Config) -> None:
         raise ValueError(f"network.multipliers is {network.multipliers}: name at least one resolution, each 1 or more")
     if network.channels % 2:
         raise ValueError(f"network.channels is {network.channels}: use an even number")
-    for multiplier in network.multipliers if network.attention else ():
-        if network.channels * multiplier % network.heads:
-            raise ValueError(
-                f"network.heads is {network.heads}: it must divide every width, and not {network.channels * multiplier}"
-            )
+    if config.train.label_dropout > 0 and config.data.labels and not network.null_label:
+        raise ValueError("network.null_label is False, so no label can be withheld: use --train.label-dropout 0")
+    if config.diffusion.betas and config.diffusion.schedule not in BETAS:
+        raise ValueError(
+            f"diffusion.betas are of the schedules {' and '.join(BETAS)}: leave them out of {config.diffusion.schedule}"
+        )
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -232,8 +265,10 @@ def check_resume(stored: Config, given: Config) -> list[str]:
 
 def build_schedule(config: Config) -> schedule.Schedule:
     """The noise schedule. ValueError for too few levels: linear betas reach 1 at T = 20."""
-    levels = SCHEDULES[config.diffusion.schedule](config.diffusion.T)
-    return schedule.zero_terminal_snr(levels) if config.diffusion.zero_terminal_snr else levels
+    chosen = config.diffusion
+    usual = SCHEDULES[chosen.schedule]
+    levels = BETAS[chosen.schedule](chosen.T, *chosen.betas) if chosen.betas else usual(chosen.T)
+    return schedule.zero_terminal_snr(levels) if chosen.zero_terminal_snr else levels
 
 
 def build_prediction(config: Config) -> process.Prediction:
@@ -257,7 +292,20 @@ def build_times(config: Config) -> loss.TimeSampling:
 def build_unet(config: Config, image_shape: tuple[int, int, int], classes: int) -> UNet:
     """The network, for images of a shape [H, W, C] and a number of classes, 0 for none."""
     options: dict[str, Any] = dataclasses.asdict(config.network) | {"dtype": DTYPES[config.network.dtype]}
-    return UNet(**options, out_channels=image_shape[-1], num_classes=classes)
+    says = image_shape[-1] * (2 if options.pop("learned_variance") else 1)
+    return UNet(**options, out_channels=says, num_classes=classes)
+
+
+def build_network(config: Config, unet: UNet) -> Callable[..., jax.Array]:
+    """The UNet as a plain function (params, x, t, condition) -> output, or with keys for dropout after them. A variance
+    that it has learned is dropped.
+    """
+    apply: Any = unet.apply
+
+    def network(params: Any, *inputs: Any) -> jax.Array:
+        return apply({"params": params}, *inputs)
+
+    return denoiser.fixed_variance(network) if config.network.learned_variance else network
 
 
 def init_params(unet: UNet, image_shape: tuple[int, int, int], key: jax.Array) -> Any:

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from diffjax import denoiser, experiment, sampler
 from diffjax.denoiser import Denoiser, Network
 from diffjax.evaluation.record import Sampling
-from diffjax.models.unet import UNet
 from diffjax.picture import to_uint8
 from diffjax.process import Prediction, check_prediction
 from diffjax.sampler import Carry, Plan
@@ -72,7 +71,8 @@ def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Ru
     params = checkpoints.restore_weights(step, WEIGHTS[weights], like, parallel.whole(parallel.device_mesh()))
     checkpoints.close()
     return Run(
-        name=f"unet of {workdir.resolve().name}", description=description, network=network_of(unet), params=params,
+        name=f"unet of {workdir.resolve().name}", description=description,
+        network=experiment.build_network(config, unet), params=params,
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
         weights=weights, step=step,
     )  # fmt: skip
@@ -153,12 +153,6 @@ def check_seed(seed: int) -> None:
     """ValueError for a seed that JAX would not take as it is."""
     if not 0 <= seed < experiment.SEEDS:
         raise ValueError(f"seed is {seed}: use 0 or more, and less than 2**32")
-
-
-def network_of(unet: UNet) -> Callable[..., Array]:
-    """A linen module as a plain function (params, x, t, condition) -> output, or with keys for dropout after them."""
-    apply: Any = unet.apply
-    return lambda params, *inputs: apply({"params": params}, *inputs)
 
 
 def count_parameters(params: Any) -> int:

@@ -8,12 +8,12 @@ ROOT = Path(__file__).parent.parent
 # From the top of the house to the bottom.
 ROOMS = [
     "schedule", "process", "denoiser", "sampler", "solvers", "sde", "loss",
-    "models.unet",
+    "models.layers", "models.unet",
     "picture", "plans",
     "training.step", "training.parallel", "training.data", "training.checkpoint", "training.loop",
     "evaluation.record", "evaluation.digits", "evaluation.likelihood",
     "testing",
-    "experiment", "cli", "run", "editing",
+    "experiment", "cpu", "cli", "run", "editing",
     "demo", "bench", "edit", "evaluate",
 ]  # fmt: skip
 MATHEMATICS = ROOMS[:7]

@@ -261,7 +261,7 @@ BAD_TRAIN = {
     "digits --workdir {tmp}/x --data.name mnist:9.9.9": "dataset 'mnist:9.9.9' cannot be used",
     "digits --workdir {tmp}/x --train.save-every 0": "train.save_every is 0",
     "digits --workdir {tmp}/x --network.channels 7": "network.channels is 7: use an even number",
-    "digits --workdir {tmp}/x --network.heads 5": "network.heads is 5: it must divide every width",
+    "digits --workdir {tmp}/x --network.heads 5": "heads is 5: it must divide every width where there is",
     "digits --workdir {tmp}/x --network.multipliers 1 1 1 1 1": "8x8 cannot be halved 4 times",
     "digits --workdir {tmp}/x --train.batch 12": "which 8 devices cannot share equally",
     "digits --workdir {tmp}/x --train.batch 4000": "a batch of 4000 is more than the 1500 images",

@@ -52,13 +52,22 @@ class Checkpoints:
         """Checkpoint `step` as a state of the structure of `like` (arrays or ShapeDtypeStructs), placed by sharding."""
         trees = {"params": like.params, "ema": like.ema, "rest": {"step": like.step, "opt_state": like.opt_state}}
         args = {name: ocp.args.StandardRestore(_placed(tree, sharding)) for name, tree in trees.items()}
-        items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        items = self._restore(step, args)
         return TrainState(items["rest"]["step"], items["params"], items["ema"], items["rest"]["opt_state"])
 
     def restore_weights(self, step: int, weights: str, like: Any, sharding: Sharding) -> Any:
         """Only the parameters of checkpoint `step`, "ema" or "params", of the structure of `like`."""
         args = {weights: ocp.args.StandardRestore(_placed(like, sharding))}
-        return self._manager.restore(step, args=ocp.args.Composite(**args))[weights]
+        return self._restore(step, args)[weights]
+
+    def _restore(self, step: int, args: dict[str, Any]) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {self._manager.directory / str(step)} does not fit the network of its configuration: it is"
+                " damaged, or from another version of diffjax"
+            ) from error
 
     def close(self) -> None:
         """Wait until every save is on disk."""

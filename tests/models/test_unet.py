@@ -1,10 +1,14 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffjax import experiment
 from diffjax.loss import example_keys
-from diffjax.models.unet import UNet, time_features
+from diffjax.models.unet import UNet
+from diffjax.run import count_parameters
 
 SMALL = {"channels": 8, "out_channels": 1, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "heads": 2}
 
@@ -48,10 +52,16 @@ def test_the_class_table_has_a_row_for_no_label():
 
 
 def test_attention_only_where_it_is_asked_for():
-    for sizes, expected in [((4,), 4), ((8, 4), 7), ((), 0)]:
-        unet = UNet(**{**SMALL, "attention": sizes})
+    for sizes, middle, expected in [
+        ((4,), True, 4),
+        ((4,), False, 3),
+        ((8, 4), True, 7),
+        ((), True, 1),
+        ((), False, 0),
+    ]:
+        unet = UNet(**{**SMALL, "attention": sizes, "middle_attention": middle})
         params = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
-        assert sum(name.startswith("SelfAttention") for name in params["params"]) == expected
+        assert sum(name.endswith("_attention") for name in params["params"]) == expected
 
 
 def test_bfloat16_computes_near_float32_and_answers_in_it():
@@ -63,13 +73,41 @@ def test_bfloat16_computes_near_float32_and_answers_in_it():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
 
 
-def test_time_features_are_told_apart_in_float32():
-    t = jnp.arange(1000, dtype=jnp.bfloat16).astype(jnp.float32)
-    features = time_features(jnp.arange(1000), 32)
-    assert features.dtype == jnp.float32
-    assert len(np.unique(features, axis=0)) == 1000
-    np.testing.assert_allclose((features[:, :16] ** 2 + features[:, 16:] ** 2), 1, atol=1e-5)
-    assert len(np.unique(t)) < 600  # why they are not computed in bfloat16
+def test_blocks_computed_again_give_the_same_gradient():
+    apply, params, inputs = build(multipliers=(1,), attention=())
+    again, *_ = build(multipliers=(1,), attention=(), remat=True)
+    a, b = (jax.jit(jax.grad(lambda p, f=f: (f(p, *inputs) ** 2).sum()))(params) for f in (apply, again))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), a, b)
+
+
+def test_the_condition_may_be_real_numbers():
+    unet = UNet(**SMALL, condition_width=5)
+    x, t, condition = jnp.ones((2, 8, 8, 1)), jnp.zeros(2), jnp.eye(2, 5)
+    params = jax.jit(unet.init)(jax.random.key(0), x, t, condition)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    out = jax.jit(unet.apply)(params, x, t, condition)
+    assert np.abs(out[0] - out[1]).max() > 1e-4
+    with pytest.raises(ValueError, match="needs a condition of 5 numbers per image"):
+        unet.apply(params, x, t)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "options", "parameters"),
+    [
+        ("digits", (8, 8, 1), 10, {}, 426_961),
+        ("mnist_small", (28, 28, 1), 10, {}, 878_273),
+        # As stored by google/ddpm-cifar10-32; 35.7 M in arXiv:2006.11239.
+        ("ddpm_cifar10", (32, 32, 3), 0, {}, 35_746_307),
+        # With the learned variance of the published one, and no row for no label; 296 M in arXiv:2105.05233.
+        ("adm_imagenet64", (64, 64, 3), 1000, {"learned_variance": True, "null_label": False}, 295_904_454),
+    ],
+)
+def test_the_networks_of_the_papers_have_their_number_of_parameters(name, shape, classes, options, parameters):
+    config = experiment.named(name)
+    config = dataclasses.replace(config, network=dataclasses.replace(config.network, **options))
+    unet = experiment.build_unet(config, shape, classes)
+    params = jax.eval_shape(lambda key: experiment.init_params(unet, shape, key), jax.random.key(0))
+    assert count_parameters(params) == parameters
 
 
 def test_dropout_is_keyed_by_example():
@@ -88,6 +126,8 @@ def test_dropout_is_keyed_by_example():
         ({"channels": 7, "heads": 1}, {}, "7: use an even number"),
         ({}, {"condition": None}, "needs a label per image, 3 for no label"),
         ({"num_classes": 0}, {"condition": jnp.zeros(4, jnp.int32)}, "has no classes"),
+        ({"head_width": 3}, {}, "head_width is 3: it must divide every width where there is attention, and not 16"),
+        ({"condition_width": 2}, {}, "two kinds of condition"),
     ],
 )
 def test_what_does_not_fit_is_named(options, inputs, message):

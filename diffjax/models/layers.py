@@ -1,0 +1,117 @@
+"""The parts of a UNet, written for how compilers run them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+
+def time_features(
+    t: Array, features: int, max_period: float = 10_000.0, sin_first: bool = False, shift: float = 0.0
+) -> Array:
+    """Sinusoids of a time (arXiv:1706.03762): cos and sin of t * max_period**(-i/(half - shift)), i = 0..half-1.
+
+    t: [B], any real number. Returns float32 [B, features], whatever the dtype of the network: bfloat16
+    cannot tell 999 from 1000. sin_first and shift 1: as DDPM has them; cos first and shift 0: as ADM.
+    ValueError for an odd number of features.
+    """
+    if features % 2:
+        raise ValueError(f"time features come in pairs, got {features}: use an even number")
+    half = features // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    waves = (jnp.sin(angles), jnp.cos(angles)) if sin_first else (jnp.cos(angles), jnp.sin(angles))
+    return jnp.concatenate(waves, axis=-1)
+
+
+class GroupNorm(nn.Module):
+    """(x - mean)/std of groups of neighbouring channels (arXiv:1803.08494), times a scale, plus a shift, in float32
+    whatever the dtype of x. groups: if None, of four channels or more, 32 groups at most.
+    """
+
+    groups: int | None = None
+    epsilon: float = 1e-6
+    activation: Callable[[Array], Array] = lambda x: x
+
+    @nn.compact
+    def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
+        """x: [B, H, W, C]. scale and shift, [B, 1, 1, C]: what is normalised is multiplied by 1 + scale, and moved.
+        Returns the shape and dtype of x. ValueError for groups that do not divide the channels.
+        """
+        batch, channels = x.shape[0], x.shape[-1]
+        groups = self.groups
+        if groups is None:
+            groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
+        if channels % groups:
+            raise ValueError(f"norm_groups is {groups}: it must divide every width, and not {channels}")
+        # Over space first and over the channels of a group after: the large sums run along contiguous channels. All
+        # that follows is one multiplication and one addition for every number of x.
+        wide = x.astype(jnp.float32)
+        moments = jnp.stack([jnp.mean(wide, (1, 2)), jnp.mean(wide**2, (1, 2))]).reshape(2, batch, groups, -1)
+        mean, square = jnp.repeat(jnp.mean(moments, -1), channels // groups, axis=-1)
+        a = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon)
+        a *= self.param("scale", nn.initializers.ones, (channels,))
+        b = self.param("bias", nn.initializers.zeros, (channels,)) - mean * a
+        a, b = a[:, None, None, :], b[:, None, None, :]
+        if scale is not None:
+            a, b = a * (1 + scale), b * (1 + scale) + shift
+
+        # What is cheap is computed again for the gradient, not kept: on all devices memory is what it waits for.
+        @jax.checkpoint
+        def apply(x: Array, a: Array, b: Array) -> Array:
+            return self.activation(x.astype(jnp.float32) * a + b).astype(x.dtype)
+
+        return apply(x, a, b)
+
+
+class Conv(nn.Module):
+    """A convolution of 3x3 pixels, with a bias."""
+
+    features: int
+    strides: int = 1
+    padding: Any = "SAME"
+    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x: [B, H, W, C]. Returns [B, H', W', features] in the dtype of the computation."""
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (leaf.astype(self.dtype) for leaf in (x, kernel, bias))
+        return convolve(x, kernel, self.strides, self.padding) + bias
+
+
+def convolve(x: Array, kernel: Array, strides: int = 1, padding: Any = "SAME") -> Array:
+    """x: [B, H, W, C], kernel: [3, 3, C, D]. Returns [B, H', W', D]."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def upsample(x: Array) -> Array:
+    """Every pixel becomes two by two: [B, H, W, C] -> [B, 2H, 2W, C]."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def downsample(x: Array) -> Array:
+    """Means of two by two pixels: [B, 2H, 2W, C] -> [B, H, W, C]."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def dropout(keys: Array | None, x: Array, rate: float) -> Array:
+    """Numbers of x are 0 with probability `rate`, and the others are as much larger; x itself if keys is None.
+
+    keys: [B]. One per example, where nn.Dropout has one per batch: what is dropped does not depend on the devices.
+    """
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
