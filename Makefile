@@ -38,7 +38,7 @@ lint: .venv/installed-lint
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 parity: .venv/installed-parity .venv/installed-test
-	$(BIN)/python -m pytest tests/test_parity.py -rs
+	$(BIN)/python -m pytest tests/test_parity.py tests/interop -rs
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache

@@ -2,6 +2,7 @@
 
 python sample.py runs/digits --sampler ddim --steps 50 --guidance 2.0 --num 64 --labels 0,1,2 --out grid.png
 python sample.py runs/digits --sampler ddpm --num 16
+python sample.py hf:google/ddpm-cifar10-32 --sampler ddim --steps 50
 python sample.py runs/digits --sampler dpm_solver_pp_2m --steps 10 --spacing uniform_logsnr --save-plan plan.json
 """
 
@@ -19,7 +20,17 @@ from tqdm import tqdm
 
 from diffjax import cli, picture, plans, sampler, schedule
 from diffjax.evaluation.record import markdown
-from diffjax.run import Generator, Guidance, Run, check_guidance, check_seed, open_run, read_labels, record
+from diffjax.run import (
+    Generator,
+    Guidance,
+    Run,
+    check_guidance,
+    check_seed,
+    open_run,
+    output_folder,
+    read_labels,
+    record,
+)
 from diffjax.training import parallel
 
 PROGRAM = "sample.py"
@@ -39,7 +50,7 @@ class Options:
     """Sample from a trained run, with any sampler, on all devices."""
 
     run: tyro.conf.Positional[str]
-    """Run folder, as train.py leaves it."""
+    """Run folder, as train.py leaves it; or hf:FOLDER or hf:OWNER/NAME, a UNet2DModel of diffusers."""
     sampler: SamplerName = "ddim"
     """DDPM is the Markov chain, DDIM the sampler for few steps, the solvers for fewer; consistency is for networks
     distilled for it."""
@@ -106,7 +117,7 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
     with cli.one_sentence(PROGRAM):
-        run = open_run(Path(options.run), options.checkpoint, options.weights)
+        run = open_run(options.run, options.checkpoint, options.weights)
         plan, name = make_plan(options, run.schedule)
         guidance = make_guidance(options)
         if options.threshold is not None and not 0 < options.threshold <= 1:
@@ -118,12 +129,14 @@ def main(arguments: list[str]) -> None:
         labels = make_labels(options, run, guidance)
         batch = make_batch(options)
         name_out = f"{name.split('(')[0]}-{plan.steps}-guidance-{options.guidance:g}-seed-{options.seed}.png"
-        out = Path(options.out or Path(options.run) / "samples" / name_out)
+        out = Path(options.out or output_folder(options.run) / "samples" / name_out)
         cli.check_output(out, ".png")
         animation = cli.check_output(Path(options.animate), ".gif") if options.animate else None
         save = cli.check_output(Path(options.save), ".npz") if options.save else None
         save_plan = cli.check_output(Path(options.save_plan), ".json", ".png") if options.save_plan else None
 
+    for remark in run.remarks:
+        print(f"{run.name}: {remark}")
     _, image_shape, classes = run.description
     generate = Generator(run.network, run.prediction, image_shape, classes)
     watch = Watch(options, plan.steps, image_shape, labels, out)
@@ -182,7 +195,7 @@ def make_guidance(options: Options) -> Guidance:
     """Guidance as asked for. ValueError or OSError for another run that cannot be opened."""
     if options.worse is None and options.worse_checkpoint is not None:
         raise ValueError("--worse-checkpoint belongs to --worse: name the run folder too")
-    worse = None if options.worse is None else open_run(Path(options.worse), options.worse_checkpoint, options.weights)
+    worse = None if options.worse is None else open_run(options.worse, options.worse_checkpoint, options.weights)
     return Guidance(options.guidance, options.interval, options.rescale, options.negative, options.two_passes, worse)
 
 

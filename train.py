@@ -57,8 +57,9 @@ def train(config: experiment.Config, workdir: Path) -> None:
         experiment.check(config)
         parallel.check_divisible(batch, devices, "train.batch")
         checkpoints = Checkpoints(workdir, config.train.keep) if (workdir / FOLDER).is_dir() else None
-        start, stored = max(checkpoints.steps(), default=0) if checkpoints else 0, None
-        if checkpoints and start:
+        saved = checkpoints.steps() if checkpoints else []
+        start, stored = max(saved, default=0), None
+        if checkpoints and saved:  # of step 0: a network from elsewhere
             stored = Description.from_dict(checkpoints.config(start))
             for change in experiment.check_resume(stored.config, config):
                 print(f"changed since the checkpoint: {change}")
@@ -94,7 +95,7 @@ def train(config: experiment.Config, workdir: Path) -> None:
         if checkpoints is None:
             workdir.mkdir(parents=True, exist_ok=True)
             checkpoints = Checkpoints(workdir, config.train.keep)
-        state = checkpoints.restore(start, state, everywhere) if start else jax.device_put(state, everywhere)
+        state = checkpoints.restore(start, state, everywhere) if saved else jax.device_put(state, everywhere)
         metrics = loop.MetricsFile(workdir / "metrics.jsonl", start)
 
     train_step = parallel.pmap(make_train_step(objective, optimizer, config.train.ema, seed), donate=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from diffjax import cli, editing, picture, sampler, schedule
 from diffjax.editing import Editor, Progress, trailing_from
 from diffjax.experiment import suggest
-from diffjax.run import Guidance, Run, check_guidance, check_seed, open_run, read_labels
+from diffjax.run import Guidance, Run, check_guidance, check_seed, open_run, output_folder, read_labels
 from diffjax.training import data
 
 PROGRAM = "diffjax.edit"
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     with cli.one_sentence(PROGRAM):
         scene = open_scene(options)
         steps, edit = prepare(scene, options)
-        out = cli.check_output(Path(options.out or Path(options.run) / "edits" / f"{command}.png"), ".png")
+        out = cli.check_output(Path(options.out or output_folder(options.run) / "edits" / f"{command}.png"), ".png")
     total = steps * scene.editor.batches(len(scene.images) // (2 if command == "interpolate" else 1))
     with tqdm(total=total, desc=command, unit="step", dynamic_ncols=True) as bar:
         rows, report = edit(bar.update)
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> None:
 
 def open_scene(options: Common) -> Scene:
     """The run, its images and labels; says what was done to files to make them fit."""
-    run = open_run(Path(options.run), options.checkpoint, options.weights)
+    run = open_run(options.run, options.checkpoint, options.weights)
     config, shape, classes = run.description
     check_seed(options.seed)
     if options.images:

@@ -27,7 +27,7 @@ from diffjax.denoiser import Condition, from_network
 from diffjax.evaluation import likelihood
 from diffjax.evaluation.record import BitsPerDim, markdown
 from diffjax.plans import std_named
-from diffjax.run import Run, check_seed, count_parameters, open_run
+from diffjax.run import Run, check_seed, count_parameters, open_run, output_folder
 from diffjax.schedule import Level
 from diffjax.training import data, parallel
 
@@ -78,14 +78,14 @@ def main(arguments: list[str]) -> None:
         if importlib.util.find_spec("diffrax") is None:
             raise ValueError("likelihoods need diffrax: pip install 'diffjax[diffrax]'")
         check(options)
-        run = open_run(Path(options.run), options.checkpoint, options.weights)
+        run = open_run(options.run, options.checkpoint, options.weights)
         T, config = schedule.length(run.schedule), run.description.config
         if options.evaluations is not None and not 1 <= options.evaluations <= T - 1:
             raise ValueError(f"--evaluations is {options.evaluations}: this chain takes 1 to {T - 1}, or None for all")
         std = std_named(options.variance)
         images, labels = data.first_images(data.load(config.data.name, config.data.dir).held_out, options.num)
         labels = make_labels(options, run, labels)
-        out = cli.check_output(Path(options.out or Path(options.run) / "evaluation.json"), ".json")
+        out = cli.check_output(Path(options.out or output_folder(options.run) / "evaluation.json"), ".json")
     rows = bits_per_dim(options, run, std, images, labels)
     with cli.one_sentence(PROGRAM):
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from diffjax import denoiser, experiment, sampler
 from diffjax.denoiser import Denoiser, Network
 from diffjax.evaluation.record import Sampling
+from diffjax.interop import diffusers
 from diffjax.picture import to_uint8
 from diffjax.process import Prediction, check_prediction
 from diffjax.sampler import Carry, Plan
@@ -50,19 +51,26 @@ class Run(NamedTuple):
     params: Any
     prediction: Prediction
     schedule: Schedule
-    weights: str  # "ema" or "raw"
+    weights: str  # "ema" or "raw", "unknown" where a source does not tell
     step: int
+    remarks: tuple[str, ...] = ()  # what is to be known of a network from elsewhere
 
 
 WEIGHTS = {"ema": "ema", "raw": "params"}  # where checkpoints keep them
 
 
-def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Run:
+def open_run(source: str | Path, step: int | None = None, weights: str = "ema") -> Run:
     """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema") or the parameters as
-    trained ("raw"). FileNotFoundError where there is none, ValueError for other weights.
+    trained ("raw"). Or "hf:FOLDER" or "hf:OWNER/NAME", a UNet2DModel of diffusers, with the weights that it has.
+    FileNotFoundError where there is none, ValueError for other weights, or a network that the UNet here cannot be.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights are {weights!r}: use ema or raw")
+    if diffusers.is_source(source):
+        if step is not None:
+            raise ValueError(f"{source} holds one set of weights: leave out the checkpoint")
+        return _of_diffusers(diffusers.locate(source))
+    workdir = Path(source)
     checkpoints, step = open_checkpoint(workdir, step)
     description = Description.from_dict(checkpoints.config(step))
     config, image_shape, classes = description
@@ -76,6 +84,23 @@ def open_run(workdir: Path, step: int | None = None, weights: str = "ema") -> Ru
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
         weights=weights, step=step,
     )  # fmt: skip
+
+
+def _of_diffusers(folder: Path) -> Run:
+    found = diffusers.load(folder)
+    config = found.config
+    unet = experiment.build_unet(config, found.image_shape, found.classes)
+    return Run(
+        name=f"unet of {config.data.name}", description=Description(config, found.image_shape, found.classes),
+        network=experiment.build_network(config, unet), params=found.params,
+        prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
+        weights=found.weights, step=found.step, remarks=found.remarks,
+    )  # fmt: skip
+
+
+def output_folder(source: str | Path) -> Path:
+    """Where pictures of a run go: its folder, or runs/NAME for a source that is not ours to write to."""
+    return Path("runs") / Path(str(source)).name if diffusers.is_source(source) else Path(source)
 
 
 class Guidance(NamedTuple):

@@ -13,8 +13,8 @@ ROOMS = [
     "training.step", "training.parallel", "training.data", "training.checkpoint", "training.loop",
     "evaluation.record", "evaluation.digits", "evaluation.likelihood",
     "testing",
-    "experiment", "cpu", "cli", "run", "editing",
-    "demo", "bench", "edit", "evaluate",
+    "experiment", "interop.diffusers", "cpu", "cli", "run", "editing",
+    "demo", "bench", "edit", "evaluate", "convert",
 ]  # fmt: skip
 MATHEMATICS = ROOMS[:7]
 
