@@ -1,4 +1,5 @@
 # make demo: train on real digits and sample from them.   make test: the whole test suite.   make lint: ruff and types.
+# make parity: live against diffusers.   make bench: what networks cost, beside diffusers.   make readme: README's tables.
 # Everything is installed into .venv; PYTHON chooses another interpreter of 3.11 or newer.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ RUN ?= runs/digits
 TRAIN ?=
 DEMO ?=
 
-.PHONY: demo readme test lint parity clean
+.PHONY: demo readme test lint parity bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py digits --workdir $(RUN) $(TRAIN)
@@ -39,6 +40,11 @@ lint: .venv/installed-lint
 
 parity: .venv/installed-parity .venv/installed-test
 	$(BIN)/python -m pytest tests/test_parity.py tests/interop -rs
+
+bench: .venv/installed-parity
+	$(BIN)/python -m diffjax.bench --out runs/bench
+	mkdir -p docs && cp runs/bench/bench.png docs/
+	sed -i -e '/<!-- networks -->/,/<!-- \/networks -->/{//!d}' -e '/<!-- networks -->/r runs/bench/bench.md' README.md
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache

@@ -11,6 +11,6 @@ from diffjax.experiment import Config, Data, Network, Train
 
 config = Config(
     data=Data(name="digits"),
-    network=Network(channels=24, multipliers=(1, 2), blocks=1, attention=(4,), heads=4),
+    network=Network(channels=24, multipliers=(1, 2), blocks=1, attention=(4,), heads=4, norm_groups=8),
     train=Train(steps=1000, batch=64, learning_rate=3e-3, warmup=100),
 )

@@ -10,6 +10,6 @@ from diffjax.experiment import Config, Data, Network, Train
 
 config = Config(
     data=Data(name="mnist"),
-    network=Network(channels=32, multipliers=(1, 1, 2), blocks=1, attention=(7,), heads=4),
+    network=Network(channels=32, multipliers=(1, 1, 2), blocks=1, attention=(8,), heads=4, norm_groups=8),
     train=Train(steps=20_000, batch=128, learning_rate=1e-3, warmup=500, save_every=1000, eval_every=1000),
 )

@@ -1,13 +1,27 @@
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 
-from diffjax import bench, experiment
+from diffjax import experiment
+from diffjax.bench import __main__ as bench
+from diffjax.bench import first_image, loop, networks, peers, timing
+from diffjax.evaluation.record import Timing
+
+TINY = experiment.Config(
+    network=experiment.Network(channels=4, multipliers=(1,), blocks=1, attention=(), norm_groups=1)
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Times are not what is tested, but that each is there; and what does not depend on the machine is right."""
+    monkeypatch.setattr(experiment, "named", lambda name: TINY)
 
 
 def test_the_figures_are_measured_and_printed(capsys, monkeypatch):
-    """Small: times are not what is tested, but that each is there; and what does not depend on the machine is right."""
-    monkeypatch.setattr(bench, "ROWS", 20)
-    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,), blocks=1, attention=()))
-    monkeypatch.setattr(experiment, "named", lambda name: tiny)
+    monkeypatch.setattr(loop, "ROWS", 20)
     bench.main(["sampler", "--pairs", "1"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[4:]]
     figures = {what: figure for what, figure, _ in rows}
@@ -17,9 +31,7 @@ def test_the_figures_are_measured_and_printed(capsys, monkeypatch):
     assert any("forward, digits network" in what for what in figures)
 
 
-def test_every_kind_of_guidance_is_timed_with_its_evaluations(capsys, monkeypatch):
-    tiny = experiment.Config(network=experiment.Network(channels=4, multipliers=(1,), blocks=1, attention=()))
-    monkeypatch.setattr(experiment, "named", lambda name: tiny)
+def test_every_kind_of_guidance_is_timed_with_its_evaluations(capsys):
     bench.main(["guidance", "--pairs", "1"])
     lines = capsys.readouterr().out.splitlines()[4:]
     nfe = {cells[1].strip(): int(cells[2]) for cells in (line.split("|") for line in lines)}
@@ -32,7 +44,7 @@ def test_every_kind_of_guidance_is_timed_with_its_evaluations(capsys, monkeypatc
 
 def test_comparisons_take_turns():
     calls = []
-    found = bench.compare(lambda: calls.append("a"), lambda: calls.append("b"), 3)
+    found = timing.compare(lambda: calls.append("a"), lambda: calls.append("b"), 3)
     assert calls == ["a", "b"] * 4
     assert found.ratio > 0
 
@@ -42,3 +54,40 @@ def test_bad_input_is_named(capsys):
         bench.main(["sampler", "--pairs", "0"])
     assert end.value.code == 2
     assert "--pairs is 0: measure once or more" in capsys.readouterr().err
+
+
+def test_networks_are_timed_with_their_context(tmp_path, capsys, monkeypatch):
+    kinds = ("forward", "backward", "train", "ddim", "guided")
+    chosen = [networks.Case("digits", what, 2, steps=10) for what in kinds]
+    chosen.append(networks.Case("digits", "forward", 2, dtype="bfloat16"))
+    monkeypatch.setattr(networks, "cases", lambda quick: chosen)
+    monkeypatch.setattr(networks, "SIDE", 64)
+    monkeypatch.setattr(timing, "BLOCK", 0.0)
+    bench.main(["--quick", "--pairs", "1", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["what"] for row in rows] == [
+        "forward", "forward + backward", "train step", "train step, 10 per dispatch", *3 * ["ddim(eta=0, trailing)"],
+        "forward",
+    ]  # fmt: skip
+    assert [row["nfe"] for row in rows] == [None] * 4 + [10, 20, 20, None]
+    assert [row["guidance"] for row in rows] == [""] * 5 + ["2, one pass", "2, two passes", ""]
+    flops = [row["flops"] for row in rows]
+    assert flops[2] == flops[3] > flops[1] > flops[0]
+    assert flops[4:7] == [10 * flops[0], 20 * flops[0], 20 * flops[0]]
+    for row in rows:
+        assert {field.name for field in dataclasses.fields(Timing)} < set(row)
+        assert (row["ratio"] is not None) == peers.available()
+        assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / row["ceiling"])
+        assert min(row["seconds"], row["peak_bytes"], row["compile_seconds"], row["cached_seconds"]) > 0
+    assert (tmp_path / "bench.md").read_text().strip() in said
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert all(f"| {part} |" in said for part in first_image.PARTS)
+
+
+def test_a_peer_has_the_same_weights_and_samples_the_same_images():
+    pytest.importorskip("diffusers")
+    it = networks.subject("digits")
+    theirs = peers.Peer(it.config, it.image_shape, it.classes, it.params).ddim(3, 10)()
+    (ours,) = networks.ddim(it, networks.Case("digits", "ddim", 3, steps=10))
+    np.testing.assert_allclose(ours.run(), theirs, atol=2e-4)

@@ -14,7 +14,8 @@ ROOMS = [
     "evaluation.record", "evaluation.digits", "evaluation.likelihood",
     "testing",
     "experiment", "interop.diffusers", "cpu", "cli", "run", "editing",
-    "demo", "bench", "edit", "evaluate", "convert",
+    "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",
+    "bench.first_image", "demo", "bench.__main__", "edit", "evaluate", "convert",
 ]  # fmt: skip
 MATHEMATICS = ROOMS[:7]
 

@@ -83,9 +83,66 @@ _BITS_COLUMNS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def markdown(rows: Sequence[Sampling] | Sequence[BitsPerDim]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What one computation costs. Every field is needed."""
+
+    what: str  # "forward", "train step", or the sampler with its parameters
+    steps: int | None  # of the sampler; None for what is none
+    nfe: int | None
+    guidance: str
+    seconds: float  # median over the repeats
+    spread: float  # half the distance of its quartiles, as a share of the median
+    repeats: int
+    flops: float | None  # of one such computation, as XLA counts them
+    ceiling: float  # FLOP/s of the machine's own matrix product, of the same dtype, measured in the same run
+    peak_bytes: int  # arguments, results and temporaries at their most
+    compile_seconds: float
+    cached_seconds: float  # to take the compiled program from the persistent cache
+    peer: str  # what it was timed beside, with versions; "" for nothing
+    peer_seconds: float | None
+    ratio: float | None  # the peer's seconds over these: the median of what each turn says
+    network: str
+    parameters: int
+    batch: int
+    image_size: str
+    device: str
+    dtype: str
+
+    @property
+    def mfu(self) -> float | None:
+        """Share of the ceiling that was reached."""
+        return None if self.flops is None else self.flops / self.seconds / self.ceiling
+
+
+def _optional(text: str, value: float | None) -> str:
+    return "" if value is None else text.format(value)
+
+
+_TIMING_COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "network": lambda row: f"{row.network}, {row.parameters:,}",
+    "what": lambda row: row.what,
+    "steps": lambda row: _optional("{}", row.steps),
+    "NFE": lambda row: _optional("{}", row.nfe),
+    "guidance": lambda row: row.guidance,
+    "batch": lambda row: f"{row.batch} of {row.image_size}",
+    "dtype": lambda row: row.dtype,
+    "ms": lambda row: f"{1e3 * row.seconds:.4g}",
+    "±": lambda row: f"{row.spread:.0%}",
+    "of": lambda row: row.repeats,
+    "diffusers ms": lambda row: _optional("{:.4g}", row.peer_seconds and 1e3 * row.peer_seconds),
+    "diffusers / diffjax": lambda row: _optional("{:.2f}", row.ratio),
+    "GFLOP": lambda row: _optional("{:.3g}", row.flops and row.flops / 1e9),
+    "MFU": lambda row: _optional("{:.0%}", row.mfu),
+    "peak MB": lambda row: f"{row.peak_bytes / 1e6:.0f}",
+    "compile s": lambda row: f"{row.compile_seconds:.2f}",
+    "from cache s": lambda row: f"{row.cached_seconds:.2f}",
+}
+
+
+def markdown(rows: Sequence[Sampling] | Sequence[BitsPerDim] | Sequence[Timing]) -> str:
     """A table of rows, every row with its whole context."""
-    columns = _COLUMNS if isinstance(rows[0], Sampling) else _BITS_COLUMNS
+    columns = {Sampling: _COLUMNS, BitsPerDim: _BITS_COLUMNS, Timing: _TIMING_COLUMNS}[type(rows[0])]
     cells = [list(columns)] + [[str(cell(row)) for cell in columns.values()] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in cells]
