@@ -21,6 +21,7 @@ from diffjax import cli, experiment, loss, picture, sampler, schedule
 from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
 from diffjax.training import data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints
+from diffjax.training.sources import UnreadableError
 from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 PROGRAM = "train.py"
@@ -66,15 +67,15 @@ def train(config: experiment.Config, workdir: Path) -> None:
         if start >= steps:
             print(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
             return
-        dataset = data.load(config.data.name, config.data.dir)
+        dataset = experiment.load_data(config)
         if config.data.labels and not dataset.classes:
-            raise ValueError(f"dataset {config.data.name!r} has no class labels: train with --data.no-labels")
+            raise ValueError(f"{config.data} has no class labels: train with --data.no-labels")
         description = Description(config, dataset.image_shape, dataset.classes if config.data.labels else 0)
         if stored and stored[1:] != description[1:]:
             raise ValueError(
                 f"{workdir} was trained on images and classes {stored[1:]}, now they are {description[1:]}"
             )
-        batches = data.batches(dataset.train, batch, seed, start, labels=config.data.labels)
+        batches = data.batches(dataset.train, batch, seed, start, labels=config.data.labels, flip=config.data.flip)
         held_out = data.first_batches(dataset.held_out, batch, devices, HELD_OUT_BATCHES, labels=config.data.labels)
         levels, prediction = experiment.build_schedule(config), experiment.build_prediction(config)
         unet = experiment.build_unet(config, description.image_shape, description.classes)
@@ -109,7 +110,7 @@ def train(config: experiment.Config, workdir: Path) -> None:
         metrics.write(step, learning_rate=rate(step - 1), **values)
 
     print(
-        f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data.name}, "
+        f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data}, "
         f"{count_parameters(params):,} parameters, batch {batch}, {describe_devices()}, {config.network.dtype}"
     )
     every = (
@@ -125,6 +126,8 @@ def train(config: experiment.Config, workdir: Path) -> None:
             checkpoints.save(state, description.to_dict())
     except FloatingPointError as error:
         cli.stop(PROGRAM, f"{error}: start again from the last checkpoint with a lower --train.learning-rate")
+    except UnreadableError as error:
+        cli.stop(PROGRAM, error)
     finally:
         checkpoints.close()
     if state.step < steps:

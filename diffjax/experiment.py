@@ -13,6 +13,7 @@ import pkgutil
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -39,12 +40,28 @@ BETAS = {"linear": schedule.linear, "scaled_linear": schedule.scaled_linear}  # 
 class Data:
     """The images."""
 
+    source: Literal["tfds", "folder", "npz"] = "tfds"
+    """A dataset of tensorflow-datasets, a folder of PNG, JPEG or WebP files, or an .npz file."""
     name: str = "digits"
-    """Dataset: digits, or any image dataset of the tensorflow-datasets catalogue."""
+    """Dataset of tfds: digits, or any image dataset of its catalogue."""
     dir: str | None = None
-    """Folder of prepared datasets; None for tensorflow-datasets' own."""
+    """Folder of prepared datasets of tfds; None for its own."""
+    path: str | None = None
+    """Of folder, whose sub-folders are the classes, or npz: x uint8 [N,H,W] or [N,H,W,C], and labels y if any."""
+    size: int | None = None
+    """Cut images to their middle and resize them to this many pixels a side; None for images as they are."""
+    pad: int = 0
+    """Black pixels then added on every side, so that 28x28 becomes 32x32 by 2."""
+    grey: bool = False
+    """Make images grey; else those of a folder are RGB."""
     labels: bool = True
     """Condition the network on the class label."""
+    flip: bool = False
+    """Mirror images, left to right, each with probability 1/2."""
+
+    def __str__(self) -> str:
+        """As in "mnist" or "photos.npz"."""
+        return self.name if self.source == "tfds" else Path(self.path or "").name
 
 
 @dataclass(frozen=True)
@@ -160,8 +177,8 @@ class Config:
 
 
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
-BOUND = ("data.name", "data.labels", "diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr")
-BOUND += ("diffusion.T", "diffusion.prediction")
+BOUND = ("data.source", "data.name", "data.size", "data.pad", "data.grey", "data.labels")
+BOUND += ("diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr", "diffusion.T", "diffusion.prediction")
 BOUND += tuple(f"network.{f.name}" for f in dataclasses.fields(Network) if f.name not in ("dropout", "dtype", "remat"))
 SEEDS = 2**32  # JAX would take a larger seed modulo this
 
@@ -202,6 +219,7 @@ def check(config: Config) -> None:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more")
     if config.train.seed >= SEEDS:
         raise ValueError(f"train.seed is {config.train.seed}: use less than 2**32")
+    _check_data(config.data)
     network = config.network
     if not network.multipliers or min(network.multipliers) < 1:
         raise ValueError(f"network.multipliers is {network.multipliers}: name at least one resolution, each 1 or more")
@@ -213,6 +231,19 @@ def check(config: Config) -> None:
         raise ValueError(
             f"diffusion.betas are of the schedules {' and '.join(BETAS)}: leave them out of {config.diffusion.schedule}"
         )
+
+
+def _check_data(data: Data) -> None:
+    if data.size is not None and data.size < 1:
+        raise ValueError(f"data.size is {data.size}: use a number above 0")
+    if data.pad < 0:
+        raise ValueError(f"data.pad is {data.pad}: use 0 or more")
+    if data.source == "tfds" and data.path is not None:
+        raise ValueError("data.path belongs to the sources folder and npz: say which with --data.source")
+    if data.source != "tfds" and data.path is None:
+        raise ValueError(f"data.path is None: say with --data.path where the {data.source} of images is")
+    if data.source == "folder" and data.size is None:
+        raise ValueError("data.size is None: files are of many sizes, give one to all with --data.size")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -261,6 +292,20 @@ def check_resume(stored: Config, given: Config) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- what it describes
+
+
+def load_data(config: Config) -> Any:
+    """The images, as a `training.sources.Dataset`. ValueError or OSError for data that cannot be used."""
+    from diffjax.training import sources  # only here: who samples waits for no library of data
+
+    data = config.data
+    if data.source == "tfds":
+        found = sources.load_tfds(data.name, data.dir, data.size)
+    elif data.source == "folder":
+        found = sources.load_folder(Path(data.path or ""), data.size or 0, grey=data.grey)
+    else:
+        found = sources.load_npz(Path(data.path or ""))
+    return sources.fitted(found, data.size, data.pad, grey=data.grey)
 
 
 def build_schedule(config: Config) -> schedule.Schedule:

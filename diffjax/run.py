@@ -91,7 +91,7 @@ def _of_diffusers(folder: Path) -> Run:
     config = found.config
     unet = experiment.build_unet(config, found.image_shape, found.classes)
     return Run(
-        name=f"unet of {config.data.name}", description=Description(config, found.image_shape, found.classes),
+        name=f"unet of {config.data}", description=Description(config, found.image_shape, found.classes),
         network=experiment.build_network(config, unet), params=found.params,
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
         weights=found.weights, step=found.step, remarks=found.remarks,
@@ -152,7 +152,7 @@ def check_guidance(run: Run, guidance: Guidance) -> None:
 
 
 def _check_worse(run: Run, worse: Run) -> None:
-    ours, theirs = ((r.description.config.data.name, *r.description[1:]) for r in (run, worse))
+    ours, theirs = ((str(r.description.config.data), *r.description[1:]) for r in (run, worse))
     if ours != theirs:
         raise ValueError(
             f"{worse.name} was trained on data, images and classes {theirs}, and {run.name} on {ours}:"

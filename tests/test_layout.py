@@ -10,7 +10,7 @@ ROOMS = [
     "schedule", "process", "denoiser", "sampler", "solvers", "sde", "loss",
     "models.layers", "models.unet",
     "picture", "plans",
-    "training.step", "training.parallel", "training.data", "training.checkpoint", "training.loop",
+    "training.step", "training.parallel", "training.sources", "training.data", "training.checkpoint", "training.loop",
     "evaluation.record", "evaluation.digits", "evaluation.likelihood",
     "testing",
     "experiment", "interop.diffusers", "cpu", "cli", "run", "editing",
