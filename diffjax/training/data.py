@@ -37,28 +37,25 @@ def batches(
     """
     if len(source) < batch:
         raise ValueError(f"a batch of {batch} is more than the {len(source)} images of this split: use a smaller batch")
+    if batch % hosts:
+        raise ValueError(f"a batch of {batch} cannot be shared equally by {hosts} hosts: use a multiple of {hosts}")
     shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    stream = shuffled.map_with_index(_example(labels, seed if flip else None))
-    return iter(
-        _shared(stream, batch, host, hosts)[start:].to_iter_dataset(
-            grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
-        )
-    )
+    examples = shuffled.map_with_index(_example(labels, seed if flip else None))
+    stream = examples.batch(batch // hosts)[start * hosts + host :: hosts]
+    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)))
 
 
 def first_batches(
-    source: Any, batch: int, multiple: int, limit: int, *, labels: bool = True, host: int = 0, hosts: int = 1
+    source: Any, batch: int, multiple: int, limit: int, *, labels: bool = True
 ) -> list[dict[str, np.ndarray]]:
-    """A host's share of at most `limit` batches from the start of the data, in order and in memory: the same images
-    at every evaluation. Of `batch` examples, or where there are fewer of the largest multiple of `multiple` (devices,
-    on all hosts) that there is.
+    """At most `limit` batches from the start of the data, in order and in memory: the same images at every evaluation.
+    Of `batch` examples, or where there are fewer of the largest multiple of `multiple` that there is.
     """
     batch = min(batch, len(source) // multiple * multiple)
     if not batch:
         raise ValueError(f"a split of {len(source)} images cannot be shared out over {multiple} devices: use fewer")
-    stream = grain.MapDataset.source(source).map_with_index(_example(labels))
-    shared: Any = _shared(stream, batch, host, hosts)
-    return [shared[i] for i in range(min(limit, len(source) // batch))]
+    stream: Any = grain.MapDataset.source(source).map_with_index(_example(labels)).batch(batch, drop_remainder=True)
+    return [stream[i] for i in range(min(limit, len(stream)))]
 
 
 def first_images(source: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -71,13 +68,6 @@ def first_images(source: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
     images = to_float(np.stack([example["image"] for example in examples]))
     labelled = "label" in examples[0]
     return images, np.array([example["label"] for example in examples], np.int32) if labelled else None
-
-
-def _shared(stream: grain.MapDataset, batch: int, host: int, hosts: int) -> Any:
-    """Of every global batch the rows of one host: [n] is its share of batch n."""
-    if batch % hosts:
-        raise ValueError(f"a batch of {batch} cannot be shared equally by {hosts} hosts: use a multiple of {hosts}")
-    return stream.batch(batch // hosts, drop_remainder=True)[host::hosts]
 
 
 def _example(labels: bool, flip_seed: int | None = None) -> Callable[[int, dict[str, Any]], dict[str, Any]]:

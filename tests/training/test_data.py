@@ -132,13 +132,6 @@ def test_the_stream_reads_ahead_of_who_takes_from_it():
     assert len(source.reads) >= 10 * data.READ_AHEAD
 
 
-def test_held_out_batches_are_shared_by_hosts_too(digits):
-    whole = data.first_batches(digits.held_out, 64, 8, limit=3)
-    shares = [data.first_batches(digits.held_out, 64, 8, limit=3, host=h, hosts=4) for h in range(4)]
-    for n, batch in enumerate(whole):
-        assert all((np.concatenate([share[n][key] for share in shares]) == batch[key]).all() for key in batch)
-
-
 def test_hosts_that_cannot_share_a_batch_are_named(digits):
     with pytest.raises(ValueError, match="a batch of 64 cannot be shared equally by 3 hosts: use a multiple of 3"):
         data.batches(digits.train, 64, seed=0, hosts=3)
