@@ -17,7 +17,7 @@ config = Config(
     ),
     diffusion=Diffusion(schedule="cosine"),
     train=Train(
-        steps=540_000, batch=2048, learning_rate=3e-4, warmup=5000, decay="none", ema=0.9999, log_every=100,
+        steps=540_000, batch=2048, learning_rate=3e-4, warmup=5000, decay="none", ema=(0.9999,), log_every=100,
         eval_every=5000, preview_every=5000, save_every=5000,
     ),
 )  # fmt: skip

@@ -16,7 +16,7 @@ config = Config(
         frequency_shift=1, norm_groups=32, dropout=0.1,
     ),
     train=Train(
-        steps=800_000, batch=128, learning_rate=2e-4, warmup=5000, decay="none", ema=0.9999, log_every=100,
+        steps=800_000, batch=128, learning_rate=2e-4, warmup=5000, decay="none", ema=(0.9999,), log_every=100,
         eval_every=5000, preview_every=5000, save_every=5000,
     ),
 )  # fmt: skip

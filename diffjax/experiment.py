@@ -14,14 +14,17 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 
 from diffjax import denoiser, loss, process, schedule
 from diffjax.models.unet import UNet
+from diffjax.training.parallel import Mode
+from diffjax.training.step import TrainState, TrainStep, init_state, make_eval_step, make_train_step, several
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Betas are rescaled to reach the same noise at any T, and EDM's path is taken in its variance-preserving form: networks
@@ -144,8 +147,8 @@ class Train:
     """Of AdamW."""
     clip: float = 1.0
     """Largest norm of the averaged gradient."""
-    ema: float = 0.999
-    """Decay of the moving average of the parameters, after its warm-up."""
+    ema: tuple[float, ...] = (0.999,)
+    """Decays of the moving averages of the parameters, after their warm-up; sampling uses the first."""
     weighting: Literal["simple", "min_snr", "truncated_snr", "sigmoid", "edm"] = "simple"
     """What the squared error counts at each noise level."""
     times: Literal["uniform", "stratified", "antithetic"] = "uniform"
@@ -154,6 +157,14 @@ class Train:
     """Share of labels that are withheld, so that the network can be guided."""
     seed: int = 0
     """Of parameters, data order and noise."""
+    accumulate: int = 1
+    """Parts of a batch whose gradients are taken one after the other: less memory."""
+    parallel: Annotated[Mode, tyro.conf.arg(aliases=("--parallel",))] = "pmap"
+    """How devices share a step: shard_map or jit for pods, pmap anywhere; the results are the same."""
+    steps_per_dispatch: int = 1
+    """Steps per call of the device: more where the host is what is waited for."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped, their gradients not being numbers, before training stops."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 200
@@ -207,12 +218,15 @@ def check(config: Config) -> None:
     positive = ("network.channels", "network.blocks", "network.heads", "network.norm_epsilon", "diffusion.T")
     positive += tuple(name for name in ("network.head_width", "network.norm_groups") if fields[name] is not None)
     positive += ("train.steps", "train.batch", "train.clip", "train.keep", "train.log_every", "train.save_every")
+    positive += ("train.accumulate", "train.steps_per_dispatch", "train.max_skipped")
     for name in positive:
         if not 0 < fields[name] < math.inf:
             raise ValueError(f"{name} is {fields[name]}: use a number above 0")
-    for name in ("network.dropout", "train.ema", "train.label_dropout"):
+    for name in ("network.dropout", "train.label_dropout"):
         if not 0 <= fields[name] < 1:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more, and less than 1")
+    if not config.train.ema or not all(0 <= decay < 1 for decay in config.train.ema):
+        raise ValueError(f"train.ema is {config.train.ema}: name at least one decay, each 0 or more, and less than 1")
     counts = ("train.warmup", "train.seed", "train.eval_every", "train.preview_every")
     for name in ("train.learning_rate", "train.weight_decay", *counts):
         if not 0 <= fields[name] < math.inf:
@@ -273,7 +287,9 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
     def parse(value: Any, hint: Any) -> Any:
         if dataclasses.is_dataclass(hint):
             return from_dict(value, hint)
-        return tuple(value) if typing.get_origin(hint) is tuple else value
+        if typing.get_origin(hint) is tuple and not isinstance(value, list):
+            return (value,)  # a field that has become several
+        return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: parse(value, types[name]) for name, value in values.items()})
 
@@ -288,6 +304,10 @@ def check_resume(stored: Config, given: Config) -> list[str]:
                 f"{name} is {new[name]} but the checkpoint was trained with {old[name]}:"
                 f" take another --workdir, or leave {name} as it was"
             )
+    if len(stored.train.ema) != len(given.train.ema):
+        raise ValueError(
+            f"train.ema is {given.train.ema} but the checkpoint holds the averages {stored.train.ema}: name as many"
+        )
     return [f"{name}: {old[name]} -> {new[name]}" for name in changed]
 
 
@@ -372,3 +392,35 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax
     rate = optax.join_schedules([rate, then], [warmup]) if rate else then
     adamw = optax.adamw(rate, weight_decay=train.weight_decay)
     return optax.chain(optax.clip_by_global_norm(train.clip), adamw), rate
+
+
+class Training(NamedTuple):
+    """What trains a network."""
+
+    unet: UNet
+    network: Callable[..., jax.Array]  # as of build_network
+    init: Callable[[jax.Array], TrainState]  # key -> state before the first step
+    step: TrainStep  # (state, batches [K, B, ...], axis_name=None) -> (state, metrics [K])
+    eval_step: Callable[..., jax.Array]  # (params, batch [B, ...], axis_name=None) -> loss
+
+
+def build_training(config: Config, image_shape: tuple[int, int, int], classes: int) -> Training:
+    """The steps of one device, and the state that they start from, for images [H, W, C] and a number of classes, 0 for
+    none: `parallel.over` runs them on many. ValueError for parts that do not fit each other.
+    """
+    train, levels, prediction = config.train, build_schedule(config), build_prediction(config)
+    unet, times = build_unet(config, image_shape, classes), build_times(config)
+    network, (optimizer, rate) = build_network(config, unet), build_optimizer(config)
+    weighting = build_weighting(config)
+    objective = loss.denoising(network, prediction, levels, weighting, times, classes, train.label_dropout)
+    # The held-out loss is L_simple over independent levels whatever the weighting, so that runs compare.
+    held_out = loss.denoising(lambda *inputs: network(*inputs[:-1]), prediction, levels)
+    step = make_train_step(
+        objective, optimizer, train.ema, train.seed,
+        accumulate=train.accumulate, rate=rate, quarters=loss.quarters(times, schedule.length(levels)),
+    )  # fmt: skip
+
+    def init(key: jax.Array) -> TrainState:
+        return init_state(init_params(unet, image_shape, key), optimizer, len(train.ema))
+
+    return Training(unet, network, init, several(step), make_eval_step(held_out, train.seed))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from diffjax import denoiser, experiment, sampler
@@ -205,11 +206,20 @@ class Generator:
     parameters does not compile again.
     """
 
-    def __init__(self, network: Network, prediction: Prediction, image_shape: Sequence[int], classes: int) -> None:
-        """classes: 0 for a network without a condition; else `classes` itself is its label for none."""
+    def __init__(
+        self,
+        network: Network,
+        prediction: Prediction,
+        image_shape: Sequence[int],
+        classes: int,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """classes: 0 for a network without a condition; else `classes` itself is its label for none. mesh: the devices,
+        all if None.
+        """
         self._network, self._prediction = network, prediction
         self._image_shape, self._classes = tuple(image_shape), classes
-        self._mesh = parallel.device_mesh()
+        self._mesh = parallel.device_mesh() if mesh is None else mesh
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._compile_seconds = 0.0
 
