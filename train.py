@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 
-from diffjax import cli, experiment, picture, sampler, schedule
+from diffjax import cli, dryrun, experiment, picture, sampler, schedule
 from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
 from diffjax.training import data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints, SaveError
@@ -37,7 +37,9 @@ class Options:
 
     workdir: str
     """Run folder: checkpoints, metrics.jsonl, preview pictures."""
-    config: Annotated[experiment.Config, tyro.conf.arg(name="")]
+    dry_run: str | None = None
+    """Only compile, for TPUs as in v5e:2x2 or for cpu, and tell what a step costs; needs no --workdir."""
+    config: Annotated[experiment.Config, tyro.conf.arg(name="")] = field(default_factory=experiment.Config)
 
 
 def main(arguments: list[str]) -> None:
@@ -48,8 +50,23 @@ def main(arguments: list[str]) -> None:
         return
     with cli.one_sentence(PROGRAM):
         config = experiment.named(arguments[0])
-    options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], Options(tyro.MISSING, config))
-    train(options.config, Path(options.workdir))
+    dry = any(word.startswith("--dry-run") for word in arguments)
+    default = Options("" if dry else tyro.MISSING, config=config)
+    options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], default)
+    if options.dry_run is None:
+        train(options.config, Path(options.workdir))
+    else:
+        dry_run(options.config, options.dry_run)
+
+
+def dry_run(config: experiment.Config, target: str) -> None:
+    """Print what the programs of a configuration would cost; exit code 2 where they do not fit."""
+    with cli.one_sentence(PROGRAM):
+        experiment.check(config)
+        table, too_large = dryrun.report(config, target, *experiment.describe_data(config))
+    print(table)
+    if too_large:
+        cli.stop(PROGRAM, too_large)
 
 
 def train(config: experiment.Config, workdir: Path) -> None:
@@ -68,8 +85,6 @@ def train(config: experiment.Config, workdir: Path) -> None:
             say(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
             return
         dataset = experiment.load_data(config)
-        if labels and not dataset.classes:
-            raise ValueError(f"{config.data} has no class labels: train with --data.no-labels")
         description = Description(config, dataset.image_shape, dataset.classes if labels else 0)
         if found and found.description[1:] != description[1:]:
             raise ValueError(

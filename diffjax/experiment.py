@@ -325,7 +325,25 @@ def load_data(config: Config) -> Any:
         found = sources.load_folder(Path(data.path or ""), data.size or 0, grey=data.grey)
     else:
         found = sources.load_npz(Path(data.path or ""))
+    if data.labels and not found.classes:
+        raise ValueError(f"{data} has no class labels: train with --data.no-labels")
     return sources.fitted(found, data.size, data.pad, grey=data.grey)
+
+
+def describe_data(config: Config) -> tuple[tuple[int, int, int], int]:
+    """The shape of the images, and the number of classes that the network is told of, 0 for none. Nothing is downloaded
+    for it. ValueError or OSError as of `load_data`.
+    """
+    from diffjax.training import sources
+
+    data = config.data
+    if data.source != "tfds":
+        found = load_data(config)
+        return found.image_shape, found.classes if data.labels else 0
+    shape, classes = sources.describe_tfds(data.name, data.dir, data.size)
+    if data.labels and not classes:
+        raise ValueError(f"{data} has no class labels: train with --data.no-labels")
+    return sources.fitted_shape(shape, None, data.pad, grey=data.grey), classes if data.labels else 0
 
 
 def build_schedule(config: Config) -> schedule.Schedule:

@@ -319,6 +319,18 @@ class Generator:
         shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
         return Images(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, seconds - looking)
 
+    def lower(self, params: Any, rows: Plan, batch: int, guided: bool) -> Any:
+        """The program that takes `batch` images through rows of a plan, clipped, guided or not, for shapes alone:
+        params are arrays or what stands for them. It can be compiled where it cannot run.
+        """
+        scalar = partial(jax.ShapeDtypeStruct, ())
+        shared = params, None, (scalar(jnp.float32), scalar(jnp.int32))
+        labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if self._classes else None
+        carry = (jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32),) * 3
+        keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), np.arange(batch)))
+        kind = ("guided", 0.0, False) if guided else ()
+        return self._build(kind, ("clip", None)).lower(shared, (labels, None), rows, carry, keys)
+
     def _denoiser(self, shared: Any, conditions: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:
         def build(counted: Callable[[Network], Network]) -> Denoiser:
             params, worse_params, (scale, null) = shared

@@ -29,7 +29,7 @@ def test_every_configuration_builds_and_tells_commands_that_parse(name):
     doc = __import__(f"configs.{name}", fromlist=[name]).__doc__
     commands = re.findall(rf"python train.py {name} (.*)", doc)
     for command in commands:
-        parsed = cli.parse(train.Options, name, command.split(), train.Options(tyro.MISSING, config))
+        parsed = cli.parse(train.Options, name, command.split(), train.Options(tyro.MISSING, config=config))
         experiment.check(parsed.config)
     assert commands
     assert "Hardware:" in doc

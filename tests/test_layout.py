@@ -13,7 +13,7 @@ ROOMS = [
     "training.step", "training.parallel", "training.sources", "training.data", "training.checkpoint", "training.loop",
     "evaluation.record", "evaluation.digits", "evaluation.likelihood",
     "testing",
-    "experiment", "interop.diffusers", "cpu", "cli", "run", "editing",
+    "experiment", "interop.diffusers", "cpu", "cli", "run", "dryrun", "editing",
     "demo", "bench", "edit", "evaluate", "convert",
 ]  # fmt: skip
 MATHEMATICS = ROOMS[:7]

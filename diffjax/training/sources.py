@@ -95,6 +95,25 @@ def load_tfds(name: str, data_dir: str | None = None, size: int | None = None) -
     ValueError, at once and in one sentence: an unknown name, a dataset whose download cannot be reached, or one
     without images, or without one size for them.
     """
+    builder, shape, classes = _described(name, data_dir, size)
+    if not builder.is_prepared():
+        _prepare(builder)
+    splits = builder.info.splits
+    held_out = next((split for split in ("test", "validation") if split in splits), None)
+    train, held_out = ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
+    found = Dataset(builder.as_data_source(train), builder.as_data_source(held_out), shape, classes)
+    return found if size is None else fitted(found, size)
+
+
+def describe_tfds(name: str, data_dir: str | None = None, size: int | None = None) -> tuple[tuple[int, int, int], int]:
+    """The image shape and the number of classes of what `load_tfds` would load; nothing is prepared. ValueError as
+    there.
+    """
+    _, shape, classes = _described(name, data_dir, size)
+    return (size or shape[0], size or shape[1], shape[2]), classes
+
+
+def _described(name: str, data_dir: str | None, size: int | None) -> tuple[Any, tuple[Any, Any, int], int]:
     builder = _builder(name, data_dir)
     features: Any = builder.info.features
     if not isinstance(features, tfds.features.FeaturesDict) or "image" not in features:
@@ -104,15 +123,9 @@ def load_tfds(name: str, data_dir: str | None = None, size: int | None = None) -
         raise ValueError(f"dataset {name!r} has images of different sizes ({shape}): give one to all with --data.size")
     if len(shape) != 3 or shape[2] not in (1, 3) or features["image"].np_dtype != np.uint8:
         raise ValueError(f"dataset {name!r} has images of {shape}: choose one of 8 bits, grey or RGB")
-    if not builder.is_prepared():
-        _prepare(builder)
-    splits = builder.info.splits
-    held_out = next((split for split in ("test", "validation") if split in splits), None)
-    train, held_out = ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
     label: Any = features["label"] if "label" in features else None  # noqa: SIM401 (it has no get)
     classes = (label.num_classes or 0) if isinstance(label, tfds.features.ClassLabel) else 0
-    found = Dataset(builder.as_data_source(train), builder.as_data_source(held_out), shape, classes)
-    return found if size is None else fitted(found, size)
+    return builder, shape, classes
 
 
 def load_folder(path: Path, size: int, *, grey: bool = False) -> Dataset:
@@ -180,8 +193,7 @@ def fitted(dataset: Dataset, size: int | None = None, pad: int = 0, *, grey: boo
     """Images cut to their middle and resized to size x size, made grey, and then surrounded by `pad` black pixels on
     every side: whichever is asked for, when they are read.
     """
-    height, width, channels = dataset.image_shape
-    shape = (size or height, size or width, 1 if grey else channels)
+    shape = fitted_shape(dataset.image_shape, size, grey=grey)
 
     def fit(example: dict[str, Any]) -> dict[str, Any]:
         image = example["image"]
@@ -189,10 +201,18 @@ def fitted(dataset: Dataset, size: int | None = None, pad: int = 0, *, grey: boo
             image, _ = picture.fit(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), shape)
         return {**example, "image": np.pad(image, ((pad, pad), (pad, pad), (0, 0)))}
 
-    padded = (shape[0] + 2 * pad, shape[1] + 2 * pad, shape[2])
+    padded = fitted_shape(dataset.image_shape, size, pad, grey=grey)
     if padded == dataset.image_shape:
         return dataset
     return Dataset(View(dataset.train, then=fit), View(dataset.held_out, then=fit), padded, dataset.classes)
+
+
+def fitted_shape(
+    shape: tuple[int, int, int], size: int | None = None, pad: int = 0, *, grey: bool = False
+) -> tuple[int, int, int]:
+    """The shape [H, W, C] of images that were [H, W, C], after `fitted`."""
+    height, width, channels = shape
+    return (size or height) + 2 * pad, (size or width) + 2 * pad, 1 if grey else channels
 
 
 def _files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
