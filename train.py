@@ -6,22 +6,25 @@ The same command again resumes from the last checkpoint. `python train.py CONFIG
 configuration with its default.
 """
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import tyro
+from jax.sharding import Mesh
 
-from diffjax import cli, experiment, loss, picture, sampler, schedule
+from diffjax import cli, dryrun, experiment, picture, sampler, schedule
 from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
 from diffjax.training import data, loop, parallel
-from diffjax.training.checkpoint import FOLDER, Checkpoints
-from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from diffjax.training.checkpoint import FOLDER, Checkpoints, SaveError
+from diffjax.training.sources import UnreadableError
+from diffjax.training.step import TrainState
 
 PROGRAM = "train.py"
 HELD_OUT_BATCHES = 10  # at most, per evaluation
@@ -34,7 +37,9 @@ class Options:
 
     workdir: str
     """Run folder: checkpoints, metrics.jsonl, preview pictures."""
-    config: Annotated[experiment.Config, tyro.conf.arg(name="")]
+    dry_run: str | None = None
+    """Only compile, for TPUs as in v5e:2x2 or for cpu, and tell what a step costs; needs no --workdir."""
+    config: Annotated[experiment.Config, tyro.conf.arg(name="")] = field(default_factory=experiment.Config)
 
 
 def main(arguments: list[str]) -> None:
@@ -45,92 +50,158 @@ def main(arguments: list[str]) -> None:
         return
     with cli.one_sentence(PROGRAM):
         config = experiment.named(arguments[0])
-    options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], Options(tyro.MISSING, config))
-    train(options.config, Path(options.workdir))
+    dry = any(word.startswith("--dry-run") for word in arguments)
+    default = Options("" if dry else tyro.MISSING, config=config)
+    options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], default)
+    if options.dry_run is None:
+        train(options.config, Path(options.workdir))
+    else:
+        dry_run(options.config, options.dry_run)
+
+
+def dry_run(config: experiment.Config, target: str) -> None:
+    """Print what the programs of a configuration would cost; exit code 2 where they do not fit."""
+    with cli.one_sentence(PROGRAM):
+        experiment.check(config)
+        table, too_large = dryrun.report(config, target, *experiment.describe_data(config))
+    print(table)
+    if too_large:
+        cli.stop(PROGRAM, too_large)
 
 
 def train(config: experiment.Config, workdir: Path) -> None:
     """Train a configuration in a run folder, from its last checkpoint if it holds one."""
-    steps, batch, seed = config.train.steps, config.train.batch, config.train.seed
-    devices = jax.device_count()
+    steps, batch, seed, mode = config.train.steps, config.train.batch, config.train.seed, config.train.parallel
+    host, hosts, labels = jax.process_index(), jax.process_count(), config.data.labels
+    mesh = parallel.device_mesh()
+    home = parallel.home(mesh, mode)
     with cli.one_sentence(PROGRAM):
         experiment.check(config)
-        parallel.check_divisible(batch, devices, "train.batch")
-        checkpoints = Checkpoints(workdir, config.train.keep) if (workdir / FOLDER).is_dir() else None
-        saved = checkpoints.steps() if checkpoints else []
-        start, stored = max(saved, default=0), None
-        if checkpoints and saved:  # of step 0: a network from elsewhere
-            stored = Description.from_dict(checkpoints.config(start))
-            for change in experiment.check_resume(stored.config, config):
-                print(f"changed since the checkpoint: {change}")
+        parallel.check_divisible(batch, mesh.size, "train.batch", config.train.accumulate)
+        checkpoints = open_checkpoints(workdir, config) if (workdir / FOLDER).is_dir() else None
+        found = resume(checkpoints, config, mesh) if checkpoints else None
+        start = int(found.state.step) if found else 0
         if start >= steps:
-            print(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
+            say(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
             return
-        dataset = data.load(config.data.name, config.data.dir)
-        if config.data.labels and not dataset.classes:
-            raise ValueError(f"dataset {config.data.name!r} has no class labels: train with --data.no-labels")
-        description = Description(config, dataset.image_shape, dataset.classes if config.data.labels else 0)
-        if stored and stored[1:] != description[1:]:
+        dataset = experiment.load_data(config)
+        description = Description(config, dataset.image_shape, dataset.classes if labels else 0)
+        if found and found.description[1:] != description[1:]:
             raise ValueError(
-                f"{workdir} was trained on images and classes {stored[1:]}, now they are {description[1:]}"
+                f"{workdir} was trained on images and classes {found.description[1:]}, now they are {description[1:]}"
             )
-        batches = data.batches(dataset.train, batch, seed, start, labels=config.data.labels)
-        held_out = data.first_batches(dataset.held_out, batch, devices, HELD_OUT_BATCHES, labels=config.data.labels)
-        levels, prediction = experiment.build_schedule(config), experiment.build_prediction(config)
-        unet = experiment.build_unet(config, description.image_shape, description.classes)
-        network, null, drop_rate = (
-            experiment.build_network(config, unet),
-            description.classes,
-            config.train.label_dropout,
+        batches = data.batches(
+            dataset.train, batch, seed, start, labels=labels, flip=config.data.flip, host=host, hosts=hosts
         )
-        weighting, times = experiment.build_weighting(config), experiment.build_times(config)
-        objective = loss.denoising(network, prediction, levels, weighting, times, null, drop_rate)
-        # The held-out loss is L_simple over independent levels whatever the weighting, so that runs compare.
-        held_out_objective = loss.denoising(lambda *inputs: network(*inputs[:-1]), prediction, levels)
-        params = experiment.init_params(unet, description.image_shape, jax.random.key(seed))
-        optimizer, rate = experiment.build_optimizer(config)
-        # Whole on every device from the start, so that the first step can reuse its memory like every other.
-        everywhere = parallel.whole(parallel.device_mesh())
-        state = init_state(params, optimizer)
+        held_out = data.first_batches(dataset.held_out, batch, mesh.size, HELD_OUT_BATCHES, labels=labels)
+        held_out = [parallel.place(mesh, mode, parallel.rows(b, host, hosts)) for b in held_out]
+        training = found.training if found else experiment.build_training(config, *description[1:])
+        if found:  # whole on every device from the start, so that the first step can reuse its memory like every other
+            state = parallel.held(home, found.state)
+        else:
+            begin = jax.jit(lambda seed: training.init(jax.random.key(seed)), out_shardings=parallel.whole(home))
+            state = begin(np.uint32(seed))
         if checkpoints is None:
             workdir.mkdir(parents=True, exist_ok=True)
-            checkpoints = Checkpoints(workdir, config.train.keep)
-        state = checkpoints.restore(start, state, everywhere) if saved else jax.device_put(state, everywhere)
-        metrics = loop.MetricsFile(workdir / "metrics.jsonl", start)
-
-    train_step = parallel.pmap(make_train_step(objective, optimizer, config.train.ema, seed), donate=True)
-    eval_step = parallel.pmap(make_eval_step(held_out_objective, seed))
-
-    def evaluate(state: TrainState) -> None:
-        losses = [float(eval_step(state.ema, parallel.shard(b, devices))) for b in held_out]
-        metrics.write(int(state.step), held_out_loss=np.mean(losses))
+            checkpoints = open_checkpoints(workdir, config)
+        metrics = loop.MetricsFile(workdir / "metrics.jsonl", start) if host == 0 else None
+    train_step = parallel.over(mesh, mode, training.step, axis=1, donate=True)
+    eval_step = parallel.over(mesh, mode, training.eval_step)
 
     def log(step: int, **values: Any) -> None:
-        metrics.write(step, learning_rate=rate(step - 1), **values)
+        if metrics:
+            metrics.write(step, **values)
 
-    print(
-        f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data.name}, "
-        f"{count_parameters(params):,} parameters, batch {batch}, {describe_devices()}, {config.network.dtype}"
+    def evaluate(state: TrainState) -> None:
+        log(int(state.step), held_out_loss=np.mean([float(eval_step(state.ema[0], b)) for b in held_out]))
+
+    def save(state: TrainState) -> None:
+        checkpoints.save(parallel.held(mesh, state), description.to_dict())
+
+    def step(state: TrainState, batches: Any) -> Any:
+        return train_step(state, parallel.place(mesh, mode, batches, axis=1))
+
+    say(
+        f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data}, "
+        f"{count_parameters(state.params):,} parameters, batch {batch}, {describe_devices()}, {config.network.dtype}"
     )
     every = (
         loop.Every(config.train.eval_every, evaluate),
-        loop.Every(config.train.preview_every, preview(workdir, network, description)),
-        loop.Every(config.train.save_every, lambda state: checkpoints.save(state, description.to_dict())),
+        loop.Every(config.train.preview_every if host == 0 else 0, preview(workdir, training.network, description)),
+        loop.Every(config.train.save_every, save),
     )
-    shards = (parallel.shard(b, devices) for b in batches)
     try:
         with loop.interruptible() as stop:
-            state = loop.fit(train_step, state, shards, steps, log, config.train.log_every, every, stop)
-        if state.step < steps:
-            checkpoints.save(state, description.to_dict())
+            state = loop.fit(
+                step, state, batches, steps, log, config.train.log_every, every, lambda n: stop() > 0,
+                config.train.steps_per_dispatch, config.train.max_skipped,
+            )  # fmt: skip
+            if state.step < steps:
+                save(state)
+            checkpoints.close()
     except FloatingPointError as error:
+        with contextlib.suppress(SaveError):
+            checkpoints.close()
         cli.stop(PROGRAM, f"{error}: start again from the last checkpoint with a lower --train.learning-rate")
-    finally:
-        checkpoints.close()
+    except UnreadableError as error:
+        with contextlib.suppress(SaveError):
+            checkpoints.close()
+        cli.stop(PROGRAM, error)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error
+        cli.stop(PROGRAM, f"{reason}: put it right, and the same command goes on from the last checkpoint")
     if state.step < steps:
         print(f"interrupted: the same command goes on from step {state.step}", file=sys.stderr)
-        raise SystemExit(130)
-    print(f"done: sample with 'python sample.py {workdir}'")
+        raise SystemExit(128 + stop())
+    say(f"done: sample with 'python sample.py {workdir}'")
+
+
+def say(text: str) -> None:
+    """Print, once for all hosts."""
+    if jax.process_index() == 0:
+        print(text)
+
+
+def open_checkpoints(workdir: Path, config: experiment.Config) -> Checkpoints:
+    """The checkpoints of this run, to be written."""
+    return Checkpoints(workdir, config.train.keep, clean=True)
+
+
+class Found(NamedTuple):
+    """What a run goes on from."""
+
+    description: Description  # as it was stored
+    training: experiment.Training
+    state: TrainState  # over all devices of all hosts
+
+
+def resume(checkpoints: Checkpoints, config: experiment.Config, mesh: Mesh) -> Found | None:
+    """The latest checkpoint that is whole, None if there is none at all; later ones, which are not, are set aside.
+    ValueError where none is whole, or the configuration is not one that can go on from it.
+    """
+    damaged: dict[int, ValueError] = {}
+    for step in reversed(checkpoints.steps()):
+        try:
+            stored = Description.from_dict(checkpoints.config(step))
+        except ValueError as error:
+            damaged[step] = error
+            continue
+        changes = experiment.check_resume(stored.config, config)
+        training = experiment.build_training(config, *stored[1:])
+        like = jax.eval_shape(training.init, jax.random.key(0))
+        try:
+            state = checkpoints.restore(step, like, parallel.whole(mesh))
+        except ValueError as error:
+            damaged[step] = error
+            continue
+        for later in damaged:
+            say(f"checkpoint {later} is damaged, and is now {checkpoints.set_aside(later)}: step {step} is used")
+        for change in changes:
+            say(f"changed since the checkpoint: {change}")
+        return Found(stored, training, state)
+    if damaged:
+        raise damaged[max(damaged)]
+    return None
 
 
 def preview(workdir: Path, network: Any, description: Description) -> Callable[[TrainState], None]:
@@ -138,14 +209,16 @@ def preview(workdir: Path, network: Any, description: Description) -> Callable[[
     config, image_shape, classes = description
     levels = experiment.build_schedule(config)
     plan = sampler.ddim(levels, schedule.trailing(levels, min(PREVIEW_STEPS, schedule.length(levels))))
-    generate = Generator(network, experiment.build_prediction(config), image_shape, classes)
-    devices, num = jax.device_count(), PREVIEW_IMAGES
+    mesh = parallel.device_mesh(jax.local_devices())
+    generate = Generator(network, experiment.build_prediction(config), image_shape, classes, mesh)
+    num = PREVIEW_IMAGES
     labels = np.arange(num, dtype=np.int32) % classes if classes else None
     scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else 1.0
 
     def write(state: TrainState) -> None:
-        batch = parallel.round_up(num, devices)
-        made = generate(state.ema, plan, labels, num, guidance=Guidance(scale), seed=PREVIEW_SEED, batch=batch)
+        batch = parallel.round_up(num, mesh.size)
+        params = parallel.held(mesh, state.ema[0])
+        made = generate(params, plan, labels, num, guidance=Guidance(scale), seed=PREVIEW_SEED, batch=batch)
         captions = None if labels is None else [str(label) for label in labels]
         sheet = picture.grid(made.images, captions, columns=10)
         picture.save_png(workdir / "previews" / f"{int(state.step):07d}.png", sheet)

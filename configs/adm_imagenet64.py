@@ -1,23 +1,11 @@
-"""ADM's network for ImageNet at 64x64, class-conditional: 296 M parameters.
+"""The configuration `imagenet64` by the name of its paper.
 
     python train.py adm_imagenet64 --workdir runs/imagenet64
 
-Hardware: a TPU pod; ADM trained 540,000 steps of 2048 images.
-Expected: published is FID 2.07 in 250 steps (arXiv:2105.05233, table 4), with a learned variance, which diffjax does
-not train. This run has not been repeated with diffjax yet. The labels withheld here, for guidance, are not in ADM.
+Hardware: as `imagenet64`.
+Expected: as `imagenet64` (arXiv:2105.05233, table 4).
 """
 
-from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from configs.imagenet64 import config
 
-config = Config(
-    data=Data(name="imagenet_resized/64x64"),
-    network=Network(
-        channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_width=64, resample_blocks=True,
-        norm_groups=32, norm_epsilon=1e-5, dropout=0.1, dtype="bfloat16", remat=True,
-    ),
-    diffusion=Diffusion(schedule="cosine"),
-    train=Train(
-        steps=540_000, batch=2048, learning_rate=3e-4, warmup=5000, decay="none", ema=0.9999, log_every=100,
-        eval_every=5000, preview_every=5000, save_every=5000,
-    ),
-)  # fmt: skip
+__all__ = ["config"]

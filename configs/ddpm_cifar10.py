@@ -1,22 +1,11 @@
-"""DDPM's network for CIFAR-10, unconditional: 35,746,307 parameters.
+"""The configuration `cifar10` by the name of its paper.
 
     python train.py ddpm_cifar10 --workdir runs/cifar10
 
-Hardware: a TPU pod slice or several GPUs; DDPM trained 800,000 steps of 128 images on a TPU v3-8 in 10.6 hours.
-Expected: published are FID 3.17 and inception score 9.46 (arXiv:2006.11239, table 1), with random horizontal flips,
-which are not drawn here. This run has not been repeated with diffjax yet.
+Hardware: as `cifar10`.
+Expected: as `cifar10` (arXiv:2006.11239, table 1).
 """
 
-from diffjax.experiment import Config, Data, Network, Train
+from configs.cifar10 import config
 
-config = Config(
-    data=Data(name="cifar10", labels=False),
-    network=Network(
-        channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), scale_shift=False, sin_first=True,
-        frequency_shift=1, norm_groups=32, dropout=0.1,
-    ),
-    train=Train(
-        steps=800_000, batch=128, learning_rate=2e-4, warmup=5000, decay="none", ema=0.9999, log_every=100,
-        eval_every=5000, preview_every=5000, save_every=5000,
-    ),
-)  # fmt: skip
+__all__ = ["config"]

@@ -72,7 +72,7 @@ def to_run(run: Run, workdir: Path, data: str | None) -> None:
     if data is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=data))
     optimizer, _ = experiment.build_optimizer(config)
-    state = init_state(run.params, optimizer)
+    state = init_state(run.params, optimizer, len(config.train.ema))
     checkpoints = Checkpoints(workdir)
     checkpoints.save(state._replace(step=state.step + run.step), run.description._replace(config=config).to_dict())
     checkpoints.close()

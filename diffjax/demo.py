@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.run)
     with cli.one_sentence(PROGRAM):
         run = open_run(folder)
-        if run.description.config.data.name != "digits" or not run.description.classes:
+        if str(run.description.config.data) != "digits" or not run.description.classes:
             raise ValueError(f"{folder} is not a run of the configuration 'digits': use sample.py")
         check_guidance(run, Guidance(2.0))
         check_seed(options.seed)

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from diffjax import cli, editing, picture, sampler, schedule
+from diffjax import cli, editing, experiment, picture, sampler, schedule
 from diffjax.editing import Editor, Progress, trailing_from
 from diffjax.experiment import suggest
 from diffjax.run import Guidance, Run, check_guidance, check_seed, open_run, output_folder, read_labels
@@ -156,7 +156,7 @@ def open_scene(options: Common) -> Scene:
                 print(said)
         images = picture.to_float(np.stack([image for image, _ in read]))
     else:
-        images, _ = data.first_images(data.load(config.data.name, config.data.dir).held_out, options.num)
+        images, _ = data.first_images(experiment.load_data(config).held_out, options.num)
     labels = None
     if options.labels is not None:
         labels = read_labels(run, options.labels, len(images))

@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from diffjax import cli, sampler, schedule
+from diffjax import cli, experiment, sampler, schedule
 from diffjax.denoiser import Condition, from_network
 from diffjax.evaluation import likelihood
 from diffjax.evaluation.record import BitsPerDim, markdown
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
         if options.evaluations is not None and not 1 <= options.evaluations <= T - 1:
             raise ValueError(f"--evaluations is {options.evaluations}: this chain takes 1 to {T - 1}, or None for all")
         std = std_named(options.variance)
-        images, labels = data.first_images(data.load(config.data.name, config.data.dir).held_out, options.num)
+        images, labels = data.first_images(experiment.load_data(config).held_out, options.num)
         labels = make_labels(options, run, labels)
         out = cli.check_output(Path(options.out or output_folder(options.run) / "evaluation.json"), ".json")
     rows = bits_per_dim(options, run, std, images, labels)
@@ -162,7 +162,7 @@ def bits_per_dim(
     by_bound = likelihood.bits_per_dim(bounds, shape, density=False)
     context: dict[str, Any] = {
         "given": "labels" if classes and options.labels else "no labels", "images": len(images),
-        "data": f"{config.data.name}, held out", "network": run.name, "parameters": count_parameters(run.params),
+        "data": f"{config.data}, held out", "network": run.name, "parameters": count_parameters(run.params),
         "weights": f"{run.weights}, step {run.step}", "image_size": "x".join(map(str, shape)),
         "dtype": config.network.dtype,
     }  # fmt: skip

@@ -13,14 +13,18 @@ import pkgutil
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 
 from diffjax import denoiser, loss, process, schedule
 from diffjax.models.unet import UNet
+from diffjax.training.parallel import Mode
+from diffjax.training.step import TrainState, TrainStep, init_state, make_eval_step, make_train_step, several
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Betas are rescaled to reach the same noise at any T, and EDM's path is taken in its variance-preserving form: networks
@@ -39,12 +43,28 @@ BETAS = {"linear": schedule.linear, "scaled_linear": schedule.scaled_linear}  # 
 class Data:
     """The images."""
 
+    source: Literal["tfds", "folder", "npz"] = "tfds"
+    """A dataset of tensorflow-datasets, a folder of PNG, JPEG or WebP files, or an .npz file."""
     name: str = "digits"
-    """Dataset: digits, or any image dataset of the tensorflow-datasets catalogue."""
+    """Dataset of tfds: digits, or any image dataset of its catalogue."""
     dir: str | None = None
-    """Folder of prepared datasets; None for tensorflow-datasets' own."""
+    """Folder of prepared datasets of tfds; None for its own."""
+    path: str | None = None
+    """Of folder, whose sub-folders are the classes, or npz: x uint8 [N,H,W] or [N,H,W,C], and labels y if any."""
+    size: int | None = None
+    """Cut images to their middle and resize them to this many pixels a side; None for images as they are."""
+    pad: int = 0
+    """Black pixels then added on every side, so that 28x28 becomes 32x32 by 2."""
+    grey: bool = False
+    """Make images grey; else those of a folder are RGB."""
     labels: bool = True
     """Condition the network on the class label."""
+    flip: bool = False
+    """Mirror images, left to right, each with probability 1/2."""
+
+    def __str__(self) -> str:
+        """As in "mnist" or "photos.npz"."""
+        return self.name if self.source == "tfds" else Path(self.path or "").name
 
 
 @dataclass(frozen=True)
@@ -127,8 +147,8 @@ class Train:
     """Of AdamW."""
     clip: float = 1.0
     """Largest norm of the averaged gradient."""
-    ema: float = 0.999
-    """Decay of the moving average of the parameters, after its warm-up."""
+    ema: tuple[float, ...] = (0.999,)
+    """Decays of the moving averages of the parameters, after their warm-up; sampling uses the first."""
     weighting: Literal["simple", "min_snr", "truncated_snr", "sigmoid", "edm"] = "simple"
     """What the squared error counts at each noise level."""
     times: Literal["uniform", "stratified", "antithetic"] = "uniform"
@@ -137,6 +157,14 @@ class Train:
     """Share of labels that are withheld, so that the network can be guided."""
     seed: int = 0
     """Of parameters, data order and noise."""
+    accumulate: int = 1
+    """Parts of a batch whose gradients are taken one after the other: less memory."""
+    parallel: Annotated[Mode, tyro.conf.arg(aliases=("--parallel",))] = "pmap"
+    """How devices share a step: shard_map or jit for pods, pmap anywhere; the results are the same."""
+    steps_per_dispatch: int = 1
+    """Steps per call of the device: more where the host is what is waited for."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped, their gradients not being numbers, before training stops."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 200
@@ -160,8 +188,8 @@ class Config:
 
 
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
-BOUND = ("data.name", "data.labels", "diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr")
-BOUND += ("diffusion.T", "diffusion.prediction")
+BOUND = ("data.source", "data.name", "data.size", "data.pad", "data.grey", "data.labels")
+BOUND += ("diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr", "diffusion.T", "diffusion.prediction")
 BOUND += tuple(f"network.{f.name}" for f in dataclasses.fields(Network) if f.name not in ("dropout", "dtype", "remat"))
 SEEDS = 2**32  # JAX would take a larger seed modulo this
 
@@ -190,18 +218,22 @@ def check(config: Config) -> None:
     positive = ("network.channels", "network.blocks", "network.heads", "network.norm_epsilon", "diffusion.T")
     positive += tuple(name for name in ("network.head_width", "network.norm_groups") if fields[name] is not None)
     positive += ("train.steps", "train.batch", "train.clip", "train.keep", "train.log_every", "train.save_every")
+    positive += ("train.accumulate", "train.steps_per_dispatch", "train.max_skipped")
     for name in positive:
         if not 0 < fields[name] < math.inf:
             raise ValueError(f"{name} is {fields[name]}: use a number above 0")
-    for name in ("network.dropout", "train.ema", "train.label_dropout"):
+    for name in ("network.dropout", "train.label_dropout"):
         if not 0 <= fields[name] < 1:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more, and less than 1")
+    if not config.train.ema or not all(0 <= decay < 1 for decay in config.train.ema):
+        raise ValueError(f"train.ema is {config.train.ema}: name at least one decay, each 0 or more, and less than 1")
     counts = ("train.warmup", "train.seed", "train.eval_every", "train.preview_every")
     for name in ("train.learning_rate", "train.weight_decay", *counts):
         if not 0 <= fields[name] < math.inf:
             raise ValueError(f"{name} is {fields[name]}: use 0 or more")
     if config.train.seed >= SEEDS:
         raise ValueError(f"train.seed is {config.train.seed}: use less than 2**32")
+    _check_data(config.data)
     network = config.network
     if not network.multipliers or min(network.multipliers) < 1:
         raise ValueError(f"network.multipliers is {network.multipliers}: name at least one resolution, each 1 or more")
@@ -213,6 +245,19 @@ def check(config: Config) -> None:
         raise ValueError(
             f"diffusion.betas are of the schedules {' and '.join(BETAS)}: leave them out of {config.diffusion.schedule}"
         )
+
+
+def _check_data(data: Data) -> None:
+    if data.size is not None and data.size < 1:
+        raise ValueError(f"data.size is {data.size}: use a number above 0")
+    if data.pad < 0:
+        raise ValueError(f"data.pad is {data.pad}: use 0 or more")
+    if data.source == "tfds" and data.path is not None:
+        raise ValueError("data.path belongs to the sources folder and npz: say which with --data.source")
+    if data.source != "tfds" and data.path is None:
+        raise ValueError(f"data.path is None: say with --data.path where the {data.source} of images is")
+    if data.source == "folder" and data.size is None:
+        raise ValueError("data.size is None: files are of many sizes, give one to all with --data.size")
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -242,7 +287,9 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
     def parse(value: Any, hint: Any) -> Any:
         if dataclasses.is_dataclass(hint):
             return from_dict(value, hint)
-        return tuple(value) if typing.get_origin(hint) is tuple else value
+        if typing.get_origin(hint) is tuple and not isinstance(value, list):
+            return (value,)  # a field that has become several
+        return tuple(value) if isinstance(value, list) else value
 
     return kind(**{name: parse(value, types[name]) for name, value in values.items()})
 
@@ -257,10 +304,46 @@ def check_resume(stored: Config, given: Config) -> list[str]:
                 f"{name} is {new[name]} but the checkpoint was trained with {old[name]}:"
                 f" take another --workdir, or leave {name} as it was"
             )
+    if len(stored.train.ema) != len(given.train.ema):
+        raise ValueError(
+            f"train.ema is {given.train.ema} but the checkpoint holds the averages {stored.train.ema}: name as many"
+        )
     return [f"{name}: {old[name]} -> {new[name]}" for name in changed]
 
 
 # ---------------------------------------------------------------------------------------------- what it describes
+
+
+def load_data(config: Config) -> Any:
+    """The images, as a `training.sources.Dataset`. ValueError or OSError for data that cannot be used."""
+    from diffjax.training import sources  # only here: who samples waits for no library of data
+
+    data = config.data
+    if data.source == "tfds":
+        found = sources.load_tfds(data.name, data.dir, data.size)
+    elif data.source == "folder":
+        found = sources.load_folder(Path(data.path or ""), data.size or 0, grey=data.grey)
+    else:
+        found = sources.load_npz(Path(data.path or ""))
+    if data.labels and not found.classes:
+        raise ValueError(f"{data} has no class labels: train with --data.no-labels")
+    return sources.fitted(found, data.size, data.pad, grey=data.grey)
+
+
+def describe_data(config: Config) -> tuple[tuple[int, int, int], int]:
+    """The shape of the images, and the number of classes that the network is told of, 0 for none. Nothing is downloaded
+    for it. ValueError or OSError as of `load_data`.
+    """
+    from diffjax.training import sources
+
+    data = config.data
+    if data.source != "tfds":
+        found = load_data(config)
+        return found.image_shape, found.classes if data.labels else 0
+    shape, classes = sources.describe_tfds(data.name, data.dir, data.size)
+    if data.labels and not classes:
+        raise ValueError(f"{data} has no class labels: train with --data.no-labels")
+    return sources.fitted_shape(shape, None, data.pad, grey=data.grey), classes if data.labels else 0
 
 
 def build_schedule(config: Config) -> schedule.Schedule:
@@ -327,3 +410,35 @@ def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax
     rate = optax.join_schedules([rate, then], [warmup]) if rate else then
     adamw = optax.adamw(rate, weight_decay=train.weight_decay)
     return optax.chain(optax.clip_by_global_norm(train.clip), adamw), rate
+
+
+class Training(NamedTuple):
+    """What trains a network."""
+
+    unet: UNet
+    network: Callable[..., jax.Array]  # as of build_network
+    init: Callable[[jax.Array], TrainState]  # key -> state before the first step
+    step: TrainStep  # (state, batches [K, B, ...], axis_name=None) -> (state, metrics [K])
+    eval_step: Callable[..., jax.Array]  # (params, batch [B, ...], axis_name=None) -> loss
+
+
+def build_training(config: Config, image_shape: tuple[int, int, int], classes: int) -> Training:
+    """The steps of one device, and the state that they start from, for images [H, W, C] and a number of classes, 0 for
+    none: `parallel.over` runs them on many. ValueError for parts that do not fit each other.
+    """
+    train, levels, prediction = config.train, build_schedule(config), build_prediction(config)
+    unet, times = build_unet(config, image_shape, classes), build_times(config)
+    network, (optimizer, rate) = build_network(config, unet), build_optimizer(config)
+    weighting = build_weighting(config)
+    objective = loss.denoising(network, prediction, levels, weighting, times, classes, train.label_dropout)
+    # The held-out loss is L_simple over independent levels whatever the weighting, so that runs compare.
+    held_out = loss.denoising(lambda *inputs: network(*inputs[:-1]), prediction, levels)
+    step = make_train_step(
+        objective, optimizer, train.ema, train.seed,
+        accumulate=train.accumulate, rate=rate, quarters=loss.quarters(times, schedule.length(levels)),
+    )  # fmt: skip
+
+    def init(key: jax.Array) -> TrainState:
+        return init_state(init_params(unet, image_shape, key), optimizer, len(train.ema))
+
+    return Training(unet, network, init, several(step), make_eval_step(held_out, train.seed))

@@ -51,6 +51,18 @@ def antithetic(key: Array, index: Array, T: int) -> Array:
     return jnp.where(index % 2 == 0, t, T + 1 - t)
 
 
+def drawn(times: TimeSampling, key: Array, index: Array, T: int) -> Array:
+    """The t that the objective draws in the step of this key: 1..T, int32 [B]."""
+    return times(jax.random.fold_in(key, 0), index, T)
+
+
+def quarters(times: TimeSampling, T: int) -> Callable[[Any, Array], Array]:
+    """(batch, key of the step) -> the quarter of 1..T that each example's t is in, 0..3, int32 [B]: a loss that is
+    watched by quarters tells which noise levels are being learnt.
+    """
+    return lambda batch, key: (drawn(times, key, batch["index"], T) - 1) * 4 // T
+
+
 # ---------------------------------------------------------------------------------------------- weightings
 
 # The squared error of a network's output counts weight[t]; index 0 is never drawn. A weighting w of the squared error
@@ -169,7 +181,7 @@ def denoising(
         x0, condition, index = batch["image"], batch.get("label"), batch["index"]
         if not jnp.issubdtype(x0.dtype, jnp.floating):
             raise ValueError(f"images are {x0.dtype}: noise is added to floats, of -1 to 1")
-        t = times(jax.random.fold_in(key, 0), index, length(schedule))
+        t = drawn(times, key, index, length(schedule))
         keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(example_keys(jax.random.fold_in(key, 1), index))
         for_eps, for_condition, for_dropout = keys
         level = jax.tree.map(lambda leaf: leaf[t], table)

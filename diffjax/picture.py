@@ -60,35 +60,42 @@ def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
 
     OSError for a file that cannot be read, ValueError for one that is not an image, or has more than 8 bits.
     """
-    height, width, channels = shape
-    mode = {1: "L", 3: "RGB"}[channels]
     try:
         with Image.open(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
             image = ImageOps.exif_transpose(file)
             image.load()
-        was, changes = f"{image.width}x{image.height} {image.mode}", []
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"pixels of more than 8 bits, mode {image.mode}")
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-            changes.append(LAID_OVER)
-        converted = image.convert(mode)
+        made, changes = fit(image, shape)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that can be read: use a PNG or JPEG file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno:  # about the file, and names it
             raise
         raise ValueError(f"{path} cannot be read as an image ({error}): use a PNG or JPEG file of 8 bits") from error
+    was = f"{path} is {image.width}x{image.height} {image.mode}"
+    return made, f"{was}: {', '.join(changes)}" if changes else ""
+
+
+def fit(image: Image.Image, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
+    """The middle of an image, resized to uint8 [H, W, C], C of 1 (grey) or 3 (RGB), its transparency laid over white,
+    and what of all this was done. ValueError for pixels of more than 8 bits.
+    """
+    height, width, channels = shape
+    mode, changes = {1: "L", 3: "RGB"}[channels], []
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of more than 8 bits, mode {image.mode}")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+        changes.append(LAID_OVER)
     if image.width * height != image.height * width:
         changes.append("cut to its middle")
     if image.size != (width, height):
         changes.append(f"resized to {width}x{height}")
     if image.mode != mode:
         changes.append("made grey" if channels == 1 else "made RGB")
-    image = ImageOps.fit(converted, (width, height), Image.Resampling.BOX)
-    return np.asarray(image).reshape(shape), f"{path} is {was}: {', '.join(changes)}" if changes else ""
+    made = ImageOps.fit(image.convert(mode), (width, height), Image.Resampling.BOX)
+    return np.asarray(made).reshape(shape), changes
 
 
 def save_png(path: Path, picture: Image.Image) -> None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from diffjax import denoiser, experiment, sampler
@@ -91,7 +92,7 @@ def _of_diffusers(folder: Path) -> Run:
     config = found.config
     unet = experiment.build_unet(config, found.image_shape, found.classes)
     return Run(
-        name=f"unet of {config.data.name}", description=Description(config, found.image_shape, found.classes),
+        name=f"unet of {config.data}", description=Description(config, found.image_shape, found.classes),
         network=experiment.build_network(config, unet), params=found.params,
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
         weights=found.weights, step=found.step, remarks=found.remarks,
@@ -152,7 +153,7 @@ def check_guidance(run: Run, guidance: Guidance) -> None:
 
 
 def _check_worse(run: Run, worse: Run) -> None:
-    ours, theirs = ((r.description.config.data.name, *r.description[1:]) for r in (run, worse))
+    ours, theirs = ((str(r.description.config.data), *r.description[1:]) for r in (run, worse))
     if ours != theirs:
         raise ValueError(
             f"{worse.name} was trained on data, images and classes {theirs}, and {run.name} on {ours}:"
@@ -205,11 +206,20 @@ class Generator:
     parameters does not compile again.
     """
 
-    def __init__(self, network: Network, prediction: Prediction, image_shape: Sequence[int], classes: int) -> None:
-        """classes: 0 for a network without a condition; else `classes` itself is its label for none."""
+    def __init__(
+        self,
+        network: Network,
+        prediction: Prediction,
+        image_shape: Sequence[int],
+        classes: int,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """classes: 0 for a network without a condition; else `classes` itself is its label for none. mesh: the devices,
+        all if None.
+        """
         self._network, self._prediction = network, prediction
         self._image_shape, self._classes = tuple(image_shape), classes
-        self._mesh = parallel.device_mesh()
+        self._mesh = parallel.device_mesh() if mesh is None else mesh
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._compile_seconds = 0.0
 
@@ -308,6 +318,19 @@ class Generator:
             seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
         shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
         return Images(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, seconds - looking)
+
+    def lower(self, params: Any, rows: Plan, batch: int, guided: bool) -> Any:
+        """The program that takes `batch` images through rows of a plan, clipped, guided or not, for shapes alone:
+        params are arrays or what stands for them. It can be compiled where it cannot run.
+        """
+        scalar = partial(jax.ShapeDtypeStruct, ())
+        shared = params, None, (scalar(jnp.float32), scalar(jnp.int32))
+        labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if self._classes else None
+        carry = (jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32),) * 3
+        keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), np.arange(batch)))
+        kind = ("guided", 0.0, False) if guided else ()
+        program: Any = self._build(kind, ("clip", None))
+        return program.lower(shared, (labels, None), rows, carry, keys)
 
     def _denoiser(self, shared: Any, conditions: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:
         def build(counted: Callable[[Network], Network]) -> Denoiser:

@@ -47,7 +47,7 @@ def test_a_linen_network_of_twenty_lines_is_trained_and_sampled():
 
     params = module.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), labels[:1])
     optimizer = optax.adam(3e-3)
-    step = jax.jit(make_train_step(loss.denoising(network, EPS, LEVELS), optimizer, 0.99, seed=0), donate_argnums=0)
+    step = jax.jit(make_train_step(loss.denoising(network, EPS, LEVELS), optimizer, (0.99,), seed=0), donate_argnums=0)
     state, losses, r = init_state(params, optimizer), [], np.random.default_rng(0)
     for n in range(400):
         image = (labels[:, None, None, None] - 0.5) + 0.1 * r.normal(size=(256, *SHAPE)).astype(np.float32)
@@ -55,7 +55,7 @@ def test_a_linen_network_of_twenty_lines_is_trained_and_sampled():
         state, metrics = step(state, {"image": image, "label": labels, "index": index})
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-20:]) < 0.3 * losses[0]
-    images = sampled(network, state.ema, labels)
+    images = sampled(network, state.ema[0], labels)
     means = [float(images[label::2].mean()) for label in (0, 1)]
     np.testing.assert_allclose(means, [-0.5, 0.5], atol=0.1)
 

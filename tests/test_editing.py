@@ -8,7 +8,7 @@ from PIL import Image
 from diffjax import edit, editing, picture, sampler, schedule
 from diffjax.evaluation.digits import judge
 from diffjax.run import Generator, Guidance, open_run
-from diffjax.training import data
+from diffjax.training import data, sources
 
 RIGHT = np.arange(8)[None, :, None] * np.ones((8, 1, 1)) < 4  # the left half is known
 
@@ -26,7 +26,7 @@ def editor(run):
 @pytest.fixture(scope="module")
 def digits(digits_run, data_dir):
     """Sixteen held-out digits and their labels."""
-    return data.first_images(data.load("digits", str(data_dir)).held_out, 16)
+    return data.first_images(sources.load_tfds("digits", str(data_dir)).held_out, 16)
 
 
 def test_reconstruction_improves_with_the_steps(editor, digits):

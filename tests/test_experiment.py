@@ -1,4 +1,5 @@
 import json
+import re
 import typing
 
 import jax
@@ -6,22 +7,68 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffjax import experiment, loss, process, schedule
+import train
+from diffjax import cli, experiment, loss, process, schedule
 from diffjax.experiment import Config, Data, Diffusion, Network, Train
 from diffjax.testing import assert_schedule
 
+SHAPES = {"digits": ((8, 8, 1), 10), "mnist": ((32, 32, 1), 10), "cifar10": ((32, 32, 3), 10)}
+SHAPES |= {"imagenet64": ((64, 64, 3), 1000), "folder": ((64, 64, 3), 7)}
+ALIASES = {"ddpm_cifar10": "cifar10", "adm_imagenet64": "imagenet64"}
+
 
 @pytest.mark.parametrize("name", experiment.names())
-def test_every_configuration_is_valid_and_tells_its_command(name):
+def test_every_configuration_builds_and_tells_commands_that_parse(name):
+    """Its state and its loss, in shapes alone, for the images that its data have."""
     config = experiment.named(name)
     experiment.check(config)
     doc = __import__(f"configs.{name}", fromlist=[name]).__doc__
-    assert f"python train.py {name} --workdir" in doc
+    commands = re.findall(rf"python train.py {name} (.*)", doc)
+    for command in commands:
+        parsed = cli.parse(train.Options, name, command.split(), train.Options(tyro.MISSING, config=config))
+        experiment.check(parsed.config)
+    assert commands
     assert "Hardware:" in doc
     assert "Expected:" in doc
+    shape, classes = SHAPES.get(name) or SHAPES[ALIASES.get(name) or name.split("_")[0]]
+    training = experiment.build_training(config, shape, classes if config.data.labels else 0)
+    if name in ALIASES:
+        return
+    state = jax.eval_shape(training.init, jax.random.key(0))
+    like = {"image": np.zeros((4, *shape), np.float32), "label": np.zeros(4, int), "index": np.zeros(4, np.uint32)}
+    batch = {key: value for key, value in like.items() if key != "label" or config.data.labels}
+    assert jax.eval_shape(training.eval_step, state.params, batch).shape == ()
+
+
+def test_the_recipes_are_those_of_their_papers():
+    for name, paper in ALIASES.items():
+        assert experiment.named(name) == experiment.named(paper)
+    cifar = experiment.named("cifar10")
+    train = cifar.train
+    assert (train.batch, train.steps, train.learning_rate, train.warmup) == (128, 800_000, 2e-4, 5000)
+    assert (train.ema, train.clip, cifar.network.dropout, cifar.data.flip) == ((0.9999,), 1, 0.1, True)
+    imagenet = experiment.named("imagenet64")
+    assert (imagenet.network.dtype, imagenet.train.parallel) == ("bfloat16", "shard_map")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Data(source="folder", size=8), "data.path is None: say with --data.path where the folder of images is"),
+        (Data(source="npz"), "data.path is None: say with --data.path where the npz of images is"),
+        (Data(path="images"), "data.path belongs to the sources folder and npz"),
+        (Data(source="folder", path="images"), "data.size is None: files are of many sizes"),
+        (Data(size=0), "data.size is 0"),
+        (Data(pad=-1), "data.pad is -1"),
+    ],
+)
+def test_data_that_cannot_be_is_named(data, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.check(Config(data=data))
 
 
 @given(st.builds(Train), st.lists(st.integers(1, 4), min_size=1).map(tuple), st.none() | st.text())

@@ -14,14 +14,13 @@ from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from diffjax import denoiser, experiment, loss, sampler, schedule
+from diffjax import denoiser, experiment, sampler, schedule
 from diffjax.bench.peers import Peer, available, versions
 from diffjax.bench.subject import Subject, subject
 from diffjax.bench.timing import BLOCK, in_turns
 from diffjax.evaluation.record import Timing
 from diffjax.run import count_parameters, describe_devices
 from diffjax.sampler import Carry, Plan
-from diffjax.training.step import init_state, make_train_step
 
 SCALE = 2.0  # of guidance
 DISPATCHED = 10  # training steps in one dispatch
@@ -156,30 +155,22 @@ def backward(it: Subject, case: Case) -> list[Way]:
 
 def train(it: Subject, case: Case) -> list[Way]:
     """A training step by itself, and as one of DISPATCHED in one dispatch."""
-    null = it.classes if it.classes else None
-    network: Any = it.network
-    objective = loss.denoising(network, it.prediction, it.levels, null=null, drop_rate=0.1 if it.classes else 0.0)
-    optimizer, _ = experiment.build_optimizer(it.config)
-    step = make_train_step(objective, optimizer, it.config.train.ema, seed=0)
+    training = experiment.build_training(it.config, it.image_shape, it.classes)
     batch = {"image": it.images(case.batch), "index": jnp.arange(case.batch, dtype=jnp.uint32)}
     batch |= {"label": it.labels(case.batch)} if it.classes else {}
-    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * DISPATCHED), batch)
 
-    def way(what: str, function: Callable[..., Any], batch: Any, per: int) -> Way:
-        state = jax.tree.map(jnp.copy, init_state(it.params, optimizer))
-        program = compiled(function, state, batch, donate=(0,))
+    def way(what: str, steps: int) -> Way:
+        state, batches = training.init(jax.random.key(0)), jax.tree.map(lambda leaf: jnp.stack([leaf] * steps), batch)
+        program = compiled(training.step, state, batches, donate=(0,))
 
         def run() -> Any:
             nonlocal state
-            state, metrics = program.call(state, batch)
+            state, metrics = program.call(state, batches)
             return metrics
 
-        return Way(what, run, program, per=per)
+        return Way(what, run, program, calls=steps, per=steps)  # XLA counts the body of a loop once
 
-    once = way("train step", step, batch, 1)
-    many = way(f"train step, {DISPATCHED} per dispatch", partial(jax.lax.scan, step), batches, DISPATCHED)
-    # XLA counts the body of a loop once.
-    return [once, many._replace(program=many.program._replace(flops=DISPATCHED * once.program.flops))]
+    return [way("train step", 1), way(f"train step, {DISPATCHED} per dispatch", DISPATCHED)]
 
 
 def ddim(it: Subject, case: Case, scale: float | None = None) -> list[Way]:

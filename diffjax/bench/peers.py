@@ -85,7 +85,7 @@ class Peer:
             torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 1 - config.ema)
+                torch._foreach_lerp_(average, parameters, 1 - config.ema[0])
 
         return run
 

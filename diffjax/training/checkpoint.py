@@ -1,78 +1,147 @@
-"""Checkpoints of a run, with Orbax: the training state and the configuration that it belongs to."""
+"""Checkpoints of a run, with Orbax: the training state, the configuration that it belongs to, and a digest of both.
 
+A save is written beside the others and renamed when it is whole, so that a kill leaves all or nothing of it. What disks
+do to it later, Orbax does not notice; the digest does.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from diffjax.training.step import TrainState
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged"  # beside it: what could not be read, out of the way
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Checkpoints:
     """The checkpoints of one run folder, by number of steps done. Saves in the background: `close` waits for them."""
 
-    def __init__(self, workdir: Path, keep: int = 3) -> None:
-        """keep: how many of the latest to keep."""
-        options = ocp.CheckpointManagerOptions(preservation_policy=preservation_policy.LatestN(keep))
-        self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).resolve(), options=options, item_names=("params", "ema", "rest", "config")
+    def __init__(self, workdir: Path, keep: int = 3, *, clean: bool = False) -> None:
+        """keep: how many of the latest to keep. clean: remove what kills have left of saves; for the one program that
+        writes, since a save of another that is under way looks the same.
+        """
+        self._workdir = workdir.resolve()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=clean
         )
+        self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
 
     def steps(self) -> list[int]:
         """Those on disk, in order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, config: dict[str, Any]) -> None:
-        """Copy the state and write it in the background; nothing if this step is there already."""
+        """Copy the state and write it in the background; nothing if this step is there already. SaveError if this one
+        cannot be written, or the one before it could not be.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "ema": ocp.args.StandardSave(state.ema),
-            "rest": ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-            "config": ocp.args.JsonSave(config),
-        }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        trees = _trees(state)
+        stored = {"config": config, "digests": {name: digest(tree) for name, tree in trees.items()}}
+        stored |= {"digest": _of_json(stored)}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        args = ocp.args.Composite(**items, config=ocp.args.JsonSave(stored))
+        self._writing(lambda: self._manager.save(step, args=args))
 
     def config(self, step: int) -> dict[str, Any]:
-        """The configuration of checkpoint `step`, as it was saved. ValueError where there is none."""
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-        except (KeyError, FileNotFoundError) as error:
-            folder = self._manager.directory / str(step)
-            raise ValueError(f"checkpoint {folder} is incomplete: remove it, and an earlier one is used") from error
+        """The configuration of checkpoint `step`, as it was saved. ValueError where there is none, or a damaged one."""
+        return self._stored(step)["config"]
 
     def restore(self, step: int, like: TrainState, sharding: Sharding) -> TrainState:
-        """Checkpoint `step` as a state of the structure of `like` (arrays or ShapeDtypeStructs), placed by sharding."""
-        trees = {"params": like.params, "ema": like.ema, "rest": {"step": like.step, "opt_state": like.opt_state}}
-        args = {name: ocp.args.StandardRestore(_placed(tree, sharding)) for name, tree in trees.items()}
-        items = self._restore(step, args)
-        return TrainState(items["rest"]["step"], items["params"], items["ema"], items["rest"]["opt_state"])
+        """Checkpoint `step` as a state of the structure of `like` (arrays or ShapeDtypeStructs), placed by sharding.
+        ValueError where it is damaged, or not of this structure.
+        """
+        items = self._restore(step, _trees(like), sharding)
+        rest, ema = items["rest"], tuple(items[average(i)] for i in range(len(like.ema)))
+        return TrainState(rest["step"], rest["skipped"], items["params"], ema, rest["opt_state"])
 
     def restore_weights(self, step: int, weights: str, like: Any, sharding: Sharding) -> Any:
-        """Only the parameters of checkpoint `step`, "ema" or "params", of the structure of `like`."""
-        args = {weights: ocp.args.StandardRestore(_placed(like, sharding))}
-        return self._restore(step, args)[weights]
+        """Only the parameters of checkpoint `step`, "params" or as `average` names them, of the structure of `like`."""
+        return self._restore(step, {weights: like}, sharding)[weights]
 
-    def _restore(self, step: int, args: dict[str, Any]) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint {self._manager.directory / str(step)} does not fit the network of its configuration: it is"
-                " damaged, or from another version of diffjax"
-            ) from error
+    def set_aside(self, step: int) -> Path:
+        """Move checkpoint `step` out of the way, into the run's folder of damaged ones. Returns where it is."""
+        place = self._workdir / DAMAGED / str(step)
+        if jax.process_index() == 0:
+            shutil.rmtree(place, ignore_errors=True)
+            place.parent.mkdir(exist_ok=True)
+            shutil.move(self._workdir / FOLDER / str(step), place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+        return place
 
     def close(self) -> None:
-        """Wait until every save is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait until every save is on disk. SaveError where one could not be written."""
+        try:
+            self._writing(self._manager.wait_until_finished)
+        finally:
+            self._manager.close()
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        folder = self._workdir / FOLDER / str(step)
+        try:
+            stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        except Exception as error:  # whatever Orbax may raise of files that are not there, or cut short
+            raise ValueError(f"checkpoint {folder} is incomplete: remove it, and an earlier one is used") from error
+        if "digest" not in stored:  # from before there were digests: the configuration alone
+            return {"config": stored, "digests": {}}
+        if stored.pop("digest") != _of_json(stored):
+            raise ValueError(f"checkpoint {folder} is damaged: remove it, and an earlier one is used")
+        return stored
+
+    def _restore(self, step: int, trees: dict[str, Any], sharding: Sharding) -> Any:
+        folder = self._workdir / FOLDER / str(step)
+        digests = self._stored(step)["digests"]
+        args = {name: ocp.args.StandardRestore(_placed(tree, sharding)) for name, tree in trees.items()}
+        try:
+            items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # as above
+            raise ValueError(
+                f"checkpoint {folder} does not fit the network of its configuration: it is damaged, or from another"
+                " version of diffjax"
+            ) from error
+        if any(digests.get(name, found) != found for name, found in ((name, digest(items[name])) for name in trees)):
+            raise ValueError(f"checkpoint {folder} is damaged: remove it, and an earlier one is used")
+        return items
+
+    def _writing(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:  # Orbax raises of a full disk what its parts raise: OSError, ValueError or others
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise SaveError(f"a checkpoint could not be written to {self._workdir / FOLDER} ({reason})") from error
+
+
+def average(index: int) -> str:
+    """The name of a moving average in a checkpoint, by its position in TrainState.ema."""
+    return f"ema_{index}" if index else "ema"
+
+
+def digest(tree: Any) -> str:
+    """Of the names, types, shapes and bytes of all arrays, as hexadecimal digits."""
+    whole = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        array = np.ascontiguousarray(leaf)
+        whole.update(f"{jax.tree_util.keystr(path)} {array.dtype} {leaf.shape}".encode())
+        whole.update(array.reshape(-1).view(np.uint8).data)
+    return whole.hexdigest()
 
 
 def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints, int]:
@@ -93,6 +162,15 @@ def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints
     if step is not None and step not in steps:
         raise FileNotFoundError(f"{workdir} holds no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
     return checkpoints, steps[-1] if step is None else step
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    rest = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
+    return {"params": state.params, "rest": rest} | {average(i): tree for i, tree in enumerate(state.ema)}
+
+
+def _of_json(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _placed(tree: Any, sharding: Sharding) -> Any:

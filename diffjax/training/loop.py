@@ -5,11 +5,13 @@ import json
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from diffjax.training.step import TrainState
@@ -23,22 +25,26 @@ class Every(NamedTuple):
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function true: a step or a save under way ends in order. The
-    second raises KeyboardInterrupt as usual.
+def interruptible() -> Iterator[Callable[[], int]]:
+    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function return its number, in place of 0: a step or a
+    save under way ends in order. A second one does what it would have done.
     """
-    interrupted = False
+    received = 0
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, before)
+        nonlocal received
+        received = number
+        restore()
 
-    before = signal.signal(signal.SIGINT, handle)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: interrupted
+        yield lambda: received
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 class MetricsFile:
@@ -53,9 +59,9 @@ class MetricsFile:
         whole.replace(path)
 
     def write(self, step: int, **metrics: Any) -> None:
-        """Append one line; metrics are numbers, or arrays of one."""
+        """Append one line; metrics are numbers, or arrays of one; null stands for what is not a number."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **{name: float(value) for name, value in metrics.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **{name: _number(value) for name, value in metrics.items()}}) + "\n")
 
 
 def fit(
@@ -66,53 +72,77 @@ def fit(
     log: Callable[..., None],
     log_every: int,
     every: tuple[Every, ...] = (),
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[int], bool] = lambda step: False,
+    per_dispatch: int = 1,
+    max_skipped: int = 10,
 ) -> TrainState:
     """Train until `steps` steps are done, with a progress bar; returns the state after them, or after the step at which
-    stop() became true.
+    stop(step) became true.
 
-    step: compiled, (state, batch) -> (state, metrics), may reuse the memory of its state. log(step, **metrics) gets
-    the metrics of a step, every log_every steps and at the end. A step's metrics are fetched only when the next is
-    under way, so that the device never waits for the host. FloatingPointError for a loss that is not a number, before
-    any action sees that step.
+    step: compiled, (state, batches [K, ...]) -> (state, metrics [K]), of K = per_dispatch steps or, where something is
+    due before, fewer; it may reuse the memory of its state. log(step, **metrics) gets the metrics of a step, every
+    log_every steps and at the end. Metrics are fetched only when the next dispatch is under way, so that the device
+    never waits for the host. FloatingPointError after max_skipped steps in a row that were skipped.
     """
-    start = int(state.step)
+    start, skipped = int(state.step), int(state.skipped)
+    in_a_row = 0
+    last: deque[float] = deque(maxlen=3)
     logged, since = start, time.perf_counter()
     pending: tuple[int, dict[str, Any]] | None = None
     with tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True) as bar:
 
         def collect() -> None:
-            nonlocal pending, logged, since
+            nonlocal pending, logged, since, skipped, in_a_row
             if pending is None:
                 return
-            n, metrics = pending[0], jax.device_get(pending[1])
+            first, metrics = pending[0], jax.device_get(pending[1])
             pending = None
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"the loss is {metrics['loss']} at step {n}")
-            bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
-            bar.update(n - bar.n)
-            if n % log_every == 0 or n == steps:
-                now = time.perf_counter()
-                rate = {"steps_per_second": (n - logged) / (now - since)} if n > logged else {}
-                log(n, **metrics, **rate)
-                logged, since = n, now
+            now, count = time.perf_counter(), len(metrics["loss"])
+            rate = {"steps_per_second": (first + count - 1 - logged) / (now - since)} if first > logged else {}
+            for i in range(count):
+                n, of_step = first + i, {name: value[i] for name, value in metrics.items()}
+                last.append(float(of_step["loss"]))
+                in_a_row = in_a_row + 1 if of_step["skipped"] > skipped else 0
+                skipped = of_step["skipped"]
+                if in_a_row == max_skipped:
+                    at = f" at learning rate {of_step['learning_rate']:.3g}" if "learning_rate" in of_step else ""
+                    raise FloatingPointError(
+                        f"the gradients of {in_a_row} steps in a row, to step {n}{at}, were not numbers,"
+                        f" and the last losses {', '.join(f'{loss:.3g}' for loss in last)}"
+                    )
+                if n % log_every == 0 or n == steps:
+                    log(n, **of_step, **rate)
+                    logged, since = first + count - 1, now
+            bar.set_postfix(loss=f"{last[-1]:.4f}", refresh=False)
+            bar.update(first + count - 1 - bar.n)
 
-        for n in range(start + 1, steps + 1):
-            state, metrics = step(state, next(batches))
+        n = start
+        while n < steps:
+            ends = [each.steps * (n // each.steps + 1) for each in every if each.steps]
+            count = min(per_dispatch, steps - n, *(end - n for end in ends))
+            state, metrics = step(state, jax.tree.map(_stack, *(next(batches) for _ in range(count))))
             collect()
-            pending = n, metrics
+            pending, n = (n + 1, metrics), n + count
             due = [each.action for each in every if each.steps and (n % each.steps == 0 or n == steps)]
             if due:
                 collect()
             for action in due:
                 action(state)
-            if due or n == start + 1:  # the rate is that of training: neither compiling nor what was due counts
+            if due or n == start + count:  # the rate is that of training: neither compiling nor what was due counts
                 jax.block_until_ready(state)
                 logged, since = n, time.perf_counter()
-            if stop():
+            if stop(n):
                 break
         collect()
     return state
+
+
+def _stack(*leaves: Any) -> np.ndarray:
+    return np.stack(leaves)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

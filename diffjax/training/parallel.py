@@ -1,19 +1,22 @@
-"""Data parallelism: one step function over all devices."""
+"""Data parallelism: one step function over all devices, in three ways that compute the same."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+Mode = Literal["pmap", "shard_map", "jit"]
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices, or the given ones, in a row."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
+    """All devices, those of a host side by side, or the given ones, in a row."""
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices), (AXIS,))
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -21,16 +24,18 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh) -> NamedSharding:
-    """A share of the first axis on every device: batches."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """A share of one axis, the first if not told, on every device: batches."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXIS))
 
 
-def check_divisible(batch: int, devices: int, name: str = "batch") -> None:
-    """ValueError unless a batch can be shared out equally."""
-    if batch < 1 or batch % devices:
+def check_divisible(batch: int, devices: int, name: str = "batch", parts: int = 1) -> None:
+    """ValueError unless a batch can be shared out equally, and each share be taken in `parts`."""
+    if batch < 1 or batch % (devices * parts):
+        each = f", in {parts} parts each," if parts > 1 else ""
+        of = devices * parts
         raise ValueError(
-            f"{name} is {batch}, which {devices} devices cannot share equally: use a multiple of {devices}"
+            f"{name} is {batch}, which {devices} devices{each} cannot share equally: use a multiple of {of}"
         )
 
 
@@ -39,23 +44,61 @@ def round_up(number: int, devices: int) -> int:
     return -(-number // devices) * devices
 
 
-def shard(batch: Any, devices: int) -> Any:
-    """[B, ...] -> [devices, B/devices, ...] on every leaf, as `pmap` takes it."""
-    return jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
+def over(mesh: Mesh, mode: Mode, step: Callable[..., Any], *, axis: int = 0, donate: bool = False) -> Any:
+    """step(state, batch, axis_name) over the devices of a mesh, compiled when it is called, or by its `lower`.
 
+    The state goes in and comes out whole, on every device; a batch is as `place` gives it, shared out along `axis`.
+    donate: the state that comes out takes the memory of the one that went in; place the first one by `home`, as the
+    step returns it.
 
-def pmap(
-    step: Callable[..., Any], devices: Sequence[jax.Device] | None = None, donate: bool = False
-) -> Callable[..., Any]:
-    """step(state, batch, axis_name) over devices: the state goes in and comes out whole, batches as `shard` gives them.
-
-    in_axes=(None, 0) and out_axes=None keep the state's logical shape: no leading device axis, and checkpoints that do
-    not know how many devices there were. JAX does not check that what comes out is the same on all devices: the step
-    averages everything that it returns over AXIS. Place the first state by `whole`, as the step returns it: otherwise
-    the second call compiles again.
+    "pmap" and "shard_map" run the step on each device's share, and the step averages all that it returns over AXIS:
+    JAX does not check that. "jit" runs it once, on the whole batch, and leaves the sharing out to the compiler.
     """
     donated = (0,) if donate else ()
-    return jax.pmap(
-        partial(step, axis_name=AXIS), axis_name=AXIS, in_axes=(None, 0), out_axes=None,
-        devices=devices, donate_argnums=donated,
-    )  # fmt: skip
+    if mode == "pmap":
+        # in_axes None and out_axes None keep the state's logical shape: no leading device axis.
+        return jax.pmap(
+            partial(step, axis_name=AXIS), axis_name=AXIS, in_axes=(None, axis), out_axes=None,
+            devices=list(mesh.devices.flat), donate_argnums=donated,
+        )  # fmt: skip
+    state, shares = whole(mesh), split(mesh, axis)
+    if mode == "shard_map":
+        # With check_vma, gradients of a state that is the same everywhere come out summed, and the step's mean of sums
+        # is then too large by the number of devices.
+        step = jax.shard_map(
+            partial(step, axis_name=AXIS), mesh=mesh, in_specs=(state.spec, shares.spec), out_specs=state.spec,
+            check_vma=False,
+        )  # fmt: skip
+    return jax.jit(step, in_shardings=(state, shares), out_shardings=state, donate_argnums=donated)
+
+
+def rows(batch: Any, host: int, hosts: int) -> Any:
+    """A host's rows of a whole batch [B, ...]: [B/hosts, ...]."""
+    return jax.tree.map(lambda leaf: np.split(leaf, hosts)[host], batch)
+
+
+def place(mesh: Mesh, mode: Mode, batch: Any, axis: int = 0) -> Any:
+    """The rows of a host of a batch, [..., B/hosts, ...] with the examples along `axis`, as `over` takes them."""
+    devices = len(mesh.local_devices)
+    if mode == "pmap":
+        shape = lambda leaf: (*leaf.shape[:axis], devices, -1, *leaf.shape[axis + 1 :])  # noqa: E731
+        return jax.tree.map(lambda leaf: leaf.reshape(shape(leaf)), batch)
+    put = partial(jax.make_array_from_process_local_data, split(mesh, axis))
+    return jax.tree.map(put, batch)
+
+
+def home(mesh: Mesh, mode: Mode) -> Mesh:
+    """Where `over` keeps the state, whole: all devices, or, under pmap, those of this host, which is all it sees."""
+    return device_mesh(mesh.local_devices) if mode == "pmap" else mesh
+
+
+def held(mesh: Mesh, tree: Any) -> Any:
+    """The same copies of arrays that are whole on every device, seen as arrays over the devices of this mesh: of all
+    hosts, as checkpoints take them, or of this one alone. Nothing is copied.
+    """
+
+    def seen(leaf: jax.Array) -> jax.Array:
+        copies = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, whole(mesh), copies)
+
+    return jax.tree.map(seen, tree)

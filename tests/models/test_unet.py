@@ -95,7 +95,7 @@ def test_the_condition_may_be_real_numbers():
     ("name", "shape", "classes", "options", "parameters"),
     [
         ("digits", (8, 8, 1), 10, {}, 426_961),
-        ("mnist_small", (28, 28, 1), 10, {}, 878_273),
+        ("mnist_small", (32, 32, 1), 10, {}, 878_273),
         # As stored by google/ddpm-cifar10-32; 35.7 M in arXiv:2006.11239.
         ("ddpm_cifar10", (32, 32, 3), 0, {}, 35_746_307),
         # With the learned variance of the published one, and no row for no label; 296 M in arXiv:2105.05233.

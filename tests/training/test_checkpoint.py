@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax.training.checkpoint import Checkpoints, open_checkpoint
+from diffjax.training.checkpoint import Checkpoints, average, open_checkpoint
 from diffjax.training.parallel import device_mesh, whole
 from diffjax.training.step import init_state
 
@@ -15,8 +15,8 @@ OPTIMIZER = optax.adamw(1e-3)
 
 def state(step, seed=0):
     params = {"a": jax.random.normal(jax.random.key(seed), (3, 4)), "b": {"c": jnp.arange(5.0)}}
-    made = init_state(params, OPTIMIZER)
-    return made._replace(step=jnp.int32(step), ema=jax.tree.map(lambda p: 2 * p, params))
+    made = init_state(params, OPTIMIZER, averages=2)
+    return made._replace(step=jnp.int32(step), ema=(jax.tree.map(lambda p: 2 * p, params), params))
 
 
 def test_a_state_comes_back_bit_for_bit_on_any_devices(tmp_path):
@@ -31,8 +31,9 @@ def test_a_state_comes_back_bit_for_bit_on_any_devices(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, state(7))
     assert jax.tree.structure(found) == jax.tree.structure(state(7))
     assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(found))
-    ema = checkpoints.restore_weights(7, "ema", state(0).params, everywhere)
-    jax.tree.map(np.testing.assert_array_equal, ema, state(7).ema)
+    for i in range(2):
+        ema = checkpoints.restore_weights(7, average(i), state(0).params, everywhere)
+        jax.tree.map(np.testing.assert_array_equal, ema, state(7).ema[i])
     checkpoints.close()
 
 

@@ -1,44 +1,20 @@
-import functools
-import gzip
-import hashlib
-import http.server
-import io
-import sys
-import tarfile
-import threading
-from types import SimpleNamespace
+import time
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from sklearn.datasets import load_digits
 
 from diffjax.picture import to_uint8
-from diffjax.training import data
+from diffjax.training import data, sources
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """The real builder, writing real files."""
-    return data.load("digits", str(tmp_path_factory.mktemp("datasets")))
+    return sources.load_tfds("digits", str(tmp_path_factory.mktemp("datasets")))
 
 
 def take(stream, n):
     return [next(stream) for _ in range(n)]
-
-
-def test_digits_are_those_of_scikit_learn(digits):
-    assert (digits.image_shape, digits.classes) == ((8, 8, 1), 10)
-    assert (len(digits.train), len(digits.held_out)) == (1500, 297)
-    real = load_digits()
-
-    def bag(images, labels):
-        return sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
-
-    for split, part in [(digits.train, slice(0, 1500)), (digits.held_out, slice(1500, None))]:
-        examples = [split[i] for i in range(len(split))]
-        expected = np.round(real.images[part] * 255 / 16).astype(np.uint8)
-        assert bag([e["image"] for e in examples], [e["label"] for e in examples]) == bag(expected, real.target[part])
 
 
 def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(digits):
@@ -84,115 +60,78 @@ def test_held_out_batches_are_always_the_same(digits, batch, multiple, sizes):
     assert (np.concatenate([b["index"] for b in found]) == np.arange(sum(sizes))).all()
 
 
-@pytest.fixture
-def download_site(tmp_path):
-    """A web server on the loopback, in the place of a dataset's download site: its folder and its address."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def serve(monkeypatch, builder, folder, url, files):
-    """Put files on the site, and tell the builder's checksums of them."""
-    infos = {}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-        checksum = tfds.download.checksums.UrlInfo(
-            size=tfds.core.utils.Size(len(content)), checksum=hashlib.sha256(content).hexdigest(), filename=name
-        )
-        infos[url + name] = checksum
-    monkeypatch.setattr(builder, "url_infos", infos)
-
-
-def test_mnist_is_downloaded_and_prepared_without_tensorflow(tmp_path, monkeypatch, download_site):
-    """The catalogue's own builder, its own download and unpacking; only the address and the number of images differ."""
-    from tensorflow_datasets.image_classification import mnist
-
-    folder, url = download_site
-    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
-    labels = np.arange(20, dtype=np.uint8) % 10
-    idx = {"images-idx3": bytes(16) + images.tobytes(), "labels-idx1": bytes(8) + labels.tobytes()}
-    files = {
-        f"{split}-{kind}-ubyte.gz": gzip.compress(content)
-        for split in ("train", "t10k")
-        for kind, content in idx.items()
-    }
-    serve(monkeypatch, mnist.MNIST, folder, url, files)
-    monkeypatch.setattr(mnist.MNIST, "URL", url)
-    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 20)
-    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 20)
-
-    found = data.load("mnist", str(tmp_path / "data"))
-    assert (found.image_shape, found.classes, len(found.train)) == ((28, 28, 1), 10, 20)
-    pairs = sorted((e["image"].tobytes(), e["label"]) for e in (found.train[i] for i in range(20)))
-    assert pairs == sorted((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
-    assert "tensorflow" not in sys.modules
-
-
-def test_cifar10_too_through_an_archive(tmp_path, monkeypatch, download_site):
-    from tensorflow_datasets.image_classification import cifar
-
-    folder, url = download_site
-    rows = np.random.default_rng(0).integers(0, 256, (4, 1 + 3072), np.uint8)
-    rows[:, 0] = [0, 9, 5, 5]
-    info = cifar.Cifar10._cifar_info.fget(SimpleNamespace(name="cifar10"))
-    members = {name: rows.tobytes() for name in [*info.train_files, *info.test_files]}
-    members |= {name: b"\n".join(b"class%d" % i for i in range(10)) for name in info.label_files}
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(info.prefix + name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    serve(monkeypatch, cifar.Cifar10, folder, url, {"cifar-10-binary.tar.gz": archive.getvalue()})
-    monkeypatch.setattr(cifar.Cifar10, "_cifar_info", info._replace(url=url + "cifar-10-binary.tar.gz"))
-
-    found = data.load("cifar10", str(tmp_path / "data"))
-    assert (found.image_shape, found.classes, len(found.train), len(found.held_out)) == ((32, 32, 3), 10, 20, 4)
-    expected = rows[1, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
-    assert any((found.held_out[i]["image"] == expected).all() and found.held_out[i]["label"] == 9 for i in range(4))
-
-
-def test_a_download_that_is_not_what_it_should_be_is_named(tmp_path, monkeypatch, download_site):
-    from tensorflow_datasets.image_classification import mnist
-
-    folder, url = download_site
-    names = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-    serve(monkeypatch, mnist.MNIST, folder, url, dict.fromkeys(names, b"not an archive"))
-    monkeypatch.setattr(mnist.MNIST, "URL", url)
-    with pytest.raises(
-        ValueError, match=r"'mnist' could not be prepared in .*extracting.*; where TensorFlow is installed"
-    ):
-        data.load("mnist", str(tmp_path / "data"))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("cifar1", "no dataset 'cifar1': did you mean 'cifar10'"),
-        ("imagenet2012", "different sizes"),
-        ("ag_news_subset", "has no feature 'image': choose an image dataset"),
-    ],
-)
-def test_a_dataset_that_cannot_be_used_is_named(tmp_path, name, message):
-    with pytest.raises(ValueError, match=message):
-        data.load(name, str(tmp_path))
-
-
-def test_no_network_is_said_at_once(tmp_path, monkeypatch):
-    """A port where nothing listens, in place of the download site: refused like any site that is out of reach."""
-    builder = tfds.builder("cifar10", data_dir=tmp_path, file_format="array_record")
-    monkeypatch.setattr(type(builder), "url_infos", {"http://127.0.0.1:9/cifar.tar.gz": None})
-    with pytest.raises(
-        ValueError, match=r"'cifar10' .*127.0.0.1:9.* cannot be reached, .* point --data.dir at the copy"
-    ):
-        data.load("cifar10", str(tmp_path))
-
-
 def test_a_batch_larger_than_the_data_is_named(digits):
     with pytest.raises(ValueError, match="a batch of 1600 is more than the 1500 images"):
         data.batches(digits.train, 1600, seed=0)
+
+
+class Counting:
+    """A source that knows what was read of it."""
+
+    def __init__(self, n):
+        self.reads, self._n = [], n
+
+    def __len__(self):
+        return self._n
+
+    def __getitem__(self, i):
+        self.reads.append(int(i))
+        return {"image": np.full((2, 4, 1), i % 256, np.uint8), "label": int(i)}
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_a_host_reads_its_rows_and_no_others(hosts, monkeypatch):
+    monkeypatch.setattr(data, "READ_AHEAD", 1)
+    monkeypatch.setattr(data, "THREADS", 1)
+    whole = take(data.batches(Counting(240), 24, seed=1, start=3), 5)
+    read = []
+    for host in range(hosts):
+        source = Counting(240)
+        mine = take(data.batches(source, 24, seed=1, start=3, host=host, hosts=hosts), 5)
+        share = 24 // hosts
+        rows = slice(host * share, (host + 1) * share)
+        for batch, all_of_it in zip(mine, whole, strict=True):
+            assert (batch["label"] == all_of_it["label"][rows]).all()
+        expected = sorted(np.concatenate([batch["label"] for batch in mine]))
+        assert set(expected) <= set(source.reads)
+        assert len(source.reads) <= (5 + 3) * share  # and what is read ahead
+        read.append(set(expected))
+    assert sum(map(len, read)) == len(set.union(*read)) == 5 * 24  # within one pass, no image twice
+
+
+def test_flips_are_of_the_seed_and_the_example_alone():
+    def flipped(batches):
+        return np.concatenate([b["image"][:, 0, 0, 0] > b["image"][:, 0, 1, 0] for b in batches])
+
+    class Ramp(Counting):
+        def __getitem__(self, i):
+            return {"image": np.arange(8, dtype=np.uint8).reshape(1, 8, 1)}
+
+    def stream(seed=5, flip=True, **options):
+        return data.batches(Ramp(400), 100, seed=seed, labels=False, flip=flip, **options)
+
+    whole = flipped(take(stream(), 20))
+    assert 0.45 < whole.mean() < 0.55  # 2000 draws: five standard deviations are 0.056
+    assert (flipped(take(stream(start=7), 3)) == whole[700:1000]).all()
+    shares = [flipped(take(stream(host=h, hosts=2), 20)).reshape(20, 50) for h in range(2)]
+    assert (np.concatenate(shares, axis=1).ravel() == whole).all()
+    assert (flipped(take(stream(seed=6), 20)) != whole).any()
+    assert not flipped(take(stream(flip=False), 4)).any()
+    pixels = take(stream(), 1)[0]["image"]
+    assert (np.sort(pixels, axis=2) == np.sort(pixels[:1], axis=2)).all()
+
+
+def test_the_stream_reads_ahead_of_who_takes_from_it():
+    """While nothing is taken, a step's worth of batches is read: none holds up the step after it."""
+    source = Counting(1000)
+    stream = data.batches(source, 10, seed=0)
+    next(stream)
+    until = time.monotonic() + 20
+    while len(source.reads) < 10 * data.READ_AHEAD and time.monotonic() < until:
+        time.sleep(0.01)
+    assert len(source.reads) >= 10 * data.READ_AHEAD
+
+
+def test_hosts_that_cannot_share_a_batch_are_named(digits):
+    with pytest.raises(ValueError, match="a batch of 64 cannot be shared equally by 3 hosts: use a multiple of 3"):
+        data.batches(digits.train, 64, seed=0, hosts=3)

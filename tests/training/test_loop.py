@@ -2,26 +2,31 @@ import itertools
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from diffjax.training.loop import Every, MetricsFile, fit
 from diffjax.training.step import TrainState
 
 
-def count(state, batch):
-    """A step whose loss is the batch."""
-    return state._replace(step=state.step + 1), {"loss": jnp.float32(batch)}
+def count(state, batches):
+    """Steps whose losses are their batches; those that are no numbers are skipped."""
+    losses = np.asarray(batches, np.float32)
+    skipped = state.skipped + np.cumsum(~np.isfinite(losses))
+    state = state._replace(step=state.step + len(losses), skipped=skipped[-1])
+    return state, {"loss": losses, "skipped": skipped, "learning_rate": np.full(len(losses), 0.25)}
 
 
 def state(step=0):
-    return TrainState(jnp.int32(step), None, None, None)
+    return TrainState(jnp.int32(step), jnp.int32(0), None, None, None)
 
 
-def test_every_step_is_logged_with_its_own_metrics_and_actions_follow():
+@pytest.mark.parametrize("per_dispatch", [1, 2, 5, 100])
+def test_every_step_is_logged_with_its_own_metrics_and_actions_follow(per_dispatch):
     seen = []
     every = tuple(Every(n, lambda s, n=n: seen.append((f"every {n}", int(s.step)))) for n in (3, 4, 0))
     log = lambda step, **metrics: seen.append((float(metrics["loss"]), step))  # noqa: E731
-    end = fit(count, state(2), itertools.count(3), 10, log, 1, every)
+    end = fit(count, state(2), itertools.count(3), 10, log, 1, every, per_dispatch=per_dispatch)
     assert int(end.step) == 10
     assert [s for name, s in seen if name == "every 3"] == [3, 6, 9, 10]
     assert [s for name, s in seen if name == "every 4"] == [4, 8, 10]
@@ -30,12 +35,15 @@ def test_every_step_is_logged_with_its_own_metrics_and_actions_follow():
     assert seen.index(("every 3", 6)) > seen.index((6.0, 6))
 
 
-def test_a_loss_that_is_no_number_stops_before_it_is_acted_on():
-    saved = []
-    every = (Every(1, lambda s: saved.append(int(s.step))),)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 3"):
-        fit(count, state(), iter([1.0, 1.0, jnp.nan, 1.0]), 4, lambda step, **metrics: None, 1, every)
-    assert saved == [1, 2]
+@pytest.mark.parametrize("per_dispatch", [1, 4])
+def test_skipped_steps_in_a_row_stop_the_training(per_dispatch):
+    fine, bad = 1.0, float("nan")
+    losses = [fine, bad, bad, fine, 2.0, bad, bad, bad, fine, fine]
+    told = r"the gradients of 3 steps in a row, to step 8 at learning rate 0.25, were .* the last losses nan, nan, nan"
+    with pytest.raises(FloatingPointError, match=told):
+        fit(count, state(), iter(losses), 10, lambda *_, **__: None, 1, per_dispatch=per_dispatch, max_skipped=3)
+    end = fit(count, state(), iter(losses), 10, lambda *_, **__: None, 1, per_dispatch=per_dispatch, max_skipped=4)
+    assert (int(end.step), int(end.skipped)) == (10, 5)
 
 
 def test_metrics_beyond_the_checkpoint_and_lines_cut_short_are_dropped(tmp_path):
@@ -44,7 +52,7 @@ def test_metrics_beyond_the_checkpoint_and_lines_cut_short_are_dropped(tmp_path)
     for step in (1, 2, 3):
         metrics.write(step, loss=jnp.float32(step))
     path.write_text(path.read_text() + '{"step": 4, "lo')
-    MetricsFile(path, 2).write(3, loss=9)
+    MetricsFile(path, 2).write(3, loss=9, empty=float("nan"))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0}]
+    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0, "empty": None}]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,201 @@
+"""A dry run compiles the real programs: what it reads off them must agree with what is known of them otherwise."""
+
+import functools
+import importlib.util
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import check_mistake
+from jax.sharding import PartitionSpec as P
+
+import train
+from diffjax import dryrun, experiment
+from diffjax.experiment import Config, Network, Train
+from diffjax.run import count_parameters
+from diffjax.training import parallel
+
+SHAPE, CLASSES = (4, 4, 1), 10
+NETWORK = Network(channels=16, multipliers=(1,), attention=(), middle_attention=False)
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+def parameters():
+    unet = experiment.build_unet(Config(network=NETWORK), SHAPE, CLASSES)
+    return count_parameters(jax.eval_shape(lambda: experiment.init_params(unet, SHAPE, jax.random.key(0))))
+
+
+@functools.cache
+def of_step(devices, **options):
+    config = Config(network=NETWORK, train=Train(**options))
+    mesh = parallel.device_mesh(devices)
+    return dryrun.cost(dryrun.lower_step(config, SHAPE, CLASSES, mesh), math.inf, config.train.accumulate)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_a_step_sends_its_gradients_once_and_nothing_else(mode):
+    """Four bytes a parameter, and the nine numbers of its metrics; XLA sends two gradients that are equal, as those of
+    two biases that are added, once.
+    """
+    found = of_step(tuple(jax.devices()), batch=16, parallel=mode)
+    assert {c.kind for c in found.collectives} == {"all-reduce"}
+    assert sum(c.bytes for c in found.collectives) == pytest.approx(4 * parameters(), rel=1e-3)
+    assert found.fits
+
+
+def test_a_device_computes_the_same_however_many_there_are():
+    """With the same share of the batch; all that grows is the number of devices that are summed over."""
+    few, many = (of_step(tuple(jax.devices()[:n]), batch=batch, parallel="shard_map") for n, batch in ((2, 4), (8, 16)))
+    assert many.flops == pytest.approx(few.flops, rel=0.01)
+
+
+def test_parts_of_a_batch_cost_the_same_and_need_less_memory():
+    whole, parts = (of_step(tuple(jax.devices()[:2]), batch=64, accumulate=n, parallel="shard_map") for n in (1, 16))
+    assert parts.flops == pytest.approx(whole.flops, rel=0.25)  # the optimizer's share counts in every part
+    assert parts.peak < whole.peak
+
+
+def test_the_sampler_is_the_guided_one_and_its_devices_do_not_speak():
+    """Two evaluations of the network per row, against one where there is nothing to guide with."""
+    mesh = parallel.device_mesh()
+    guided, plain = (
+        dryrun.cost(dryrun.lower_sampler(Config(network=NETWORK, train=train), SHAPE, CLASSES, mesh), math.inf)
+        for train in (Train(batch=64), Train(batch=64, label_dropout=0.0))
+    )
+    assert guided.collectives == plain.collectives == ()
+    assert 1.9 < guided.flops / plain.flops < 2.1
+
+
+def test_collectives_are_counted_in_a_program_that_is_known():
+    mesh = parallel.device_mesh()
+
+    def talk(x):
+        gathered = jax.lax.all_gather(x, parallel.AXIS)  # [8, 4, 6] float32
+        moved = jax.lax.ppermute(x.astype(jnp.int8), parallel.AXIS, [(i, (i + 1) % 8) for i in range(8)])
+        return jax.lax.psum((x.sum(), gathered.sum(0)), parallel.AXIS), moved
+
+    program = jax.shard_map(
+        talk, mesh=mesh, in_specs=P(parallel.AXIS), out_specs=(P(), P(parallel.AXIS)), check_vma=False
+    )
+    compiled = jax.jit(program).lower(np.zeros((32, 6), np.float32)).compile()
+    found = {c.kind: c for c in dryrun.collectives(compiled.as_text())}
+    assert found["all-gather"] == ("all-gather", 1, 8 * 4 * 6 * 4)
+    assert found["collective-permute"] == ("collective-permute", 1, 4 * 6)
+    assert found["all-reduce"].bytes == 4 + 4 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("%a = f32[3,4]{1,0:T(8,128)} all-reduce(f32[3,4] %b), channel_id=1", ("all-reduce", 1, 48)),
+        ("%a = (f32[2]{0:T(128)S(1)}, /*index=1*/bf16[4]{0}) all-reduce(%b, %c)", ("all-reduce", 1, 16)),
+        (
+            "%a = (f32[2]{0}, f32[]) all-reduce-start(%b)\n%d = (f32[2], f32[]) all-reduce-done(%a)",
+            ("all-reduce", 1, 12),
+        ),
+        ("%a = (f32[2]{0}, f32[16]{0}) all-gather-start(f32[2] %b)", ("all-gather", 1, 64)),
+    ],
+)
+def test_collectives_are_read_off_what_the_compiler_prints(line, expected):
+    assert dryrun.collectives(line) == (expected,)
+    assert dryrun.collectives("%f = f32[2] get-tuple-element(%all-reduce.1), index=0") == ()
+
+
+def test_the_command_prints_a_table_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = "--network.channels=8 --network.multipliers=1 --network.attention --train.batch=16"
+    train.main(["digits", "--dry-run", "cpu", *options.split()])
+    said = capsys.readouterr().out
+    assert "cpu: 8 x cpu of 1 host" in said
+    assert "| guided DDIM, a row" in said
+    assert " all-reduce of " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch, capsys):
+    """The real step, on machines of too little memory."""
+    monkeypatch.setattr(dryrun, "room", lambda device, number: 2.0**17)
+    options = "--network.channels=8 --network.multipliers=1 --network.attention --train.batch=16 --dry-run cpu"
+    with pytest.raises(SystemExit) as end:
+        train.main(["digits", *options.split()])
+    said = capsys.readouterr()
+    assert end.value.code == 2
+    assert "the train step does not fit: it needs" in said.err
+    assert "--network.remat or --train.accumulate 2 or --train.batch 8 would help" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert "| no " in said.out
+
+
+@pytest.mark.parametrize(
+    ("message", "needs", "has"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded", 20.5, 15.75),
+        ("total memory required for HLO temporaries (74.72G) exceeds available HBM (15.75G)", 74.72, 15.75),
+        ("Used 512.00M of 1.00G hbm", 0.5, 1.0),
+        ("something else", math.nan, math.nan),
+    ],
+)
+def test_a_refusal_is_read(message, needs, has):
+    found = np.array(dryrun.memory_of_refusal(message)) / dryrun.GIB
+    np.testing.assert_allclose(found, [needs, has])
+
+
+BAD = {
+    "digits --dry-run v5e:2x2": "needs libtpu, Google's compiler for TPUs: pip install 'diffjax[pod]'",
+    "digits --dry-run gpu": "needs libtpu",
+    "digits --dry-run": "--dry-run",
+    "digits --dry-run cpu --train.batch 12": "train.batch is 12, which 8 devices cannot share equally",
+    "digits --dry-run cpu --train.accumulate 3": "in 3 parts each, cannot share equally: use a multiple of 24",
+    "digits --dry-run cpu --network.attention 5": "attention at (5,) never happens",
+    "digits --dry-run cpu --data.name cifar1": "no dataset 'cifar1': did you mean 'cifar10'?",
+    "digits --dry-run cpu --data.pad=-1": "data.pad is -1: use 0 or more",
+    "digits --dry-run cpu --data.size 0": "data.size is 0: use a number above 0",
+    "digits --dry-run cpu --data.path {tmp}": "data.path belongs to the sources folder and npz",
+    "digits --dry-run cpu --data.source npz": "data.path is None: say with --data.path",
+    "digits --dry-run cpu --data.source npz --data.path {tmp}/no.npz": "there is no file",
+    "digits --dry-run cpu --data.source npz --data.path {tmp}/text.npz": "cannot be read as an .npz file",
+    "digits --dry-run cpu --data.source zip": "'zip'",
+    "folder --dry-run cpu --data.path {tmp}/none": "there is no folder of images",
+    "folder --dry-run cpu --data.path {tmp}/empty": "holds no images: put PNG, JPEG or WebP files into it",
+    "folder --dry-run cpu --data.path {tmp}/flat": "flat has no class labels: train with --data.no-labels",
+    "folder --dry-run cpu --data.path {tmp}/flat --data.size 20 --data.no-labels": "20x20 cannot be halved 3 times",
+    "folder --data.path {tmp}/damaged --workdir {tmp}/run --data.no-labels --data.size 8 {tiny}": "or remove it",
+}
+TINY = "--network.channels=4 --network.multipliers=1 --network.attention --network.head-width=4 --train.batch=8"
+
+
+@pytest.fixture
+def places(tmp_path):
+    from PIL import Image
+
+    for name in ("empty", "flat", "damaged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text.npz").write_text("x, y")
+    for i in range(90):  # a tenth is held out, one for each device
+        for name in ("flat", "damaged"):
+            Image.new("RGB", (9, 9), (i, i, i)).save(tmp_path / name / f"{i:02}.png")
+    (tmp_path / "damaged" / "05.png").write_text("no image")
+    return {"tmp": tmp_path}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_a_mistake_is_one_sentence(command, places, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    check_mistake(train.main, command.replace("{tiny}", TINY), BAD[command], capsys, **places)
+
+
+@needs_libtpu
+def test_a_tpu_that_is_not_here_costs_the_same_per_chip_at_4_and_256():
+    costs = []
+    for target, number in [("v5e:2x2", 4), ("v5e:16x16", 256)]:
+        devices = dryrun.devices(target)
+        assert len(devices) == number
+        costs.append(of_step(tuple(devices), batch=4 * number, parallel="shard_map"))
+        gradients = sum(c.bytes for c in costs[-1].collectives)
+        assert gradients == pytest.approx(4 * parameters(), rel=1e-3)
+    assert costs[1].flops == pytest.approx(costs[0].flops, rel=0.01)
