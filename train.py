@@ -7,7 +7,6 @@ configuration with its default.
 """
 
 import contextlib
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from PIL.Image import Image
 
 from diffjax import cli, experiment, picture, sampler, schedule
 from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
-from diffjax.training import data, loop, parallel
+from diffjax.training import checkpoint, data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints, SaveError
 from diffjax.training.step import TrainState
 
@@ -50,7 +49,7 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Parse and train."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save at length
+    checkpoint.quiet()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\nconfigurations: {', '.join(experiment.names())}")
         return
