@@ -75,6 +75,8 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
     home = parallel.home(mesh, mode)
     with cli.one_sentence(PROGRAM):
         experiment.check(config)
+        if workdir.is_file():
+            raise ValueError(f"{workdir} is a file: name a folder as --workdir")
         parallel.check_divisible(batch, mesh.size, "train.batch", config.train.accumulate)
         checkpoints = open_checkpoints(workdir, config) if (workdir / FOLDER).is_dir() else None
         found = resume(checkpoints, config, mesh) if checkpoints else None

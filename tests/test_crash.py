@@ -205,3 +205,10 @@ def test_two_processes_of_four_devices_train_what_one_of_eight_does(program, tmp
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert sorted(path.name for path in (tmp_path / "two" / "previews").iterdir()) == ["0000003.png", "0000006.png"]
+
+
+def test_hosts_that_cannot_be_found_are_asked_for(run_program, tmp_path):
+    code, _, err = run_program("train.py", "digits", "--workdir", tmp_path / "x", "--distributed", "auto", flags=QUICK)
+    assert code == 2
+    assert "finds neither a TPU pod nor SLURM, Open MPI or Kubernetes here: name the HOST:PORT" in err
+    assert len(err.strip().splitlines()) == 1

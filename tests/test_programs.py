@@ -193,7 +193,7 @@ def test_images_are_the_same_on_eight_devices_and_in_other_batches(digits_run, r
 @pytest.fixture(scope="module")
 def unconditional_run(run_program, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "unconditional"
-    arguments = ["--train.steps", 3, "--workdir", folder]
+    arguments = ["--train.steps", 3, "--workdir", folder, "--train.ema", 0.9, 0.1]
     code, _, err = run_program("train.py", "digits_unconditional", *TINY, *QUIET, *arguments, flags=QUICK)
     assert code == 0, err
     return folder
@@ -205,6 +205,12 @@ def test_an_unconditional_run_works_too(unconditional_run, run_program, tmp_path
     code, _, err = run_program("sample.py", unconditional_run, *arguments, "--weights", "raw", "--no-clip", flags=QUICK)
     assert code == 0, err
     assert (np.load(tmp_path / "s.npz")["labels"] == -1).all()
+
+
+def test_each_of_several_averages_can_be_sampled(unconditional_run):
+    params = {w: jax.tree.leaves(open_run(unconditional_run, weights=w).params) for w in ("ema", "0.9", "0.1", "raw")}
+    apart = {w: sum(np.abs(a - b).sum() for a, b in zip(params[w], params["raw"], strict=True)) for w in params}
+    assert apart["ema"] == apart["0.9"] > apart["0.1"] > apart["raw"] == 0
 
 
 # ------------------------------------------------------------------------------------------- mistakes
@@ -231,7 +237,7 @@ BAD_TRAIN = {
     "digits --workdir {tmp}/x --data.name mnist:9.9.9": "dataset 'mnist:9.9.9' cannot be used",
     "digits --workdir {tmp}/x --train.save-every 0": "train.save_every is 0",
     "digits --workdir {tmp}/x --train.accumulate 0": "train.accumulate is 0: use a number above 0",
-    "digits --workdir {tmp}/x --train.accumulate 3": "which 8 devices, in 3 parts each, cannot share equally: use a multi",
+    "digits --workdir {tmp}/x --train.accumulate 3": "which 8 devices, in 3 parts each, cannot share",
     "digits --workdir {tmp}/x --train.steps-per-dispatch 0": "train.steps_per_dispatch is 0: use a number above 0",
     "digits --workdir {tmp}/x --train.max-skipped 0": "train.max_skipped is 0: use a number above 0",
     "digits --workdir {tmp}/x --train.ema": "train.ema is (): name at least one decay",
@@ -241,13 +247,12 @@ BAD_TRAIN = {
     "digits --workdir {tmp}/x --train.parallel gspmd": "'gspmd'",
     "digits --workdir {tmp}/x --distributed here": "--distributed is 'here': write auto, or the HOST:PORT of process 0",
     "digits --workdir {tmp}/x --distributed localhost:1": "--processes is None and --process is None: say how many",
-    "digits --workdir {tmp}/x --distributed localhost:1 --processes 2 --process 2": "--processes is 2 and --process is 2",
+    "digits --workdir {tmp}/x --distributed localhost:1 --processes 2 --process 2": "--process is 2: say how many",
     "digits --workdir {tmp}/x --distributed auto --processes 2": "leave out --processes and --process",
-    "digits --workdir {tmp}/x --distributed auto": "finds neither a TPU pod nor SLURM, Open MPI or Kubernetes here",
     "digits --workdir {tmp}/x --process 1": "--processes and --process belong to --distributed: leave them out",
-    "digits --workdir {run} --train.ema 0.9 0.99": "train.ema is (0.9, 0.99) but the checkpoint holds the averages (0.999,)",
+    "digits --workdir {run} --train.ema 0.9 0.99": "but the checkpoint holds the averages (0.999,)",
     "digits --workdir {broken} --train.steps 40": "is incomplete: remove it",
-    "digits --workdir {file}": "Not a directory",
+    "digits --workdir {file}": "/file is a file: name a folder as --workdir",
     "digits --workdir {tmp}/x --network.channels 7": "network.channels is 7: use an even number",
     "digits --workdir {tmp}/x --network.heads 5": "heads is 5: it must divide every width where there is",
     "digits --workdir {tmp}/x --network.multipliers 1 1 1 1 1": "8x8 cannot be halved 4 times",
@@ -263,6 +268,7 @@ BAD_SAMPLE = {
     "{tmp}": "holds no checkpoint",
     "{run} --checkpoint 7": "holds no checkpoint of step 7: it has 200, 220",
     "{run} --sampler ddmi": "'ddmi'",
+    "{run} --weights best": "weights are 'best': use ema, raw, or the decay of an average, 0.999",
     "{run} --stepps 5": "there is no option '--stepps': did you mean '--steps'?",
     "{run} --steps 0": "steps is 0: this schedule takes 1 to 1000",
     "{run} --steps 1001": "steps is 1001: this schedule takes 1 to 1000",
