@@ -147,6 +147,8 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
     draw = preview(training.network, description)
 
     def show(state: TrainState) -> None:
+        if host > 0:
+            return
         step, sheet = int(state.step), draw(state)
         picture.save_png(workdir / "previews" / f"{step:07d}.png", sheet)
         if board:
@@ -154,7 +156,7 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
 
     every = (
         loop.Every(config.train.eval_every, evaluate),
-        loop.Every(config.train.preview_every if host == 0 else 0, show),
+        loop.Every(config.train.preview_every, show),
         loop.Every(config.train.save_every, save),
     )
     try:
@@ -189,7 +191,7 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
 def say(text: str) -> None:
     """Print, once for all hosts."""
     if jax.process_index() == 0:
-        print(text)
+        print(text, flush=True)
 
 
 def open_checkpoints(workdir: Path, config: experiment.Config) -> Checkpoints:

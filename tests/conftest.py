@@ -75,7 +75,7 @@ def digits_training(request, tmp_path_factory, program):
         yield None
         return
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    arguments = ["digits", "--workdir", folder, "--train.steps", 220, "--train.keep", 9]
+    arguments = ["digits", "--workdir", folder, "--train.steps", 220, "--train.keep", 9, "--tensorboard"]
     with folder.with_suffix(".log").open("w") as log, program("train.py", *arguments, output=log) as process:
         yield folder, process
         process.kill()

@@ -29,6 +29,7 @@ def test_training_learns_and_leaves_what_it_says(digits_run):
     assert held_out[-1] < min(0.12, held_out[0])
     assert sorted(int(path.name) for path in (digits_run / "checkpoints").iterdir()) == [200, 220]
     assert Image.open(digits_run / "previews" / "0000220.png").size[0] > 400
+    assert len(list((digits_run / "tensorboard").iterdir())) == 1
 
 
 def test_the_same_command_again_says_that_it_has_finished(digits_run, run_program):
