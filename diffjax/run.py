@@ -328,8 +328,8 @@ class Generator:
         labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if self._classes else None
         carry = (jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32),) * 3
         keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), np.arange(batch)))
-        kind = ("guided", 0.0, False) if guided else ()
-        return self._build(kind, ("clip", None)).lower(shared, (labels, None), rows, carry, keys)
+        program: Any = self._build(("guided", 0.0, False) if guided else (), ("clip", None))
+        return program.lower(shared, (labels, None), rows, carry, keys)
 
     def _denoiser(self, shared: Any, conditions: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:
         def build(counted: Callable[[Network], Network]) -> Denoiser:

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +52,8 @@ def test_a_device_computes_the_same_however_many_there_are():
 
 
 def test_parts_of_a_batch_cost_the_same_and_need_less_memory():
-    whole, parts = (of_step(tuple(jax.devices()[:2]), batch=64, accumulate=n, parallel="shard_map") for n in (1, 16))
-    assert parts.flops == pytest.approx(whole.flops, rel=0.25)  # the optimizer's share counts in every part
+    whole, parts = (of_step(tuple(jax.devices()[:2]), batch=64, accumulate=n, parallel="shard_map") for n in (1, 4))
+    assert parts.flops == pytest.approx(whole.flops, rel=0.15)  # the optimizer's share counts in every part
     assert parts.peak < whole.peak
 
 
@@ -162,9 +161,7 @@ BAD = {
     "folder --dry-run cpu --data.path {tmp}/empty": "holds no images: put PNG, JPEG or WebP files into it",
     "folder --dry-run cpu --data.path {tmp}/flat": "flat has no class labels: train with --data.no-labels",
     "folder --dry-run cpu --data.path {tmp}/flat --data.size 20 --data.no-labels": "20x20 cannot be halved 3 times",
-    "folder --data.path {tmp}/damaged --workdir {tmp}/run --data.no-labels --data.size 8 {tiny}": "or remove it",
 }
-TINY = "--network.channels=4 --network.multipliers=1 --network.attention --network.head-width=4 --train.batch=8"
 
 
 @pytest.fixture
@@ -183,10 +180,22 @@ def places(tmp_path):
 
 @pytest.mark.parametrize("command", BAD)
 def test_a_mistake_is_one_sentence(command, places, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    check_mistake(train.main, command.replace("{tiny}", TINY), BAD[command], capsys, **places)
+    check_mistake(train.main, command, BAD[command], capsys, **places)
+
+
+def test_a_damaged_image_ends_training_by_its_name(places, capsys):
+    """It is met when it is its turn, after the progress bar."""
+    options = "--data.no-labels --data.size 8 --network.channels=4 --network.multipliers=1 --network.attention"
+    options += f" --network.head-width=4 --train.batch=8 --data.path {places['tmp']}/damaged"
+    with pytest.raises(SystemExit) as end:
+        train.main(["folder", "--workdir", str(places["tmp"] / "run"), *options.split()])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "damaged/05.png is not an image that can be read" in said.splitlines()[-1]
+    assert "or remove it" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 @needs_libtpu
