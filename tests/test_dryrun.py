@@ -142,6 +142,24 @@ def test_a_refusal_is_read(message, needs, has):
     np.testing.assert_allclose(found, [needs, has])
 
 
+class Refused:
+    """A program that the compiler says no to."""
+
+    def __init__(self, reason):
+        self._reason = reason
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self._reason)
+
+
+def test_what_the_compiler_refuses_for_its_memory_does_not_fit():
+    found = dryrun.cost(Refused("RESOURCE_EXHAUSTED: Used 58.50G of 15.75G hbm."), 16.0 * dryrun.GIB)
+    assert (found.peak / dryrun.GIB, found.room / dryrun.GIB, found.fits) == (58.5, 15.75, False)
+    assert not dryrun.cost(Refused("RESOURCE_EXHAUSTED: no more"), math.inf).fits
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another reason"):
+        dryrun.cost(Refused("INTERNAL: another reason"), math.inf)
+
+
 BAD = {
     "digits --dry-run v5e:2x2": "needs libtpu, Google's compiler for TPUs: pip install 'diffjax[pod]'",
     "digits --dry-run gpu": "needs libtpu",
@@ -208,3 +226,22 @@ def test_a_tpu_that_is_not_here_costs_the_same_per_chip_at_4_and_256():
         gradients = sum(c.bytes for c in costs[-1].collectives)
         assert gradients == pytest.approx(4 * parameters(), rel=1e-3)
     assert costs[1].flops == pytest.approx(costs[0].flops, rel=0.01)
+
+
+@needs_libtpu
+def test_a_tpu_without_the_memory_is_told(capsys):
+    options = "--train.batch 65536 --parallel shard_map --data.pad 28 --network.channels=16 --network.multipliers=1"
+    options += " --network.attention --network.no-middle-attention --network.heads=1"
+    with pytest.raises(SystemExit) as end:
+        train.main(["digits", "--dry-run", "v5e:2x2", *options.split()])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "of the 15.75 GiB of a device" in said
+    assert "--network.remat or --train.accumulate 4 or --train.batch 16384 would help" in said
+    assert len(said.splitlines()) == 1
+
+
+@needs_libtpu
+@pytest.mark.parametrize("target", ["v5e:3x5", "v9:2x2", "tpu"])
+def test_a_tpu_that_does_not_exist_is_named(target, capsys):
+    check_mistake(train.main, f"digits --dry-run {target}", f"--dry-run is '{target}': use cpu, or TPUs as in", capsys)
