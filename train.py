@@ -2,6 +2,8 @@
 
     python train.py CONFIG --workdir FOLDER [--train.steps 2000 ...]
 
+    python train.py CONFIG --dry-run v5e:2x2 [...]       # or cpu: only compile, and tell what a step costs
+
 The same command again resumes from the last checkpoint. `python train.py CONFIG --help` lists every field of a
 configuration with its default.
 """

@@ -198,10 +198,13 @@ def report(config: Config, target: str, image_shape: tuple[int, int, int], class
 def _table(head: list[str], costs: list[Cost]) -> str:
     rows = [
         head,
-        ["FLOPs", *(f"{cost.flops:.4g}" for cost in costs)],
-        ["bytes read and written", *(f"{cost.bytes:.4g}" for cost in costs)],
+        ["FLOPs", *("?" if cost.refused else f"{cost.flops:.4g}" for cost in costs)],
+        ["bytes read and written", *("?" if cost.refused else f"{cost.bytes:.4g}" for cost in costs)],
         ["peak memory", *(f"{_gib(cost.peak)} of {_gib(cost.room)}" for cost in costs)],
-        ["collectives", *(", ".join(map(_told, cost.collectives)) or "none" for cost in costs)],
+        [
+            "collectives",
+            *("?" if cost.refused else ", ".join(map(_told, cost.collectives)) or "none" for cost in costs),
+        ],
         ["compiled in", *(f"{cost.seconds:.0f} s" for cost in costs)],
         ["fits", *("yes" if cost.fits else "no" for cost in costs)],
     ]
@@ -214,7 +217,9 @@ def _too_large(config: Config, number: int, name: str, step: Cost, sampling: Cos
     share = config.train.batch // number // config.train.accumulate
     helps = [] if config.network.remat else ["--network.remat"]
     if share > 1:
-        helps += [f"--train.accumulate {config.train.accumulate * 2}", f"--train.batch {config.train.batch // 2}"]
+        # What is proportional to the share then fits, as most of it is; the state is not.
+        part = next((n for n in range(2, share) if share % n == 0 and not n * step.room < step.peak), share)
+        helps += [f"--train.accumulate {config.train.accumulate * part}", f"--train.batch {config.train.batch // part}"]
     short = {
         "the train step": (step, " or ".join(helps) or "a smaller network"),
         name: (sampling, "a smaller --batch of sample.py" if share > 1 else "a smaller network"),

@@ -331,8 +331,7 @@ class Generator:
         labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if self._classes else None
         carry = (jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32),) * 3
         keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), np.arange(batch)))
-        kind = ("guided", 0.0, False) if guided else ()
-        program: Any = self._build(kind, ("clip", None))
+        program: Any = self._build(("guided", 0.0, False) if guided else (), ("clip", None))
         return program.lower(shared, (labels, None), rows, carry, keys)
 
     def _denoiser(self, shared: Any, conditions: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:

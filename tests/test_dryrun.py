@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +52,8 @@ def test_a_device_computes_the_same_however_many_there_are():
 
 
 def test_parts_of_a_batch_cost_the_same_and_need_less_memory():
-    whole, parts = (of_step(tuple(jax.devices()[:2]), batch=64, accumulate=n, parallel="shard_map") for n in (1, 16))
-    assert parts.flops == pytest.approx(whole.flops, rel=0.25)  # the optimizer's share counts in every part
+    whole, parts = (of_step(tuple(jax.devices()[:2]), batch=64, accumulate=n, parallel="shard_map") for n in (1, 4))
+    assert parts.flops == pytest.approx(whole.flops, rel=0.15)  # the optimizer's share counts in every part
     assert parts.peak < whole.peak
 
 
@@ -143,6 +142,24 @@ def test_a_refusal_is_read(message, needs, has):
     np.testing.assert_allclose(found, [needs, has])
 
 
+class Refused:
+    """A program that the compiler says no to."""
+
+    def __init__(self, reason):
+        self._reason = reason
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self._reason)
+
+
+def test_what_the_compiler_refuses_for_its_memory_does_not_fit():
+    found = dryrun.cost(Refused("RESOURCE_EXHAUSTED: Used 58.50G of 15.75G hbm."), 16.0 * dryrun.GIB)
+    assert (found.peak / dryrun.GIB, found.room / dryrun.GIB, found.fits) == (58.5, 15.75, False)
+    assert not dryrun.cost(Refused("RESOURCE_EXHAUSTED: no more"), math.inf).fits
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another reason"):
+        dryrun.cost(Refused("INTERNAL: another reason"), math.inf)
+
+
 BAD = {
     "digits --dry-run v5e:2x2": "needs libtpu, Google's compiler for TPUs: pip install 'diffjax[pod]'",
     "digits --dry-run gpu": "needs libtpu",
@@ -162,9 +179,7 @@ BAD = {
     "folder --dry-run cpu --data.path {tmp}/empty": "holds no images: put PNG, JPEG or WebP files into it",
     "folder --dry-run cpu --data.path {tmp}/flat": "flat has no class labels: train with --data.no-labels",
     "folder --dry-run cpu --data.path {tmp}/flat --data.size 20 --data.no-labels": "20x20 cannot be halved 3 times",
-    "folder --data.path {tmp}/damaged --workdir {tmp}/run --data.no-labels --data.size 8 {tiny}": "or remove it",
 }
-TINY = "--network.channels=4 --network.multipliers=1 --network.attention --network.head-width=4 --train.batch=8"
 
 
 @pytest.fixture
@@ -183,10 +198,22 @@ def places(tmp_path):
 
 @pytest.mark.parametrize("command", BAD)
 def test_a_mistake_is_one_sentence(command, places, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    check_mistake(train.main, command.replace("{tiny}", TINY), BAD[command], capsys, **places)
+    check_mistake(train.main, command, BAD[command], capsys, **places)
+
+
+def test_a_damaged_image_ends_training_by_its_name(places, capsys):
+    """It is met when it is its turn, after the progress bar."""
+    options = "--data.no-labels --data.size 8 --network.channels=4 --network.multipliers=1 --network.attention"
+    options += f" --network.head-width=4 --train.batch=8 --data.path {places['tmp']}/damaged"
+    with pytest.raises(SystemExit) as end:
+        train.main(["folder", "--workdir", str(places["tmp"] / "run"), *options.split()])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "damaged/05.png is not an image that can be read" in said.splitlines()[-1]
+    assert "or remove it" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 @needs_libtpu
@@ -199,3 +226,22 @@ def test_a_tpu_that_is_not_here_costs_the_same_per_chip_at_4_and_256():
         gradients = sum(c.bytes for c in costs[-1].collectives)
         assert gradients == pytest.approx(4 * parameters(), rel=1e-3)
     assert costs[1].flops == pytest.approx(costs[0].flops, rel=0.01)
+
+
+@needs_libtpu
+def test_a_tpu_without_the_memory_is_told(capsys):
+    options = "--train.batch 65536 --parallel shard_map --data.pad 28 --network.channels=16 --network.multipliers=1"
+    options += " --network.attention --network.no-middle-attention --network.heads=1"
+    with pytest.raises(SystemExit) as end:
+        train.main(["digits", "--dry-run", "v5e:2x2", *options.split()])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "of the 15.75 GiB of a device" in said
+    assert "--network.remat or --train.accumulate 4 or --train.batch 16384 would help" in said
+    assert len(said.splitlines()) == 1
+
+
+@needs_libtpu
+@pytest.mark.parametrize("target", ["v5e:3x5", "v9:2x2", "tpu"])
+def test_a_tpu_that_does_not_exist_is_named(target, capsys):
+    check_mistake(train.main, f"digits --dry-run {target}", f"--dry-run is '{target}': use cpu, or TPUs as in", capsys)
