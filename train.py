@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL.Image import Image
 
@@ -103,7 +104,11 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
         if start >= steps:
             say(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
             return
+        if host > 0:  # host 0 prepares the data, on a disk that the others may share
+            multihost_utils.sync_global_devices("data")
         dataset = experiment.load_data(config)
+        if host == 0 and hosts > 1:
+            multihost_utils.sync_global_devices("data")
         description = Description(config, dataset.image_shape, dataset.classes if labels else 0)
         if found and found.description[1:] != description[1:]:
             raise ValueError(
