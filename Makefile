@@ -1,4 +1,5 @@
 # make demo: train on real digits and sample from them.   make test: the whole test suite.   make lint: ruff and types.
+# make crash: one run killed 25 times, which has to end as if it had not been.
 # Everything is installed into .venv; PYTHON chooses another interpreter of 3.11 or newer.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ RUN ?= runs/digits
 TRAIN ?=
 DEMO ?=
 
-.PHONY: demo readme test lint parity clean
+.PHONY: demo readme test crash lint parity clean
 
 demo: .venv/installed
 	$(BIN)/python train.py digits --workdir $(RUN) $(TRAIN)
@@ -31,6 +32,9 @@ readme: demo .venv/installed-test
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(TESTS)
+
+crash: .venv/installed-test
+	KILLS=25 $(BIN)/python -m pytest tests/test_crash.py -k killed_again
 
 lint: .venv/installed-lint
 	$(BIN)/ruff check .

@@ -95,8 +95,9 @@ class Options:
     """Images at a time, over all devices; None for all, up to 64."""
     seed: int = 0
     """Image i of a seed is the same for any batch and any number of devices."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The moving average of the parameters, or the parameters as trained."""
+    weights: str = "ema"
+    """The moving average of the parameters (of several the first, or name one by its decay, as 0.9999), or raw: the
+    parameters as trained."""
     checkpoint: int | None = None
     """Training step of the checkpoint; None for the latest."""
     threshold: float | None = None

@@ -9,7 +9,6 @@ configuration with its default.
 """
 
 import contextlib
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,10 +19,11 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
+from PIL.Image import Image
 
 from diffjax import cli, dryrun, experiment, picture, sampler, schedule
 from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
-from diffjax.training import data, loop, parallel
+from diffjax.training import checkpoint, data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints, SaveError
 from diffjax.training.sources import UnreadableError
 from diffjax.training.step import TrainState
@@ -41,12 +41,20 @@ class Options:
     """Run folder: checkpoints, metrics.jsonl, preview pictures."""
     dry_run: str | None = None
     """Only compile, for TPUs as in v5e:2x2 or for cpu, and tell what a step costs; needs no --workdir."""
+    distributed: str | None = None
+    """Train on several hosts, with this command on each: auto on TPU pods and SLURM, else HOST:PORT of process 0."""
+    processes: int | None = None
+    """With HOST:PORT: how many there are."""
+    process: int | None = None
+    """With HOST:PORT: which one this is, from 0."""
+    tensorboard: bool = False
+    """Also write the metrics and previews for TensorBoard, to the folder tensorboard of the run folder."""
     config: Annotated[experiment.Config, tyro.conf.arg(name="")] = field(default_factory=experiment.Config)
 
 
 def main(arguments: list[str]) -> None:
     """Parse and train."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save at length
+    checkpoint.quiet()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\nconfigurations: {', '.join(experiment.names())}")
         return
@@ -55,10 +63,15 @@ def main(arguments: list[str]) -> None:
     dry = any(word.startswith("--dry-run") for word in arguments)
     default = Options("" if dry else tyro.MISSING, config=config)
     options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], default)
-    if options.dry_run is None:
-        train(options.config, Path(options.workdir))
-    else:
+    if options.dry_run is not None:
         dry_run(options.config, options.dry_run)
+        return
+    with cli.one_sentence(PROGRAM):
+        if options.distributed is not None:
+            parallel.join(options.distributed, options.processes, options.process)
+        elif (options.processes, options.process) != (None, None):
+            raise ValueError("--processes and --process belong to --distributed: leave them out")
+    train(options.config, Path(options.workdir), options.tensorboard)
 
 
 def dry_run(config: experiment.Config, target: str) -> None:
@@ -71,14 +84,18 @@ def dry_run(config: experiment.Config, target: str) -> None:
         cli.stop(PROGRAM, too_large)
 
 
-def train(config: experiment.Config, workdir: Path) -> None:
-    """Train a configuration in a run folder, from its last checkpoint if it holds one."""
+def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -> None:
+    """Train a configuration in a run folder, from its last checkpoint if it holds one; on all hosts that have joined,
+    each of which calls this.
+    """
     steps, batch, seed, mode = config.train.steps, config.train.batch, config.train.seed, config.train.parallel
     host, hosts, labels = jax.process_index(), jax.process_count(), config.data.labels
     mesh = parallel.device_mesh()
     home = parallel.home(mesh, mode)
     with cli.one_sentence(PROGRAM):
         experiment.check(config)
+        if workdir.is_file():
+            raise ValueError(f"{workdir} is a file: name a folder as --workdir")
         parallel.check_divisible(batch, mesh.size, "train.batch", config.train.accumulate)
         checkpoints = open_checkpoints(workdir, config) if (workdir / FOLDER).is_dir() else None
         found = resume(checkpoints, config, mesh) if checkpoints else None
@@ -107,12 +124,14 @@ def train(config: experiment.Config, workdir: Path) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             checkpoints = open_checkpoints(workdir, config)
         metrics = loop.MetricsFile(workdir / "metrics.jsonl", start) if host == 0 else None
+        board = loop.TensorBoard(workdir / "tensorboard", start) if host == 0 and tensorboard else None
     train_step = parallel.over(mesh, mode, training.step, axis=1, donate=True)
     eval_step = parallel.over(mesh, mode, training.eval_step)
 
     def log(step: int, **values: Any) -> None:
-        if metrics:
-            metrics.write(step, **values)
+        for sink in (metrics, board):
+            if sink:
+                sink.write(step, **values)
 
     def evaluate(state: TrainState) -> None:
         log(int(state.step), held_out_loss=np.mean([float(eval_step(state.ema[0], b)) for b in held_out]))
@@ -127,15 +146,23 @@ def train(config: experiment.Config, workdir: Path) -> None:
         f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data}, "
         f"{count_parameters(state.params):,} parameters, batch {batch}, {describe_devices()}, {config.network.dtype}"
     )
+    draw = preview(training.network, description)
+
+    def show(state: TrainState) -> None:
+        step, sheet = int(state.step), draw(state)
+        picture.save_png(workdir / "previews" / f"{step:07d}.png", sheet)
+        if board:
+            board.picture(step, "samples", np.asarray(sheet.convert("RGB")))
+
     every = (
         loop.Every(config.train.eval_every, evaluate),
-        loop.Every(config.train.preview_every if host == 0 else 0, preview(workdir, training.network, description)),
+        loop.Every(config.train.preview_every if host == 0 else 0, show),
         loop.Every(config.train.save_every, save),
     )
     try:
-        with loop.interruptible() as stop:
+        with loop.interruptible(hosts) as stop:
             state = loop.fit(
-                step, state, batches, steps, log, config.train.log_every, every, lambda n: stop() > 0,
+                step, state, batches, steps, log, config.train.log_every, every, stop,
                 config.train.steps_per_dispatch, config.train.max_skipped,
             )  # fmt: skip
             if state.step < steps:
@@ -152,6 +179,9 @@ def train(config: experiment.Config, workdir: Path) -> None:
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error
         cli.stop(PROGRAM, f"{reason}: put it right, and the same command goes on from the last checkpoint")
+    finally:
+        if board:
+            board.close()
     if state.step < steps:
         print(f"interrupted: the same command goes on from step {state.step}", file=sys.stderr)
         raise SystemExit(128 + stop())
@@ -206,26 +236,24 @@ def resume(checkpoints: Checkpoints, config: experiment.Config, mesh: Mesh) -> F
     return None
 
 
-def preview(workdir: Path, network: Any, description: Description) -> Callable[[TrainState], None]:
-    """Writes previews/STEP.png: the same seeds every time, from the moving average."""
+def preview(network: Any, description: Description) -> Callable[[TrainState], Image]:
+    """Draws a grid of samples on the devices of this host: the same seeds every time, from the first average."""
     config, image_shape, classes = description
     levels = experiment.build_schedule(config)
     plan = sampler.ddim(levels, schedule.trailing(levels, min(PREVIEW_STEPS, schedule.length(levels))))
     mesh = parallel.device_mesh(jax.local_devices())
     generate = Generator(network, experiment.build_prediction(config), image_shape, classes, mesh)
-    num = PREVIEW_IMAGES
-    labels = np.arange(num, dtype=np.int32) % classes if classes else None
+    labels = np.arange(PREVIEW_IMAGES, dtype=np.int32) % classes if classes else None
     scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else 1.0
 
-    def write(state: TrainState) -> None:
-        batch = parallel.round_up(num, mesh.size)
-        params = parallel.held(mesh, state.ema[0])
-        made = generate(params, plan, labels, num, guidance=Guidance(scale), seed=PREVIEW_SEED, batch=batch)
-        captions = None if labels is None else [str(label) for label in labels]
-        sheet = picture.grid(made.images, captions, columns=10)
-        picture.save_png(workdir / "previews" / f"{int(state.step):07d}.png", sheet)
+    def draw(state: TrainState) -> Image:
+        params, batch = parallel.held(mesh, state.ema[0]), parallel.round_up(PREVIEW_IMAGES, mesh.size)
+        made = generate(
+            params, plan, labels, PREVIEW_IMAGES, guidance=Guidance(scale), seed=PREVIEW_SEED, batch=batch
+        )  # fmt: skip
+        return picture.grid(made.images, None if labels is None else [str(label) for label in labels], columns=10)
 
-    return write
+    return draw
 
 
 if __name__ == "__main__":

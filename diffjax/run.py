@@ -23,7 +23,7 @@ from diffjax.process import Prediction, check_prediction
 from diffjax.sampler import Carry, Plan
 from diffjax.schedule import Schedule
 from diffjax.training import parallel
-from diffjax.training.checkpoint import open_checkpoint
+from diffjax.training.checkpoint import average, open_checkpoint
 
 
 class Description(NamedTuple):
@@ -52,22 +52,21 @@ class Run(NamedTuple):
     params: Any
     prediction: Prediction
     schedule: Schedule
-    weights: str  # "ema" or "raw", "unknown" where a source does not tell
+    weights: str  # "ema" or a decay or "raw", "unknown" where a source does not tell
     step: int
     remarks: tuple[str, ...] = ()  # what is to be known of a network from elsewhere
 
 
-WEIGHTS = {"ema": "ema", "raw": "params"}  # where checkpoints keep them
-
-
 def open_run(source: str | Path, step: int | None = None, weights: str = "ema") -> Run:
-    """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema") or the parameters as
-    trained ("raw"). Or "hf:FOLDER" or "hf:OWNER/NAME", a UNet2DModel of diffusers, with the weights that it has.
+    """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema", or, of several, the
+    decay of one, as "0.9999") or the parameters as trained ("raw"). Or "hf:FOLDER" or "hf:OWNER/NAME", a UNet2DModel of
+    diffusers, with the weights that it has.
+
     FileNotFoundError where there is none, ValueError for other weights, or a network that the UNet here cannot be.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights are {weights!r}: use ema or raw")
     if diffusers.is_source(source):
+        if weights not in ("ema", "raw"):
+            raise ValueError(f"weights are {weights!r}: use ema or raw")
         if step is not None:
             raise ValueError(f"{source} holds one set of weights: leave out the checkpoint")
         return _of_diffusers(diffusers.locate(source))
@@ -75,9 +74,13 @@ def open_run(source: str | Path, step: int | None = None, weights: str = "ema") 
     checkpoints, step = open_checkpoint(workdir, step)
     description = Description.from_dict(checkpoints.config(step))
     config, image_shape, classes = description
+    decays = [str(decay) for decay in config.train.ema]
+    kept = {"ema": average(0), "raw": "params"} | {decay: average(i) for i, decay in enumerate(decays)}
+    if weights not in kept:
+        raise ValueError(f"weights are {weights!r}: use ema, raw, or the decay of an average, {' or '.join(decays)}")
     unet = experiment.build_unet(config, image_shape, classes)
     like = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
-    params = checkpoints.restore_weights(step, WEIGHTS[weights], like, parallel.whole(parallel.device_mesh()))
+    params = checkpoints.restore_weights(step, kept[weights], like, parallel.whole(parallel.device_mesh()))
     checkpoints.close()
     return Run(
         name=f"unet of {workdir.resolve().name}", description=description,

@@ -46,7 +46,7 @@ def program(tmp_path_factory, data_dir):
     cache = tmp_path_factory.mktemp("compiled")
 
     def start(name, *arguments, flags="", output=subprocess.PIPE):
-        environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         environment |= {"XLA_FLAGS": flags, "TFDS_DATA_DIR": str(data_dir), "JAX_COMPILATION_CACHE_DIR": str(cache)}
         environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
@@ -75,7 +75,7 @@ def digits_training(request, tmp_path_factory, program):
         yield None
         return
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    arguments = ["digits", "--workdir", folder, "--train.steps", 220, "--train.keep", 9]
+    arguments = ["digits", "--workdir", folder, "--train.steps", 220, "--train.keep", 9, "--tensorboard"]
     with folder.with_suffix(".log").open("w") as log, program("train.py", *arguments, output=log) as process:
         yield folder, process
         process.kill()

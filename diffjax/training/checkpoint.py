@@ -4,9 +4,16 @@ A save is written beside the others and renamed when it is whole, so that a kill
 do to it later, Orbax does not notice; the digest does.
 """
 
+import functools
 import hashlib
 import json
+import logging
+import os
+import re
 import shutil
+import sys
+import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +29,30 @@ from diffjax.training.step import TrainState
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # beside it: what could not be read, out of the way
+
+
+@functools.cache
+def quiet() -> None:
+    """Let Orbax say nothing of its own: neither every save at length, nor, of one that fails, the traceback of each of
+    its threads, where it raises the same error in ours.
+    """
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+
+    def without_threads(before: Callable[..., Any]) -> Callable[..., None]:
+        def hook(*arguments: Any) -> None:
+            # One argument that tells of a thread or of something that was ignored, or type, value, and traceback.
+            trace = arguments[-1] if len(arguments) == 3 else arguments[0].exc_traceback
+            modules = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(trace)}
+            ours = len(arguments) == 3 and threading.current_thread() is threading.main_thread()
+            if ours or not modules & {"orbax", "asyncio"}:
+                before(*arguments)
+
+        return hook
+
+    sys.excepthook = without_threads(sys.excepthook)
+    sys.unraisablehook = without_threads(sys.unraisablehook)
+    threading.excepthook = without_threads(threading.excepthook)
 
 
 class SaveError(OSError):
@@ -125,7 +156,8 @@ class Checkpoints:
         try:
             write()
         except Exception as error:  # Orbax raises of a full disk what its parts raise: OSError, ValueError or others
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(code[1])) if code else (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SaveError(f"a checkpoint could not be written to {self._workdir / FOLDER} ({reason})") from error
 
 

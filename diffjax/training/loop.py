@@ -1,6 +1,7 @@
 """The loop around a training step: progress, metrics, and whatever happens every so many steps."""
 
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from diffjax.training.step import TrainState
@@ -25,11 +27,23 @@ class Every(NamedTuple):
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], int]]:
+def interruptible(hosts: int = 1) -> Iterator[Callable[[], int]]:
     """Inside, the first Ctrl-C or SIGTERM only makes the yielded function return its number, in place of 0: a step or a
     save under way ends in order. A second one does what it would have done.
+
+    Of several hosts, each calls the function equally often, and SIGTERM to one of them is told to all at the same call.
     """
     received = 0
+    if hosts > 1:  # JAX has its own handler, and agrees on a call that no host has made yet
+        calls = itertools.count()
+
+        def agreed() -> int:
+            nonlocal received
+            received = received or signal.SIGTERM * multihost_utils.reached_preemption_sync_point(next(calls))
+            return received
+
+        yield agreed
+        return
 
     def handle(number: int, frame: Any) -> None:
         nonlocal received
@@ -64,6 +78,29 @@ class MetricsFile:
             file.write(json.dumps({"step": step, **{name: _number(value) for name, value in metrics.items()}}) + "\n")
 
 
+class TensorBoard:
+    """The same metrics, and pictures, as TensorBoard shows them."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        """What the folder tells of steps after `start` is no longer shown."""
+        from tensorboardX import SummaryWriter  # here, since most runs do without
+
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, step: int, **metrics: Any) -> None:
+        """Metrics are numbers, or arrays of one."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """pixels: uint8 [H, W, 3]."""
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is not written yet."""
+        self._writer.close()
+
+
 def fit(
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
     state: TrainState,
@@ -72,12 +109,12 @@ def fit(
     log: Callable[..., None],
     log_every: int,
     every: tuple[Every, ...] = (),
-    stop: Callable[[int], bool] = lambda step: False,
+    stop: Callable[[], int] = lambda: 0,
     per_dispatch: int = 1,
     max_skipped: int = 10,
 ) -> TrainState:
     """Train until `steps` steps are done, with a progress bar; returns the state after them, or after the step at which
-    stop(step) became true.
+    stop(), called once a dispatch, was not 0.
 
     step: compiled, (state, batches [K, ...]) -> (state, metrics [K]), of K = per_dispatch steps or, where something is
     due before, fewer; it may reuse the memory of its state. log(step, **metrics) gets the metrics of a step, every
@@ -89,7 +126,8 @@ def fit(
     last: deque[float] = deque(maxlen=3)
     logged, since = start, time.perf_counter()
     pending: tuple[int, dict[str, Any]] | None = None
-    with tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True) as bar:
+    silent = jax.process_index() > 0  # one bar for all hosts
+    with tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=silent) as bar:
 
         def collect() -> None:
             nonlocal pending, logged, since, skipped, in_a_row
@@ -131,7 +169,7 @@ def fit(
             if due or n == start + count:  # the rate is that of training: neither compiling nor what was due counts
                 jax.block_until_ready(state)
                 logged, since = n, time.perf_counter()
-            if stop(n):
+            if stop():
                 break
         collect()
     return state

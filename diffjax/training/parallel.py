@@ -1,5 +1,6 @@
 """Data parallelism: one step function over all devices, in three ways that compute the same."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +11,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 Mode = Literal["pmap", "shard_map", "jit"]
+
+
+def join(address: str, hosts: int | None, host: int | None) -> None:
+    """Make one machine of the processes of several hosts, each of which calls this, before JAX looks for devices.
+
+    address: HOST:PORT of host 0, with how many `hosts` there are and which `host` this is, of 0 to hosts - 1; or
+    "auto", where the surroundings tell: TPU pods, SLURM, Open MPI, Kubernetes. ValueError where they do not.
+    """
+    if address == "auto":
+        if (hosts, host) != (None, None):
+            raise ValueError("--distributed auto finds the processes itself: leave out --processes and --process")
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                "--distributed auto finds neither a TPU pod nor SLURM, Open MPI or Kubernetes here: name the HOST:PORT"
+                " of process 0, with --processes and --process"
+            ) from error
+        return
+    if not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"--distributed is {address!r}: write auto, or the HOST:PORT of process 0")
+    if hosts is None or host is None or not 0 <= host < hosts:
+        raise ValueError(
+            f"--processes is {hosts} and --process is {host}: say how many there are, and which this is, from 0"
+        )
+    jax.distributed.initialize(address, hosts, host)
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,3 +1,4 @@
+import shutil
 from functools import partial
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from diffjax.training.checkpoint import Checkpoints, average, open_checkpoint
+from diffjax.training.checkpoint import Checkpoints, SaveError, average, open_checkpoint, quiet
 from diffjax.training.parallel import device_mesh, whole
 from diffjax.training.step import init_state
 
@@ -14,9 +15,14 @@ OPTIMIZER = optax.adamw(1e-3)
 
 
 def state(step, seed=0):
-    params = {"a": jax.random.normal(jax.random.key(seed), (3, 4)), "b": {"c": jnp.arange(5.0)}}
+    params = {"a": jax.random.normal(jax.random.key(seed), (30, 40)), "b": {"c": jnp.arange(5.0)}}
     made = init_state(params, OPTIMIZER, averages=2)
     return made._replace(step=jnp.int32(step), ema=(jax.tree.map(lambda p: 2 * p, params), params))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def silent():
+    quiet()
 
 
 def test_a_state_comes_back_bit_for_bit_on_any_devices(tmp_path):
@@ -73,3 +79,55 @@ def test_what_is_not_there_is_named(tmp_path):
     saved.close()
     with pytest.raises(FileNotFoundError, match="holds no checkpoint of step 5: it has 4"):
         open_checkpoint(tmp_path, 5)
+
+
+@pytest.fixture(scope="module")
+def whole_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    saved = Checkpoints(folder)
+    saved.save(state(7), {"a": [1, "x", None]})
+    saved.close()
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_to_any_file_is_found_or_does_no_harm(whole_checkpoint, tmp_path, damage):
+    """Orbax alone loads wrong values where a byte of an array has changed."""
+    files, found, told = [p for p in whole_checkpoint.rglob("*") if p.is_file()], [], []
+    everywhere = whole(device_mesh())
+    for file in files:
+        run, content = tmp_path / "run", bytearray(file.read_bytes())
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(whole_checkpoint, run)
+        content[len(content) // 2] ^= 1
+        where = run / file.relative_to(whole_checkpoint)
+        where.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+        if damage == "remove":
+            where.unlink()
+        checkpoints = Checkpoints(run)
+        try:
+            assert checkpoints.config(7) == {"a": [1, "x", None]}
+            jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(7, state(0, seed=1), everywhere), state(7))
+        except ValueError as error:
+            told.append(str(error))
+            found.append(where.relative_to(run))
+        checkpoints.close()
+    assert any("ocdbt.process_0" in str(path) for path in found)
+    assert any("config" in str(path) for path in found)
+    assert all(f"checkpoint {run / 'checkpoints' / '7'} " in sentence for sentence in told)
+
+
+def test_a_save_that_fails_is_told_and_the_one_before_it_kept(tmp_path):
+    saved = Checkpoints(tmp_path, keep=1)
+    saved.save(state(1), {})
+    saved.close()
+    saved = Checkpoints(tmp_path, keep=1)
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints").write_text("no folder")
+    with pytest.raises(SaveError, match=r"a checkpoint could not be written to .*checkpoints \("):
+        saved.save(state(2), {}) or saved.close()
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    checkpoints, step = open_checkpoint(tmp_path)
+    assert step == 1
+    checkpoints.restore(1, state(0), whole(device_mesh()))

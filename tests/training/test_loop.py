@@ -1,11 +1,13 @@
 import itertools
 import json
+import struct
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
-from diffjax.training.loop import Every, MetricsFile, fit
+from diffjax.training.loop import Every, MetricsFile, TensorBoard, fit
 from diffjax.training.step import TrainState
 
 
@@ -56,3 +58,24 @@ def test_metrics_beyond_the_checkpoint_and_lines_cut_short_are_dropped(tmp_path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0, "empty": None}]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def events(folder):
+    """What a TensorBoard folder tells: records of a length (8 bytes), its checksum (4), an event, and its checksum."""
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            yield from ((event.step, value) for value in event.summary.value)
+            data = data[16 + length :]
+
+
+def test_tensorboard_shows_the_same_metrics_and_the_pictures(tmp_path):
+    board = TensorBoard(tmp_path, 0)
+    board.write(3, loss=jnp.float32(0.25), skipped=0)
+    board.picture(3, "samples", np.zeros((8, 16, 3), np.uint8))
+    board.close()
+    (*scalars, (at, picture)) = events(tmp_path)
+    assert [(step, value.tag, value.simple_value) for step, value in scalars] == [(3, "loss", 0.25), (3, "skipped", 0)]
+    assert (at, picture.tag, picture.image.height, picture.image.width) == (3, "samples", 8, 16)
