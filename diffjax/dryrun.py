@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 
     flops: float
     bytes: float  # read and written
-    peak: float  # bytes of memory in use at most, arguments among them
+    peak: float  # bytes of memory in use at most, arguments and the program itself among them
     room: float  # bytes of memory that there are; not a number where that is not known
     collectives: tuple[Collective, ...]
     seconds: float  # to compile
@@ -137,7 +137,7 @@ def cost(lowered: Any, room: float, times: int = 1) -> Cost:
     seconds = time.perf_counter() - began
     counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = max(held + memory.temp_size_in_bytes, getattr(memory, "peak_memory_in_bytes", 0))
+    peak = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Cost(
         times * counted["flops"], times * counted["bytes accessed"], peak, room,
         collectives(compiled.as_text()), seconds,
