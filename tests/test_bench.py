@@ -58,7 +58,7 @@ def test_bad_input_is_named(capsys):
 
 def test_networks_are_timed_with_their_context(tmp_path, capsys, monkeypatch):
     kinds = ("forward", "backward", "train", "ddim", "guided")
-    chosen = [networks.Case("digits", what, 2, steps=10) for what in kinds]
+    chosen = [networks.Case("digits", what, 2, steps=10, dispatched=True) for what in kinds]
     chosen.append(networks.Case("digits", "forward", 2, dtype="bfloat16"))
     monkeypatch.setattr(networks, "cases", lambda quick: chosen)
     monkeypatch.setattr(networks, "SIDE", 64)

@@ -24,6 +24,7 @@ from diffjax.sampler import Carry, Plan
 
 SCALE = 2.0  # of guidance
 DISPATCHED = 10  # training steps in one dispatch
+BUDGET = 30.0  # seconds for the repeats of a case
 SIDE = 2048  # of the matrices whose product is the ceiling
 
 
@@ -35,6 +36,7 @@ class Case:
     what: str  # "forward", "backward", "train", "ddim" or "guided"
     batch: int
     steps: int = 50  # of DDIM
+    dispatched: bool = False  # train: DISPATCHED steps in one dispatch too
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -44,7 +46,7 @@ def cases(quick: bool) -> list[Case]:
     found = []
     for name in small:
         found += [Case(name, "forward", batch) for batch in (1, 16, 64)]
-        found += [Case(name, "backward", 64), Case(name, "train", 64)]
+        found += [Case(name, "backward", 64), Case(name, "train", 64, dispatched=True)]
         found += [Case(name, "ddim", batch) for batch in (1, 16, 64)]
         found += [Case(name, "guided", batch) for batch in (1, 16, 64)]
     if quick:
@@ -102,14 +104,14 @@ def measure_case(case: Case, repeats: int, ceiling: float) -> Iterator[Timing]:
         "forward": forward, "backward": backward, "train": train, "ddim": ddim, "guided": partial(ddim, scale=SCALE),
     }[case.what](it, case)  # fmt: skip
     peers = [peer(it, case)] if available() else []
-    seconds = in_turns([*(way.run for way in ways), *peers], repeats, BLOCK)
+    seconds = in_turns([*(way.run for way in ways), *peers], repeats, BLOCK, BUDGET)
     theirs = seconds[:, -1] if peers else None
     for way, runs in zip(ways, seconds.T, strict=False):
         own = runs / way.per
         quartiles = np.quantile(own, (0.25, 0.75))
         yield Timing(
             what=way.what, steps=way.steps, nfe=way.nfe, guidance=way.guidance,
-            seconds=float(np.median(own)), spread=float(np.ptp(quartiles) / 2 / np.median(own)), repeats=repeats,
+            seconds=float(np.median(own)), spread=float(np.ptp(quartiles) / 2 / np.median(own)), repeats=len(own),
             flops=way.program.flops * way.calls / way.per, ceiling=ceiling, peak_bytes=way.program.peak_bytes,
             compile_seconds=way.program.compile_seconds, cached_seconds=way.program.cached_seconds,
             peer=versions() if peers else "",
@@ -170,7 +172,8 @@ def train(it: Subject, case: Case) -> list[Way]:
 
         return Way(what, run, program, calls=steps, per=steps)  # XLA counts the body of a loop once
 
-    return [way("train step", 1), way(f"train step, {DISPATCHED} per dispatch", DISPATCHED)]
+    once = way("train step", 1)
+    return [once, way(f"train step, {DISPATCHED} per dispatch", DISPATCHED)] if case.dispatched else [once]
 
 
 def ddim(it: Subject, case: Case, scale: float | None = None) -> list[Way]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from diffjax.run import describe_devices
 
+LEAST = 3  # repeats
 BLOCK = 0.05  # seconds: what takes less is called several times in a row, lest the clock and the change of turns count
 
 
@@ -18,9 +19,12 @@ def context(repeats: int) -> str:
     return f"{describe_devices()}, float32, jax {jax.__version__}, medians of {repeats}"
 
 
-def in_turns(functions: Sequence[Callable[[], Any]], repeats: int, block: float = 0.0) -> np.ndarray:
+def in_turns(
+    functions: Sequence[Callable[[], Any]], repeats: int, block: float = 0.0, budget: float = math.inf
+) -> np.ndarray:
     """Seconds of a call of each function, float64 [repeats, functions], after a call of each that does not count. A
-    turn takes as many calls as fill `block` seconds, and gives their mean.
+    turn takes as many calls as fill `block` seconds, and gives their mean. There are fewer repeats, but LEAST, where
+    more would take longer than `budget` seconds.
     """
     calls = [1] * len(functions)
 
@@ -33,7 +37,10 @@ def in_turns(functions: Sequence[Callable[[], Any]], repeats: int, block: float 
     for j in range(len(functions)):
         turn(j)  # whatever happens only once
         calls[j] = math.ceil(block / turn(j)) if block else 1
-    return np.array([[turn(j) for j in range(len(functions))] for _ in range(repeats)])
+    rounds, began = [], time.perf_counter()
+    while len(rounds) < repeats and (len(rounds) < LEAST or time.perf_counter() - began < budget):
+        rounds.append([turn(j) for j in range(len(functions))])
+    return np.array(rounds)
 
 
 class Compared(NamedTuple):
