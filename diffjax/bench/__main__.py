@@ -103,7 +103,7 @@ def plot(rows: list[Timing], path: Path) -> None:
     axes.set_yticks(place, [f"{r.network}: {describe(r)}, batch {r.batch}, {r.dtype}" for r in rows], fontsize=8)
     axes.set(xscale="log", xlabel="milliseconds", ylim=(-0.8, len(rows) - 0.2), title=describe_devices())
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=110)
 
 

@@ -119,6 +119,10 @@ def _optional(text: str, value: float | None) -> str:
     return "" if value is None else text.format(value)
 
 
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 _TIMING_COLUMNS: dict[str, Callable[[Any], Any]] = {
     "network": lambda row: f"{row.network}, {row.parameters:,}",
     "what": lambda row: row.what,
@@ -127,12 +131,12 @@ _TIMING_COLUMNS: dict[str, Callable[[Any], Any]] = {
     "guidance": lambda row: row.guidance,
     "batch": lambda row: f"{row.batch} of {row.image_size}",
     "dtype": lambda row: row.dtype,
-    "ms": lambda row: f"{1e3 * row.seconds:.4g}",
+    "ms": lambda row: _milliseconds(row.seconds),
     "±": lambda row: f"{row.spread:.0%}",
     "of": lambda row: row.repeats,
-    "diffusers ms": lambda row: _optional("{:.4g}", row.peer_seconds and 1e3 * row.peer_seconds),
+    "diffusers ms": lambda row: _milliseconds(row.peer_seconds),
     "diffusers / diffjax": lambda row: _optional("{:.2f}", row.ratio),
-    "GFLOP": lambda row: _optional("{:.3g}", row.flops and row.flops / 1e9),
+    "GFLOP": lambda row: _optional("{:,.3f}", row.flops and row.flops / 1e9),
     "MFU": lambda row: _optional("{:.0%}", row.mfu),
     "peak MB": lambda row: f"{row.peak_bytes / 1e6:.0f}",
     "compile s": lambda row: f"{row.compile_seconds:.2f}",
