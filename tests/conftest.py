@@ -24,7 +24,13 @@ settings.load_profile("diffjax")
 
 ROOT = Path(__file__).parent.parent
 QUIET = ("--train.preview-every=0", "--train.eval-every=0")
-TINY = ("--network.channels=4", "--network.multipliers=1", "--network.attention", "--network.heads=1")
+TINY = (
+    "--network.channels=4",
+    "--network.norm-groups=1",
+    "--network.multipliers=1",
+    "--network.attention",
+    "--network.heads=1",
+)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ diffusions = st.builds(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(networks, diffusions, st.sampled_from([0, 3]), st.sampled_from(["ema", "raw"]))
 def test_what_is_written_is_read_again(tmp_path_factory, network, diffusion, classes, weights):
     config = Config(network=network, diffusion=diffusion)
