@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         return
     with cli.one_sentence(PROGRAM):
         config = experiment.named(arguments[0])
-    dry = any(word.startswith("--dry-run") for word in arguments)
+    dry = any(word.replace("_", "-").startswith("--dry-run") for word in arguments)
     default = Options("" if dry else tyro.MISSING, config=config)
     options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], default)
     if options.dry_run is not None:
@@ -117,7 +117,8 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
         batches = data.batches(
             dataset.train, batch, seed, start, labels=labels, flip=config.data.flip, host=host, hosts=hosts
         )
-        held_out = data.first_batches(dataset.held_out, batch, mesh.size, HELD_OUT_BATCHES, labels=labels)
+        limit = HELD_OUT_BATCHES if config.train.eval_every else 0
+        held_out = data.first_batches(dataset.held_out, batch, mesh.size, limit, labels=labels)
         held_out = [parallel.place(mesh, mode, parallel.rows(b, host, hosts)) for b in held_out]
         training = found.training if found else experiment.build_training(config, *description[1:])
         if found:  # whole on every device from the start, so that the first step can reuse its memory like every other
@@ -221,10 +222,11 @@ def resume(checkpoints: Checkpoints, config: experiment.Config, mesh: Mesh) -> F
     damaged: dict[int, ValueError] = {}
     for step in reversed(checkpoints.steps()):
         try:
-            stored = Description.from_dict(checkpoints.config(step))
+            described = checkpoints.config(step)
         except ValueError as error:
             damaged[step] = error
             continue
+        stored = Description.from_dict(described)  # of another version is not damaged
         changes = experiment.check_resume(stored.config, config)
         training = experiment.build_training(config, *stored[1:])
         like = jax.eval_shape(training.init, jax.random.key(0))

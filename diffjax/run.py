@@ -69,7 +69,10 @@ def open_run(source: str | Path, step: int | None = None, weights: str = "ema") 
             raise ValueError(f"weights are {weights!r}: use ema or raw")
         if step is not None:
             raise ValueError(f"{source} holds one set of weights: leave out the checkpoint")
-        return _of_diffusers(diffusers.locate(source))
+        run = _of_diffusers(diffusers.locate(source))
+        if weights == "raw" and run.weights == "ema":
+            raise ValueError(f"{source} holds a moving average, and no parameters as trained: leave out --weights raw")
+        return run
     workdir = Path(source)
     checkpoints, step = open_checkpoint(workdir, step)
     description = Description.from_dict(checkpoints.config(step))
@@ -104,7 +107,11 @@ def _of_diffusers(folder: Path) -> Run:
 
 def output_folder(source: str | Path) -> Path:
     """Where pictures of a run go: its folder, or runs/NAME for a source that is not ours to write to."""
-    return Path("runs") / Path(str(source)).name if diffusers.is_source(source) else Path(source)
+    return (
+        Path("runs") / Path(str(source).removeprefix(diffusers.PREFIX)).name
+        if diffusers.is_source(source)
+        else Path(source)
+    )
 
 
 class Guidance(NamedTuple):

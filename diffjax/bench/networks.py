@@ -183,7 +183,7 @@ def ddim(it: Subject, case: Case, scale: float | None = None) -> list[Way]:
     x = it.images(case.batch)
     rows, *_ = sampler.chunks(plan, x.dtype)
     carry: Any = (x, jnp.zeros_like(x), jnp.zeros_like(x))
-    pass_flops = compiled(it.network, it.params, x, jnp.zeros(case.batch), labels).flops
+    pass_flops = _flops(jax.jit(it.network).lower(it.params, x, jnp.zeros(case.batch), labels))
 
     def way(two_passes: bool = False) -> Way:
         def run(params: Any, labels: Array | None, scale: Any, rows: Plan, carry: Carry, keys: Array) -> Carry:

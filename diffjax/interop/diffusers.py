@@ -163,7 +163,7 @@ def _read_tensors(home: Path) -> tuple[dict[str, np.ndarray], dict[str, str], Pa
         )
     # The plain file before variants like fp16; in parts, all of them.
     plain = [f for f in files if f.name == f"{WEIGHTS}.safetensors"]
-    parts = [f for f in files if re.search(r"-\d+-of-\d+", f.name)]
+    parts = [f for f in files if re.fullmatch(WEIGHTS + r"-\d+-of-\d+\.safetensors", f.name)]
     chosen = plain or parts or files[:1]
     tensors: dict[str, np.ndarray] = {}
     try:
@@ -284,13 +284,19 @@ def _diffusion(described: dict[str, Any], path: Path) -> Diffusion:
         if betas in SCHEDULES:
             name, value, known = "prediction_type", prediction, PREDICTIONS
         raise ValueError(f"{path} has {name} {value!r}: only {', '.join(known)} can be read")
-    ends = described.get("beta_start", 0.0001), described.get("beta_end", 0.02)
+    ends, T = (described.get("beta_start", 0.0001), described.get("beta_end", 0.02)), described["num_train_timesteps"]
     schedule: Any = SCHEDULES[betas]
     predicted: Any = PREDICTIONS[prediction]
+    usual = schedule not in experiment.BETAS or np.allclose(ends, _usual(schedule, T), rtol=1e-9)
     return Diffusion(
-        schedule=schedule, betas=ends if schedule in experiment.BETAS else None, prediction=predicted,
-        T=described.get("num_train_timesteps", 1000), zero_terminal_snr=described.get("rescale_betas_zero_snr", False),
+        schedule=schedule, betas=None if usual else ends, prediction=predicted, T=T,
+        zero_terminal_snr=described.get("rescale_betas_zero_snr", False),
     )  # fmt: skip
+
+
+def _usual(schedule: str, T: int) -> tuple[float, float]:
+    # What betas None stands for; of cosine, which has none, what diffusers writes.
+    return {"linear": (0.1 / T, 20 / T), "scaled_linear": (0.85 / T, 12 / T)}.get(schedule, (0.0001, 0.02))
 
 
 def _settings(config: Config, image_shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
@@ -342,8 +348,7 @@ def _scheduler(config: Config) -> dict[str, Any]:
     theirs = {ours: name for name, ours in SCHEDULES.items()}
     if d.schedule not in theirs:
         raise ValueError(f"diffusers has no schedule {d.schedule}: it has {', '.join(theirs)}")
-    usual = {"linear": (0.1 / d.T, 20 / d.T), "scaled_linear": (0.85 / d.T, 12 / d.T)}.get(d.schedule, (0.0001, 0.02))
-    first, last = d.betas or usual
+    first, last = d.betas or _usual(d.schedule, d.T)
     return {
         "_class_name": "DDPMScheduler", "num_train_timesteps": d.T, "beta_schedule": theirs[d.schedule],
         "beta_start": first, "beta_end": last, "rescale_betas_zero_snr": d.zero_terminal_snr, "clip_sample": True,

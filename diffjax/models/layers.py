@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 
 
@@ -93,16 +94,22 @@ def convolve(x: Array, kernel: Array, strides: int = 1, padding: Any = "SAME") -
     return _convolve(x, kernel, strides, padding, ("NHWC", "HWIO", "NHWC"))
 
 
-@convolve.defjvp
 def _convolve_jvp(strides: int, padding: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # The derivative, with axes in an order of which the transpose (what gradients are made of) is a convolution of NHWC
     # by HWIO again. JAX's own is not, and XLA brings such convolutions into that form on CPUs only outside loops: a
     # training step inside `lax.scan` would be twenty times as slow. Elsewhere XLA folds the transposes away.
     (x, kernel), (dx, dkernel) = primals, tangents
-    of_x = _convolve(dx, kernel.transpose(0, 1, 3, 2), strides, padding, ("NHWC", "HWOI", "NHWC"))
-    turned = x.transpose(3, 1, 2, 0), dkernel.transpose(2, 0, 1, 3)
-    of_kernel = _convolve(*turned, strides, padding, ("CHWN", "IHWO", "HWNC")).transpose(2, 0, 1, 3)
-    return convolve(x, kernel, strides, padding), of_x + of_kernel
+    parts = []  # a tangent that is known to be zero has none
+    if not isinstance(dx, SymbolicZero):
+        parts.append(_convolve(dx, kernel.transpose(0, 1, 3, 2), strides, padding, ("NHWC", "HWOI", "NHWC")))
+    if not isinstance(dkernel, SymbolicZero):
+        turned = x.transpose(3, 1, 2, 0), dkernel.transpose(2, 0, 1, 3)
+        parts.append(_convolve(*turned, strides, padding, ("CHWN", "IHWO", "HWNC")).transpose(2, 0, 1, 3))
+    y = convolve(x, kernel, strides, padding)
+    return y, sum(parts, start=jnp.zeros_like(y)) if len(parts) != 1 else parts[0]
+
+
+convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
 def _convolve(x: Array, kernel: Array, strides: int, padding: Any, axes: tuple[str, str, str]) -> Array:

@@ -55,6 +55,10 @@ def quiet() -> None:
     threading.excepthook = without_threads(threading.excepthook)
 
 
+# A checkpoint that could not be read for one of these may be well.
+WELL = (PermissionError, InterruptedError, TimeoutError, MemoryError, jax.errors.JaxRuntimeError)
+
+
 class SaveError(OSError):
     """A checkpoint could not be written; those before it are as they were."""
 
@@ -71,6 +75,9 @@ class Checkpoints:
             preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=clean
         )
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
+        # Orbax would ask the hosts about a SIGTERM by the number of the step, where `loop.interruptible` asks by the
+        # number of the call: asked by two counts, they would never agree.
+        self._manager.reached_preemption = lambda step: False
 
     def steps(self) -> list[int]:
         """Those on disk, in order."""
@@ -129,6 +136,8 @@ class Checkpoints:
         folder = self._workdir / FOLDER / str(step)
         try:
             stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        except WELL:
+            raise
         except Exception as error:  # whatever Orbax may raise of files that are not there, or cut short
             raise ValueError(f"checkpoint {folder} is incomplete: remove it, and an earlier one is used") from error
         if "digest" not in stored:  # from before there were digests: the configuration alone
@@ -143,6 +152,8 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(_placed(tree, sharding)) for name, tree in trees.items()}
         try:
             items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except WELL:
+            raise
         except Exception as error:  # as above
             raise ValueError(
                 f"checkpoint {folder} does not fit the network of its configuration: it is damaged, or from another"

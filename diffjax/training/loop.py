@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -42,7 +43,12 @@ def interruptible(hosts: int = 1) -> Iterator[Callable[[], int]]:
             received = received or signal.SIGTERM * multihost_utils.reached_preemption_sync_point(next(calls))
             return received
 
-        yield agreed
+        # Ctrl-C is for all hosts too: as a SIGTERM, which JAX tells the others.
+        before_it = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            yield agreed
+        finally:
+            signal.signal(signal.SIGINT, before_it)
         return
 
     def handle(number: int, frame: Any) -> None:

@@ -36,7 +36,11 @@ def join(address: str, hosts: int | None, host: int | None) -> None:
         raise ValueError(
             f"--processes is {hosts} and --process is {host}: say how many there are, and which this is, from 0"
         )
-    jax.distributed.initialize(address, hosts, host)
+    try:
+        jax.distributed.initialize(address, hosts, host)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--distributed {address}: the processes did not find each other ({reason})") from error
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

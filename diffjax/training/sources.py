@@ -28,7 +28,8 @@ from diffjax import picture
 NETWORK_SECONDS = 5.0  # how long a download site may take to answer before it counts as out of reach
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of the files of a folder that are images
 NAMES = (("x", "images"), ("y", "labels"))  # of the arrays of an .npz file
-TENTH = 10  # where a source has no split of its own to hold out, every tenth example is
+TENTH = 10  # where a source has no split of its own to hold out, a tenth of its examples is
+HELD_OUT = ("test", "validation", "val")  # beside "train"
 
 
 class UnreadableError(ValueError):
@@ -131,8 +132,8 @@ def _described(name: str, data_dir: str | None, size: int | None) -> tuple[Any, 
 def load_folder(path: Path, size: int, *, grey: bool = False) -> Dataset:
     """PNG, JPEG and WebP files, each turned as its camera says, laid over white where transparent, cut to its middle
     and resized to size x size, RGB or grey. A sub-folder, with all that is in it, is a class, in alphabetical order;
-    without sub-folders there are no labels. Held out is the folder "test" where there are two, "train" and "test",
-    else every tenth file.
+    without sub-folders there are no labels. Held out is the folder "test", "validation" or "val" where one stands
+    beside "train", else a tenth of the files, drawn by chance but always the same.
 
     ValueError for a folder without images, images beside sub-folders, or classes that differ between the two; and
     `UnreadableError`, when it is its turn, for a file that is no image.
@@ -140,12 +141,20 @@ def load_folder(path: Path, size: int, *, grey: bool = False) -> Dataset:
     if not path.is_dir():
         raise ValueError(f"there is no folder of images {path}: name one with --data.path")
     shape = (size, size, 1 if grey else 3)
-    parts = [path / "train", path / "test"]
-    if all(part.is_dir() for part in parts):
+    if (path / "train").is_dir():
+        parts = [path / name for name in ("train", *HELD_OUT) if (path / name).is_dir()]
+        folders = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        beside = sorted(entry.name for entry in folders if entry not in parts)
+        if len(parts) != 2 or beside:
+            raise ValueError(
+                f"{path} holds the folders {', '.join([*(part.name for part in parts), *beside])}: beside train put"
+                f" one of {', '.join(HELD_OUT)}, and nothing else"
+            )
         (classes, train), (others, held_out) = map(_files, parts)
         if classes != others:
             odd = sorted(set(classes) ^ set(others))[0]
             raise ValueError(f"class {odd!r} is in one of {parts[0]} and {parts[1]} alone: give both the same classes")
+        held_out = [held_out[i] for i in _order(len(held_out))]  # the first are what is seen, of every class
     else:
         classes, files = _files(path)
         train, held_out = _without_a_tenth(files, path)
@@ -158,7 +167,8 @@ def load_folder(path: Path, size: int, *, grey: bool = False) -> Dataset:
 
 def load_npz(path: Path) -> Dataset:
     """One .npz file: x, uint8 [N, H, W] or [N, H, W, C], and y, whole numbers [N] from 0, if the images are labelled;
-    or `images` and `labels`, as sample.py writes them. Held out is every tenth image. ValueError for another file.
+    or `images` and `labels`, as sample.py writes them. Held out is a tenth of them, drawn by chance but
+    always the same. ValueError for another file.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}: name an .npz file of images with --data.path")
@@ -228,7 +238,13 @@ def _files(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
         )
     files = [(file, -1) for file in beside]
     for label, entry in enumerate(folders):
-        images = sorted(file for file in entry.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        images = sorted(
+            file
+            for file in entry.rglob("*")
+            if file.suffix.lower() in SUFFIXES
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(entry).parts)
+        )
         if not images:
             raise ValueError(f"{entry} holds no images, and a sub-folder is a class: fill it, or remove it")
         files += [(file, label) for file in images]
@@ -252,14 +268,25 @@ def _decoder(shape: tuple[int, int, int]) -> Callable[[tuple[Path, int]], dict[s
 
 
 def _without_a_tenth(rows: Sequence[Any], path: Path) -> tuple[list[Any], list[Any]]:
-    """Every tenth is held out: of classes in order, a tenth of each."""
+    """By chance, not every tenth: labels that go round by ten would all be the same. What is held out is in no order,
+    since the first of it are what is looked at.
+    """
     if len(rows) < TENTH:
         raise ValueError(f"{path} holds {len(rows)} images, of which a tenth is held out: use {TENTH} or more")
-    held_out = list(rows[TENTH - 1 :: TENTH])
-    return [row for i, row in enumerate(rows) if i % TENTH != TENTH - 1], held_out
+    order = _order(len(rows))
+    number = len(rows) // TENTH
+    return [rows[i] for i in sorted(order[number:])], [rows[i] for i in order[:number]]
+
+
+def _order(number: int) -> list[int]:
+    return np.random.default_rng(0).permutation(number).tolist()
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
+    if name.startswith("hf:"):
+        raise ValueError(
+            f"what {name} was trained on is not told: name it by 'python -m diffjax.convert {name} RUN --data'"
+        )
     if name == "digits":
         return Digits(data_dir=data_dir, file_format="array_record")
     try:
@@ -270,6 +297,10 @@ def _builder(name: str, data_dir: str | None) -> Any:
         raise ValueError(f"tensorflow-datasets has no dataset {name!r}{hint}") from None
     except (AssertionError, ImportError) as error:  # a version that is not there, a community dataset
         raise ValueError(f"dataset {name!r} cannot be used: {str(error).strip().splitlines()[0]}") from error
+    except ValueError as error:  # whose reason is a page long
+        raise ValueError(
+            f"{name!r} is no name of a dataset: name one of the catalogue, or read files by --data.source folder or npz"
+        ) from error
 
 
 def _prepare(builder: Any) -> None:

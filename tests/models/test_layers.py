@@ -96,6 +96,12 @@ def test_the_derivative_of_a_convolution_is_jax_s_in_every_mode(x64, strides, pa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), derivatives(ours), derivatives(theirs))
 
 
+def test_the_derivative_along_x_alone_takes_one_convolution():
+    x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    along = jax.jit(lambda dx: jax.jvp(lambda x: convolve(x, kernel), (x,), (dx,))[1])
+    assert along.lower(x).as_text().count("stablehlo.convolution") == 1
+
+
 @pytest.mark.parametrize("strides", [1, 2])
 def test_gradients_inside_a_loop_are_convolutions_that_cpus_know(strides):
     """XLA's CPU backend computes any other order of axes pixel by pixel, twenty times as slowly."""

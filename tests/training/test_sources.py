@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import shutil
 import sys
 import tarfile
 import threading
@@ -174,12 +175,11 @@ def test_sub_folders_are_classes_in_order_and_a_tenth_is_held_out(photos):
     found = sources.load_folder(photos, 8)
     assert (found.image_shape, found.classes) == ((8, 8, 3), 2)
     assert (len(found.train), len(found.held_out)) == (27, 3)
-    ordered = [*range(0, 30, 2), *range(1, 30, 2)]  # all of ant, then all of zebra
-    expected = {True: ordered[9::10], False: [i for n, i in enumerate(ordered) if n % 10 != 9]}
-    for held_out, numbers in expected.items():
-        split = found.held_out if held_out else found.train
-        assert [split[n]["label"] for n in range(len(split))] == [i % 2 for i in numbers]
-        assert np.abs(colours(split) - [[8 * i, 0, 255 - 8 * i] for i in numbers]).max() <= 4  # JPEG and WebP round
+    numbers = [np.round(colours(split)[:, 0] / 8).astype(int) for split in found[:2]]  # as they were coloured
+    assert sorted(np.concatenate(numbers)) == [*range(30)]
+    for split, its in zip(found[:2], numbers, strict=True):
+        assert [split[n]["label"] for n in range(len(split))] == [i % 2 for i in its]
+        assert np.abs(colours(split) - [[8 * i, 0, 255 - 8 * i] for i in its]).max() <= 4  # JPEG and WebP round
     again = sources.load_folder(photos, 8)
     assert (colours(again.held_out) == colours(found.held_out)).all()
 
@@ -237,8 +237,31 @@ def test_an_npz_holds_images_and_labels(tmp_path, x, y, shape):
     found = sources.load_npz(tmp_path / "a.npz")
     assert (found.image_shape, found.classes) == ((*shape, 1)[:3], 3)
     train, held_out = ([split[i] for i in range(len(split))] for split in found[:2])
-    assert (np.stack([e["image"] for e in held_out]).squeeze() == images[9::10].squeeze()).all()
-    assert [e["label"] for e in train] == [i % 3 for i in range(20) if i % 10 != 9]
+    assert (len(train), len(held_out)) == (18, 2)
+    known = {image.tobytes(): i for i, image in enumerate(images)}
+    numbers = [known[e["image"].tobytes()] for e in (*train, *held_out)]
+    assert sorted(numbers) == [*range(20)]
+    assert [e["label"] for e in (*train, *held_out)] == [i % 3 for i in numbers]
+
+
+@pytest.mark.parametrize("name", ["test", "validation", "val"])
+def test_a_folder_beside_train_is_held_out(photos, name):
+    (photos / "train").mkdir()
+    for label in ("ant", "zebra"):
+        (photos / label).rename(photos / "train" / label)
+    with pytest.raises(ValueError, match="beside train put one of test, validation, val, and nothing else"):
+        sources.load_folder(photos, 8)
+    shutil.copytree(photos / "train", photos / name)
+    found = sources.load_folder(photos, 8)
+    assert (found.classes, len(found.train), len(found.held_out)) == (2, 30, 30)
+    assert len({found.held_out[i]["label"] for i in range(8)}) == 2  # the first ones are of both classes
+
+
+def test_labels_that_go_round_by_ten_are_all_in_both_splits(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((1500, 2, 2), np.uint8), y=np.arange(1500) % 10)
+    found = sources.load_npz(tmp_path / "a.npz")
+    for split in found[:2]:
+        assert {split[i]["label"] for i in range(len(split))} == set(range(10))
 
 
 def test_what_sample_py_saves_without_labels_has_none(tmp_path):
