@@ -13,5 +13,5 @@ from diffjax.experiment import Config, Data, Network, Train
 config = Config(
     data=Data(name="mnist", pad=2),
     network=Network(channels=32, multipliers=(1, 1, 2), blocks=1, attention=(8,), heads=4, norm_groups=8),
-    train=Train(steps=8000, batch=64, learning_rate=1e-3, warmup=500, save_every=500, eval_every=500),
+    train=Train(steps=3500, batch=64, learning_rate=1e-3, warmup=300, save_every=500, eval_every=500),
 )
