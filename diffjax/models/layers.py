@@ -97,7 +97,8 @@ def convolve(x: Array, kernel: Array, strides: int = 1, padding: Any = "SAME") -
 def _convolve_jvp(strides: int, padding: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # The derivative, with axes in an order of which the transpose (what gradients are made of) is a convolution of NHWC
     # by HWIO again. JAX's own is not, and XLA brings such convolutions into that form on CPUs only outside loops: a
-    # training step inside `lax.scan` would be twenty times as slow. Elsewhere XLA folds the transposes away.
+    # training step inside `lax.scan` would be twenty times as slow. Elsewhere XLA folds the transposes away. Forward
+    # derivatives pay for it: they are of another form, so that inside loops CPUs are slow at them.
     (x, kernel), (dx, dkernel) = primals, tangents
     parts = []  # a tangent that is known to be zero has none
     if not isinstance(dx, SymbolicZero):
