@@ -111,7 +111,7 @@ def lower_sampler(config: Config, image_shape: tuple[int, int, int], classes: in
     generate = Generator(
         experiment.build_network(config, unet), experiment.build_prediction(config), image_shape, classes, mesh
     )
-    params = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
+    params = experiment.params_like(unet, image_shape)
     rows = next(rows for rows in sampler.chunks(plan, jnp.float32))
     return generate.lower(params, rows, config.train.batch, guided=is_guided(config, classes))
 
@@ -182,7 +182,7 @@ def report(config: Config, target: str, image_shape: tuple[int, int, int], class
     step = cost(lower_step(config, image_shape, classes, mesh), has, config.train.accumulate)
     sampling = cost(lower_sampler(config, image_shape, classes, mesh), has)
     unet = experiment.build_unet(config, image_shape, classes)
-    params = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
+    params = experiment.params_like(unet, image_shape)
     hosts = len({device.process_index for device in found})
     head = (
         f"{target}: {len(found)} x {found[0].device_kind} of {hosts} host{'s' * (hosts > 1)}, {_gib(has)} each;"

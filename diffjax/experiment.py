@@ -397,6 +397,11 @@ def init_params(unet: UNet, image_shape: tuple[int, int, int], key: jax.Array) -
     return jax.jit(unet.init)(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), label)["params"]
 
 
+def params_like(unet: UNet, image_shape: tuple[int, int, int]) -> Any:
+    """The shapes and types of its parameters, which take no memory. ValueError as of `init_params`."""
+    return jax.eval_shape(lambda key: init_params(unet, image_shape, key), jax.random.key(0))
+
+
 def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW behind a clip of the gradient's norm, and its learning rate by step."""
     train = config.train

@@ -82,7 +82,7 @@ def open_run(source: str | Path, step: int | None = None, weights: str = "ema") 
     if weights not in kept:
         raise ValueError(f"weights are {weights!r}: use ema, raw, or the decay of an average, {' or '.join(decays)}")
     unet = experiment.build_unet(config, image_shape, classes)
-    like = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
+    like = experiment.params_like(unet, image_shape)
     params = checkpoints.restore_weights(step, kept[weights], like, parallel.whole(parallel.device_mesh()))
     checkpoints.close()
     return Run(

@@ -107,7 +107,7 @@ def load(folder: Path) -> Imported:
         train=Train(label_dropout=0.1 if null_label else 0.0),
     )
     unet = experiment.build_unet(config, image_shape, classes)
-    like = jax.eval_shape(lambda key: experiment.init_params(unet, image_shape, key), jax.random.key(0))
+    like = experiment.params_like(unet, image_shape)
     params = _from_theirs(tensors, like, len(network.multipliers), file)
     weights = _weights(given, metadata, file, home)
     return Imported(
