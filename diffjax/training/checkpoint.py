@@ -95,7 +95,16 @@ class Checkpoints:
         stored |= {"digest": _of_json(stored)}
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, config=ocp.args.JsonSave(stored))
-        self._writing(lambda: self._manager.save(step, args=args))
+
+        def write() -> None:
+            # A folder that is not there any more, or is full, Orbax finds too, but a thread of it then keeps the
+            # process alive for five minutes.
+            probe = self._workdir / FOLDER / f".probe-{jax.process_index()}"
+            probe.touch()
+            probe.unlink()
+            self._manager.save(step, args=args)
+
+        self._writing(write)
 
     def config(self, step: int) -> dict[str, Any]:
         """The configuration of checkpoint `step`, as it was saved. ValueError where there is none, or a damaged one."""
@@ -168,7 +177,8 @@ class Checkpoints:
             write()
         except Exception as error:  # Orbax raises of a full disk what its parts raise: OSError, ValueError or others
             code = re.search(r"os_error_code='(\d+)'", str(error))
-            reason = os.strerror(int(code[1])) if code else (str(error).strip() or type(error).__name__).splitlines()[0]
+            known = int(code[1]) if code else getattr(error, "errno", None)
+            reason = os.strerror(known) if known else (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SaveError(f"a checkpoint could not be written to {self._workdir / FOLDER} ({reason})") from error
 
 
