@@ -1,8 +1,12 @@
-"""What a trained run is worth: `python -m diffjax.evaluate RUN --bits-per-dim`, on held-out images.
+"""What a trained run is worth.
 
-Bits per dimension, less is better: by the probability flow, the exact density of images with uniform noise of one grey
-value, its divergence estimated by random probes and the whole repeated with others; and by the variational bound of
-DDPM over all levels. Needs diffrax: pip install diffjax[diffrax].
+python -m diffjax.evaluate RUN --num 10000 --sampler ddim --steps 50     its images beside the real ones
+python -m diffjax.evaluate RUN --bits-per-dim                            how probable it finds held-out images
+
+The first appends a complete row to evaluations.jsonl in the run folder. Of the second, less is better: by the
+probability flow, the exact density of images with uniform noise of one grey value, its divergence estimated by random
+probes and the whole repeated with others; and by the variational bound of DDPM over all levels. It needs diffrax: pip
+install diffjax[diffrax].
 """
 
 import functools
@@ -22,12 +26,11 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from diffjax import cli, experiment, sampler, schedule
+from diffjax import cli, experiment, plans, quality, sampler, schedule
 from diffjax.denoiser import Condition, from_network
 from diffjax.evaluation import likelihood
 from diffjax.evaluation.record import BitsPerDim, markdown
-from diffjax.plans import std_named
-from diffjax.run import Run, check_seed, count_parameters, open_run, output_folder
+from diffjax.run import Generator, Guidance, Run, check_guidance, check_seed, count_parameters, open_run, output_folder
 from diffjax.schedule import Level
 from diffjax.training import data, parallel
 
@@ -38,16 +41,35 @@ STAGES, BEGINNING = 6, 1  # evaluations of a step of the solver, and before the 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a trained run on held-out images."""
+    """Measure a trained run: its images, or, with --bits-per-dim, how probable it finds held-out ones."""
 
     run: tyro.conf.Positional[str]
     """Run folder, as train.py leaves it."""
     bits_per_dim: bool = False
     """Likelihood by the probability flow, and the variational bound."""
-    num: int = 64
-    """Held-out images, the first ones."""
+    num: int | None = None
+    """Images to be sampled, 1000 if None; or held-out images, the first ones, 64 if None."""
+    sampler: str = "ddim"
+    """A sampler with its dials, as in ddim, ddim(eta=0.5) or ddpm(variance=fixed_large, spacing=leading)."""
+    steps: int | None = None
+    """Levels visited; None for all T with ddpm and 50 with others."""
+    guidance: float = 1.0
+    """0 unconditional, 1 conditional, more is guided."""
+    batch: int | None = None
+    """Images sampled at a time; None for a fifth of --num, and 100 at most."""
+    clip: bool = True
+    """Estimates of x0 to the range of images, while sampling."""
+    features: Literal["cnn", "pixels", "inception"] = "cnn"
+    """What images are compared by: a small network trained here on the real ones, their pixels, or Inception-v3."""
+    reference: Literal["train", "held_out"] = "train"
+    """Split of the real images that the sampled ones are compared with."""
+    inception: str | None = None
+    """File of Inception-v3's weights; None for those downloaded once."""
+    data: str | None = None
+    """A configuration whose images are the real ones, as in cifar10, for a network from elsewhere; None for the run's
+    own."""
     labels: bool = True
-    """Tell the network their labels, if it knows any."""
+    """Bits per dimension: tell the network the images' labels, if it knows any."""
     probes: int = 1
     """Random probes of the flow's divergence, per image."""
     repeats: int = 3
@@ -73,18 +95,65 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
     with cli.one_sentence(PROGRAM):
-        if not options.bits_per_dim:
-            raise ValueError("nothing is to be measured: say --bits-per-dim")
+        check_seed(options.seed)
+        run = open_run(options.run, options.checkpoint, options.weights)
+    if options.bits_per_dim:
+        of_likelihood(options, run)
+    else:
+        of_images(options, run)
+
+
+def of_images(options: Options, run: Run) -> None:
+    """Sample, compare, print one row and append it to the run's."""
+    num = 1000 if options.num is None else options.num
+    with cli.one_sentence(PROGRAM):
+        if options.repeats != 3 or options.probes != 1 or options.out is not None:
+            raise ValueError("--repeats, --probes and --out belong to --bits-per-dim: leave them out, or say it too")
+        plan, name = make_plan(options, run)
+        guidance = Guidance(options.guidance)
+        check_guidance(run, guidance)
+        batch = quality.default_batch(num) if options.batch is None else options.batch
+        quality.check_batch(num, batch)
+        folder = output_folder(options.run)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = run.description.config if options.data is None else experiment.load_config(options.data)
+        weights = None if options.inception is None else Path(options.inception)
+        reference = quality.read_reference(config, options.features, options.reference, folder, weights)
+    generate = Generator(run.network, run.prediction, *run.description[1:])
+    with tqdm(total=plan.steps * -(-num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
+        row, _ = quality.measure(
+            run, generate, reference, plan, name, guidance=guidance, num=num, batch=batch, seed=options.seed,
+            clip=options.clip, progress=bar.update,
+        )  # fmt: skip
+    with cli.one_sentence(PROGRAM), (folder / "evaluations.jsonl").open("a") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+    print(markdown([row]))
+    print(f"appended to {folder / 'evaluations.jsonl'}")
+
+
+def make_plan(options: Options, run: Run) -> tuple[sampler.Plan, str]:
+    """The plan that is asked for, and its full name. ValueError as of `plans.requests` and `plans.at_steps`."""
+    request, *more = plans.requests(options.sampler)
+    if more:
+        raise ValueError(f"--sampler is {options.sampler!r}: name one, or sweep them by python -m diffjax.pareto")
+    T = schedule.length(run.schedule)
+    steps = (T if request.name == "ddpm" else min(50, T)) if options.steps is None else options.steps
+    return plans.at_steps(request, run.schedule, steps)
+
+
+def of_likelihood(options: Options, run: Run) -> None:
+    """Both measures, as a table and as a file."""
+    num = 64 if options.num is None else options.num
+    with cli.one_sentence(PROGRAM):
         if importlib.util.find_spec("diffrax") is None:
             raise ValueError("likelihoods need diffrax: pip install 'diffjax[diffrax]'")
-        check(options)
-        run = open_run(options.run, options.checkpoint, options.weights)
+        check(options, num)
         T, config = schedule.length(run.schedule), run.description.config
         if options.evaluations is not None and not 1 <= options.evaluations <= T - 1:
             raise ValueError(f"--evaluations is {options.evaluations}: this chain takes 1 to {T - 1}, or None for all")
-        std = std_named(options.variance)
-        images, labels = data.first_images(experiment.load_data(config).held_out, options.num)
-        labels = make_labels(options, run, labels)
+        std = plans.std_named(options.variance)
+        images, labels = data.first_images(experiment.load_data(config).held_out, num)
+        labels = make_labels(options, run, labels, num)
         out = cli.check_output(Path(options.out or output_folder(options.run) / "evaluation.json"), ".json")
     rows = bits_per_dim(options, run, std, images, labels)
     with cli.one_sentence(PROGRAM):
@@ -93,19 +162,18 @@ def main(arguments: list[str]) -> None:
     print(f"wrote {out}")
 
 
-def check(options: Options) -> None:
+def check(options: Options, num: int) -> None:
     """ValueError, naming the option, for values that mean nothing."""
-    if options.num < 2:
-        raise ValueError(f"--num is {options.num}: a mean and its error take two images or more")
+    if num < 2:
+        raise ValueError(f"--num is {num}: a mean and its error take two images or more")
     for name in ("probes", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}: use 1 or more")
     if not 0 < options.tolerance <= 0.01:
         raise ValueError(f"--tolerance is {options.tolerance}: use a number above 0, and at most 0.01; 1e-4 is usual")
-    check_seed(options.seed)
 
 
-def make_labels(options: Options, run: Run, labels: np.ndarray | None) -> np.ndarray | None:
+def make_labels(options: Options, run: Run, labels: np.ndarray | None, num: int) -> np.ndarray | None:
     """What the network is told of each image. ValueError for no label where it was trained with all of them."""
     classes = run.description.classes
     if not classes:
@@ -117,7 +185,7 @@ def make_labels(options: Options, run: Run, labels: np.ndarray | None) -> np.nda
             f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label: leave out"
             " --no-labels"
         )
-    return np.full(options.num, classes, np.int32)
+    return np.full(num, classes, np.int32)
 
 
 def bits_per_dim(

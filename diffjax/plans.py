@@ -1,6 +1,7 @@
 """Plans as people meet them: by the name of a sampler, in a file, in a picture."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from diffjax import sampler, solvers
 from diffjax.sampler import Plan, Std, check_plan
-from diffjax.schedule import Level, Schedule, at, check_levels, logsnr
+from diffjax.schedule import SPACINGS, Level, Schedule, at, check_levels, logsnr
 
 # ---------------------------------------------------------------------------------------------- by name
 
@@ -68,6 +69,58 @@ def named(name: str, schedule: Schedule, t: Any, spacing: str, **dials: Any) -> 
     told = [str(value) if isinstance(value, str) else f"{dial}={value:g}" for dial, value in values.items()]
     told += [spacing] + ([f"{len(t)} levels"] if plan.steps != len(t) else [])
     return plan, f"{name}({', '.join(told)})"
+
+
+class Request(NamedTuple):
+    """A sampler as it is asked for in a list of samplers."""
+
+    name: str
+    dials: dict[str, Any]
+    spacing: str = "trailing"
+    steps: int | None = None  # None: those of the whole list
+
+
+def requests(text: str) -> list[Request]:
+    """Samplers as a user lists them, each NAME, NAME(dial=value, spacing=NAME) or either with :STEPS behind it, as in
+    "ddim,ddim(eta=0.5),ddpm(variance=fixed_large):1000". ValueError for what is none of these.
+    """
+    found = []
+    for part in re.split(r",\s*(?![^(]*\))", text):
+        match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?(?::(\d+))?", part.strip())
+        pairs = [] if match is None or not match[2] else [word.partition("=") for word in match[2].split(",")]
+        if match is None or any(not value for _, _, value in pairs):
+            raise ValueError(f"{part.strip()!r} is no sampler: write them as in ddim,ddim(eta=0.5),ddpm:1000")
+        dials = {dial.strip(): value.strip() for dial, _, value in pairs}
+        spacing = dials.pop("spacing", "trailing")
+        for dial, value in dials.items():
+            if dial not in _DIALS:
+                raise ValueError(f"there is no dial {dial!r} in {part.strip()!r}: use {', '.join(_DIALS)} or spacing")
+            if dial != "variance" and not _is_number(value):
+                raise ValueError(f"{dial} is {value!r} in {part.strip()!r}: use a number")
+        values: dict[str, Any] = {dial: value if dial == "variance" else float(value) for dial, value in dials.items()}
+        found.append(Request(match[1], values, spacing, int(match[3]) if match[3] else None))
+    return found
+
+
+_DIALS = sorted({dial for made in SAMPLERS.values() for dial in made.dials})
+
+
+def at_steps(request: Request, schedule: Schedule, steps: int) -> tuple[Plan, str]:
+    """The plan of a request over so many levels, or over its own, and its full name. ValueError as of `named`, and for
+    a spacing that does not exist.
+    """
+    if request.spacing not in SPACINGS:
+        raise ValueError(f"there is no spacing {request.spacing!r}: choose from {', '.join(SPACINGS)}")
+    t = SPACINGS[request.spacing](schedule, steps if request.steps is None else request.steps)
+    return named(request.name, schedule, t, request.spacing, **request.dials)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------------- in a file

@@ -203,7 +203,12 @@ class Images(NamedTuple):
     labels: np.ndarray  # int32 [N], -1 where the network has no classes
     nfe: int  # network evaluations per image
     compile_seconds: float
-    run_seconds: float
+    batch_seconds: tuple[float, ...]  # of each batch, compilation apart
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all batches."""
+        return sum(self.batch_seconds)
 
     @property
     def images(self) -> np.ndarray:
@@ -272,8 +277,8 @@ class Generator:
         worse = None if guidance.worse is None else guidance.worse.params
         shared = jax.block_until_ready(jax.device_put((params, worse, led), whole))
         key = jax.random.key(seed)
-        before, seconds, made = self._compile_seconds, 0.0, []
-        looking = 0.0  # not sampling
+        before, made = self._compile_seconds, []
+        seconds: list[float] = []
         led_at_all = guidance.scale != 1 and (self._classes > 0 or guidance.worse is not None)
         inside = np.full(plan.steps, led_at_all)
         if guidance.interval is not None:
@@ -305,7 +310,7 @@ class Generator:
                 program = self._program((kind, after), lambda: self._build(kind, after), arguments)
                 return program(*arguments)
 
-            done = 0
+            done, looking = 0, 0.0  # what is not sampling
 
             def look(rows: int, carry: Carry, first: int = first) -> None:
                 # Waiting costs little with ten rows a call, and the bar tells the truth.
@@ -325,9 +330,14 @@ class Generator:
                 begin = jax.device_put(np.asarray(x[index % num], np.float32), split)
             end = sampler.sample(runs, plan, begin, keys, look, every, which=inside.astype(int))
             made.append(jax.device_get(end))
-            seconds += time.perf_counter() - began - (self._compile_seconds - compiled)
+            seconds.append(time.perf_counter() - began - (self._compile_seconds - compiled) - looking)
         shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
-        return Images(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, seconds - looking)
+        return Images(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, tuple(seconds))
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return len(self._programs)
 
     def lower(self, params: Any, rows: Plan, batch: int, guided: bool) -> Any:
         """The program that takes `batch` images through rows of a plan, clipped, guided or not, for shapes alone:

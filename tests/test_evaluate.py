@@ -69,7 +69,12 @@ def test_all_images_count_once_whatever_the_batch(digits_run):
 
 
 BAD = {
-    "{run}": "nothing is to be measured: say --bits-per-dim",
+    "{run} --repeats 2": "--repeats, --probes and --out belong to --bits-per-dim",
+    "{run} --num 20 --batch 8": "--num 20 in batches of 8 is fewer than 5 batches",
+    "{run} --sampler ddim,heun": "name one, or sweep them by python -m diffjax.pareto",
+    "{run} --sampler ddim --steps 0": "steps",
+    "{run} --guidance=-1": "guidance is -1.0",
+    "{run} --data cifar": "cifar10",
     "{tmp}/nowhere --bits-per-dim": "there is no run folder",
     "{run} --bits-per-dim --num 1": "--num is 1: a mean and its error take two images or more",
     "{run} --bits-per-dim --num 298": "298 images are asked for: this split holds 297",

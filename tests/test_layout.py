@@ -11,11 +11,11 @@ ROOMS = [
     "models.layers", "models.unet",
     "picture", "plans",
     "training.step", "training.parallel", "training.sources", "training.data", "training.checkpoint", "training.loop",
-    "evaluation.record", "evaluation.digits", "evaluation.likelihood",
+    "evaluation.record", "evaluation.digits", "evaluation.likelihood", "evaluation.frontier", "evaluation.report",
     "testing",
-    "experiment", "interop.diffusers", "cpu", "cli", "run", "dryrun", "editing",
+    "experiment", "interop.diffusers", "cpu", "cli", "run", "quality", "dryrun", "editing",
     "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",
-    "bench.first_image", "demo", "bench.__main__", "edit", "evaluate", "convert",
+    "bench.first_image", "demo", "bench.__main__", "edit", "evaluate", "pareto", "convert",
 ]  # fmt: skip
 MATHEMATICS = ROOMS[:7]
 

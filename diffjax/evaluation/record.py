@@ -115,6 +115,87 @@ class Timing:
         return None if self.flops is None else self.flops / self.seconds / self.ceiling
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """How good and how quick the images of one sampler are. Every field is needed, and ValueError tells of those that
+    say nothing: a figure without its context cannot be built.
+    """
+
+    sampler: str  # with its dials and its spacing, as in "ddim(eta=0, trailing)"
+    clipping: str  # of estimates of x0: "clipped", "unclipped", or as in "thresholded 0.995"
+    steps: int  # calls of the denoiser
+    nfe: int  # network evaluations per image, counted
+    guidance: float
+    guided: str  # the scale with all else that guides
+    frechet: float  # distance, of Gaussians through the features
+    kernel: float  # distance, unbiased
+    kernel_error: float  # its standard error
+    inception: float | None  # score; None for features without classes
+    precision: float
+    recall: float
+    recognised: float | None  # share of images whose label the extractor reads; None where either has none
+    extractor: str  # of the features
+    reference: str  # the real images, with their split and number
+    images: int
+    seed: int
+    ms_per_image: float  # median over the batches, compilation apart
+    spread: float  # half the distance of the batches' quartiles, as a share of the median
+    batches: int
+    batch: int
+    compile_seconds: float  # spent for this row; 0 where earlier rows had compiled it all
+    network: str
+    parameters: int
+    weights: str  # with the training step
+    image_size: str
+    device: str  # with the number of devices
+    dtype: str
+    versions: str
+
+    def __post_init__(self) -> None:
+        """ValueError for what a reader could misunderstand."""
+        for name in ("sampler", "clipping", "guided", "extractor", "reference", *CONTEXT, "versions"):
+            if getattr(self, name) in ("", None):
+                raise ValueError(f"a row without its {name} says nothing: give it")
+        if "(" not in self.sampler:
+            raise ValueError(f"sampler {self.sampler!r} is ambiguous: name its dials, as in 'ddim(eta=0, trailing)'")
+        if self.batches < LEAST_BATCHES:
+            raise ValueError(f"a time of {self.batches} batches is no median: time {LEAST_BATCHES} or more")
+        if min(self.steps, self.nfe, self.images) < 1 or not self.ms_per_image > 0:
+            raise ValueError("steps, NFE, images and milliseconds are above 0")
+
+
+LEAST_BATCHES = 5  # behind a median time
+# What two rows share that may stand on one axis, their network apart.
+CONTEXT = ("images", "reference", "extractor", "image_size", "batch", "device", "dtype", "versions")
+NETWORK = ("network", "parameters", "weights")
+
+_QUALITY_COLUMNS: dict[str, Callable[[Any], Any]] = {
+    "sampler": lambda row: row.sampler,
+    "steps": lambda row: row.steps,
+    "NFE": lambda row: row.nfe,
+    "guidance": lambda row: row.guided,
+    "ms/image": lambda row: f"{row.ms_per_image:.3g} ± {row.spread:.0%}",
+    "Frechet": lambda row: f"{row.frechet:.4g}",
+    "kernel": lambda row: f"{row.kernel:.3g} ± {row.kernel_error:.1g}",
+    "inception": lambda row: _optional("{:.2f}", row.inception),
+    "precision": lambda row: f"{row.precision:.3f}",
+    "recall": lambda row: f"{row.recall:.3f}",
+    "recognised": lambda row: _optional("{:.1%}", row.recognised),
+    "images": lambda row: f"{row.images} of {row.image_size}",
+    "seed": lambda row: row.seed,
+    "features": lambda row: row.extractor,
+    "real images": lambda row: row.reference,
+    "clipping": lambda row: row.clipping,
+    "network": lambda row: f"{row.network}, {row.parameters:,} parameters",
+    "weights": lambda row: row.weights,
+    "batch": lambda row: f"{row.batches} of {row.batch}",
+    "compile s": lambda row: f"{row.compile_seconds:.2f}",
+    "device": lambda row: row.device,
+    "dtype": lambda row: row.dtype,
+    "versions": lambda row: row.versions,
+}
+
+
 def _optional(text: str, value: float | None) -> str:
     return "" if value is None else text.format(value)
 
@@ -144,13 +225,30 @@ _TIMING_COLUMNS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def markdown(rows: Sequence[Sampling] | Sequence[BitsPerDim] | Sequence[Timing]) -> str:
-    """A table of rows, every row with its whole context."""
-    columns = {Sampling: _COLUMNS, BitsPerDim: _BITS_COLUMNS, Timing: _TIMING_COLUMNS}[type(rows[0])]
-    cells = [list(columns)] + [[str(cell(row)) for cell in columns.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+_ALL_COLUMNS = {
+    Sampling: _COLUMNS, BitsPerDim: _BITS_COLUMNS, Timing: _TIMING_COLUMNS, Quality: _QUALITY_COLUMNS
+}  # fmt: skip
+
+
+Row = Sampling | BitsPerDim | Timing | Quality
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of rows of one kind, every row with its whole context."""
+    return table(cells(rows))
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The heads of such a table, and the texts of its lines."""
+    columns = _ALL_COLUMNS[type(rows[0])]
+    return [list(columns)] + [[str(cell(row)) for cell in columns.values()] for row in rows]
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown of cells, line by line, the first of them the heads."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
 
 
 def as_dict(row: Sampling) -> dict[str, object]:

@@ -1,0 +1,150 @@
+"""Quality against cost: rows of many samplers, what of them is best, and a picture that says where they differ."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from diffjax.evaluation.record import CONTEXT, NETWORK, Quality, table
+
+
+class Point(NamedTuple):
+    """Rows that differ in nothing but their seed."""
+
+    rows: tuple[Quality, ...]
+
+    @property
+    def first(self) -> Quality:
+        """What all of them share can be read from it."""
+        return self.rows[0]
+
+    def mean(self, name: str) -> float:
+        """Of a figure, over the seeds; NaN where a row has none."""
+        return float(np.mean(self._values(name)))
+
+    def error(self, name: str) -> float:
+        """Standard deviation of a figure over the seeds, ddof 1; 0 for one seed."""
+        values = self._values(name)
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+    def _values(self, name: str) -> np.ndarray:
+        return np.array([getattr(row, name) for row in self.rows], np.float64)
+
+
+_IDENTITY = ("sampler", "clipping", "steps", "guided", *NETWORK, *CONTEXT)
+
+
+def points(rows: Sequence[Quality]) -> list[Point]:
+    """Rows gathered over their seeds, in the order in which each was met first."""
+    found: dict[tuple[object, ...], list[Quality]] = {}
+    for row in rows:
+        found.setdefault(tuple(getattr(row, name) for name in _IDENTITY), []).append(row)
+    return [Point(tuple(group)) for group in found.values()]
+
+
+def differing(rows: Sequence[Quality]) -> list[str]:
+    """The fields of their context in which rows differ: what has to be said where they share an axis."""
+    return [name for name in (*NETWORK, *CONTEXT) if len({getattr(row, name) for row in rows}) > 1]
+
+
+def frontier(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """Indices, by rising cost, of what nothing else beats: nothing as cheap is as good.
+
+    costs, values: less is better. NaN is beaten by all; of equals the first counts.
+    """
+    best, kept = np.inf, []
+    for i in np.lexsort((values, costs)):
+        if values[i] < best:
+            best = values[i]
+            kept.append(int(i))
+    return kept
+
+
+def summary(rows: Sequence[Quality]) -> str:
+    """A short table in markdown, mean ± standard deviation over the seeds, and beneath it all that the rows share; what
+    they do not share has columns.
+    """
+    differ = differing(rows)
+
+    def told(point: Point, name: str, form: str) -> str:
+        if getattr(point.first, name) is None:
+            return ""
+        error = f" ± {point.error(name):.1g}" if len(point.rows) > 1 else ""
+        return format(point.mean(name), form) + error
+
+    heads = ["sampler", "steps", "NFE", "guidance", "ms/image"]
+    lines = [[*heads, "Frechet", "kernel", "precision", "recall", "recognised", *differ]]
+    for point in points(rows):
+        row = point.first
+        figures = [told(point, name, ".3f") for name in ("precision", "recall", "recognised")]
+        lines.append(
+            [row.sampler, str(row.steps), str(row.nfe), row.guided, f"{point.mean('ms_per_image'):.3g}"]
+            + [told(point, "frechet", ".4g"), told(point, "kernel", ".3g"), *figures]
+            + [str(getattr(row, name)) for name in differ]
+        )
+    seeds = sorted({row.seed for row in rows})
+    shared = [name for name in (*NETWORK, *CONTEXT) if name not in differ]
+    words = {"batch": "batches of {}", "parameters": "{:,} parameters", "images": "{} images a row"}
+    said = [words.get(name, name.replace("_", " ") + " {}").format(getattr(rows[0], name)) for name in shared]
+    kinds = "mean ± standard deviation over seeds" if len(seeds) > 1 else "seed"
+    return f"{table(lines)}\n\n{'; '.join(said)}; {kinds} {', '.join(map(str, seeds))}."
+
+
+def plot(rows: Sequence[Quality], path: Path) -> None:
+    """Frechet distance against network evaluations and against milliseconds per image, both on logarithmic axes; what
+    nothing beats is joined, and named with its steps. Contexts that differ are said, each in the legend of its own.
+    """
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    found, differ = points(rows), differing(rows)
+    labels = [_label(point.first, differ) for point in found]
+    series = list(dict.fromkeys(labels))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, cost, words in (
+        (left, "nfe", "network evaluations per image"), (right, "ms_per_image", "milliseconds per image")
+    ):  # fmt: skip
+        for j, label in enumerate(series):
+            mine = [point for point, its in zip(found, labels, strict=True) if its == label]
+            _draw(axes, mine, cost, label, j)
+        costs = [point.mean(cost) for point in found]
+        values = [point.mean("frechet") for point in found]
+        best = frontier(costs, values)
+        axes.plot([costs[i] for i in best], [values[i] for i in best], color="black", linewidth=1, zorder=1)
+        for i in best:
+            name = f"{found[i].first.sampler.split('(')[0]} {found[i].first.steps}"
+            axes.annotate(name, (costs[i], values[i]), (4, -10), textcoords="offset points", fontsize=7)
+        axes.set(xscale="log", yscale="log", xlabel=words)
+        axes.grid(alpha=0.3, which="both")
+    row = rows[0]
+    left.set_ylabel(f"Frechet distance, {row.extractor if 'extractor' not in differ else 'features differ'}")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, title="black: what nothing beats")
+    title = f"{row.network}, {row.parameters:,} parameters, batches of {row.batch} on {row.device}, {row.dtype}"
+    if differ:
+        title = f"on these axes rows differ in {', '.join(name.replace('_', ' ') for name in differ)}: see the legend"
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+_MARKERS = "osD^vP*X<>"
+
+
+def _label(row: Quality, differ: Sequence[str]) -> str:
+    parts = [f"{row.sampler}, guidance {row.guided}"]
+    # Parameters and weights follow from the network's name, wherever that differs.
+    parts += [str(getattr(row, name)) for name in differ if "network" not in differ or name not in NETWORK[1:]]
+    return ", ".join(parts)
+
+
+def _draw(axes: Axes, mine: Sequence[Point], cost: str, label: str, j: int) -> None:
+    mine = sorted(mine, key=lambda point: point.mean(cost))
+    x, y = [p.mean(cost) for p in mine], [p.mean("frechet") for p in mine]
+    error = [p.error("frechet") for p in mine]
+    # On a logarithmic axis a bar may not reach zero.
+    low = [min(e, 0.9 * value) for e, value in zip(error, y, strict=True)]
+    axes.errorbar(
+        x, y, yerr=[low, error], label=label, marker=_MARKERS[j % len(_MARKERS)], color=f"C{j % 10}", markersize=5,
+        linewidth=0.8, linestyle=":", capsize=2,
+    )  # fmt: skip

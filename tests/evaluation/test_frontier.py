@@ -1,0 +1,116 @@
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffjax.evaluation import frontier, report
+from diffjax.evaluation.record import CONTEXT, NETWORK, Quality, markdown
+
+ROW = Quality(
+    sampler="ddim(eta=0, trailing)", clipping="clipped", steps=50, nfe=100, guidance=2.0, guided="2",
+    frechet=3.25, kernel=0.01, kernel_error=0.002, inception=8.5, precision=0.75, recall=0.5, recognised=0.991,
+    extractor="cnn-64, 98% on held-out", reference="digits, train, 1,597 images", images=500, seed=0,
+    ms_per_image=1.5, spread=0.03, batches=5, batch=100, compile_seconds=0.5, network="unet of x", parameters=1234,
+    weights="ema, step 7", image_size="8x8x1", device="1 x cpu", dtype="float32", versions="jax 1",
+)  # fmt: skip
+
+
+def test_a_row_without_its_context_cannot_be_built():
+    values = dataclasses.asdict(ROW)
+    for name in values:
+        with pytest.raises(TypeError, match=name):
+            Quality(**{key: value for key, value in values.items() if key != name})
+    for name in (*CONTEXT, "sampler", "clipping", "guided", "versions"):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(ROW, **{name: ""})
+
+
+AMBIGUOUS = {
+    "'ddim' is ambiguous": {"sampler": "ddim"},
+    "a time of 4 batches is no median: time 5 or more": {"batches": 4},
+    "above 0": {"ms_per_image": math.nan},
+    "NFE": {"nfe": 0},
+}
+
+
+@pytest.mark.parametrize("message", AMBIGUOUS)
+def test_a_row_that_could_be_misread_cannot_be_built(message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ROW, **AMBIGUOUS[message])
+
+
+def test_the_table_shows_every_field():
+    head, _, line = markdown([ROW]).splitlines()
+    assert len(head) == len(line)
+    shown = ("ddim(eta=0, trailing)", "50", "100", "1.5 ± 3%", "3.25", "0.01 ± 0.002", "8.50", "0.750", "0.500", "99.1%")
+    context = ("500 of 8x8x1", "5 of 100", "unet of x, 1,234 parameters", "ema, step 7", "1 x cpu", "float32", "jax 1")
+    for word in (*shown, *context, ROW.extractor, ROW.reference, ROW.clipping):
+        assert f" {word} " in line
+
+
+costs_and_values = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6) | st.just(math.nan)), max_size=12)
+
+
+@given(costs_and_values)
+def test_the_frontier_is_what_nothing_beats(pairs):
+    """By the definition, pair against pair."""
+    kept = frontier.frontier([cost for cost, _ in pairs], [value for _, value in pairs])
+
+    def beaten(i):
+        cost, value = pairs[i]
+        others = [(c, v) for j, (c, v) in enumerate(pairs) if j not in kept or j != i]
+        return math.isnan(value) or any(c <= cost and v <= value and (c, v) != (cost, value) for c, v in others)
+
+    for i, pair in enumerate(pairs):
+        same = [j for j, other in enumerate(pairs) if other == pair]
+        assert (not beaten(i)) == any(j in kept for j in same) or math.isnan(pair[1])
+        assert sum(j in kept for j in same) <= 1
+    assert [pairs[i] for i in kept] == sorted((pairs[i] for i in kept), key=lambda pair: pair[0])
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5))
+def test_seeds_are_gathered_and_nothing_else(figures):
+    rows = [dataclasses.replace(ROW, seed=i, frechet=value) for i, value in enumerate(figures)]
+    (point,) = frontier.points(rows)
+    assert point.mean("frechet") == pytest.approx(np.mean(figures))
+    assert point.error("frechet") == pytest.approx(np.std(figures, ddof=1) if len(figures) > 1 else 0)
+    for name in (*CONTEXT, *NETWORK, "sampler", "clipping", "guided", "steps"):
+        value = getattr(ROW, name)
+        other = dataclasses.replace(ROW, **{name: value + 1 if isinstance(value, int) else f"{value}(other)"})
+        assert len(frontier.points([ROW, other])) == 2, name
+
+
+def test_what_differs_is_said_on_the_axes_and_in_the_table(tmp_path):
+    other = dataclasses.replace(ROW, batch=7, network="unet of y", steps=10, nfe=10)
+    assert frontier.differing([ROW, other]) == ["network", "batch"]
+    assert frontier.differing([ROW, dataclasses.replace(ROW, seed=3, steps=2)]) == []
+    frontier.plot([ROW, other], tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "on these axes rows differ in network, batch: see the legend" in drawn
+    assert "guidance 2, unet of y, 7" in drawn
+    frontier.plot([ROW], tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "unet of x, 1,234 parameters, batches of 100 on 1 x cpu, float32" in drawn
+    assert "differ" not in drawn
+    head, _, first, second, *_, shared = frontier.summary([ROW, other]).splitlines()
+    assert head.split("|")[-3:-1] == [" network   ", " batch "]
+    assert ("unet of x" in first, "unet of y" in second, "unet of" in shared) == (True, True, False)
+    assert "float32" in shared
+
+
+def test_the_page_holds_all_of_it_and_needs_nothing(tmp_path):
+    frontier.plot([ROW], tmp_path / "plot.svg")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG picture")
+    row = dataclasses.replace(ROW, reference='<b>"a" & b')
+    html = report.page("A <title>", "All", (tmp_path / "plot.svg").read_text(), [row], [tmp_path / "a.png"])
+    assert "<b>" not in html
+    assert "&lt;b&gt;&quot;a&quot; &amp; b" in html
+    assert "data:image/png;base64,iVBORyBwaWN0dXJl" in html
+    assert html.count("<svg") == 1
+    asked = re.findall(r'(?:src|href|url)[=(]\s*"?([^")\s]+)', html)
+    assert len(asked) > 3
+    assert all(text.startswith(("#", "data:image/png;base64,")) for text in asked), asked

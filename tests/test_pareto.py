@@ -1,0 +1,154 @@
+"""Sweeps of a trained run as a command, and its quality as one row."""
+
+import json
+import os
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+from conftest import QUICK, check_mistake
+
+from diffjax import evaluate, pareto, plans, quality, schedule
+from diffjax.evaluation.record import Quality
+from diffjax.run import Generator, Guidance, open_run
+from diffjax.training.parallel import device_mesh
+
+SWEEP = ["--samplers", "ddim,ddpm(variance=fixed_large):3", "--steps", "1,2", "--num", "40", "--batch", "8"]
+FIGURES = ("frechet", "kernel", "precision", "recall", "nfe", "steps", "sampler", "guided", "seed")
+
+
+def figures(path):
+    return [{name: row[name] for name in FIGURES} for row in json.loads(path.read_text())]
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_a_sweep_measures_every_combination_once_and_goes_on_where_it_was(digits_run, tmp_path, capsys):
+    arguments = [str(digits_run), *SWEEP, "--features", "pixels", "--out", str(tmp_path / "a")]
+    pareto.main([*arguments, "--guidance", "1,2"])
+    out = tmp_path / "a" / "pareto.json"
+    rows = [Quality(**row) for row in json.loads(out.read_text())]
+    assert [(row.sampler.split("(")[0], row.steps, row.guided, row.nfe) for row in rows] == [
+        ("ddim", 1, "1", 1), ("ddim", 1, "2", 2), ("ddim", 2, "1", 2), ("ddpm", 3, "1", 3), ("ddim", 2, "2", 4),
+        ("ddpm", 3, "2", 6),
+    ]  # fmt: skip
+    assert {row.sampler for row in rows} == {"ddim(eta=0, trailing)", "ddpm(fixed_large, trailing)"}
+    assert all(row.batches == 5 and row.batch == 8 and row.reference == "digits, train, 1,500 images" for row in rows)
+    assert "6 rows measured, 0 were there; " in capsys.readouterr().out
+    # One executable per kind: ten rows or one, noisy or not, guided or not; and the noise to start from.
+    for name in ("pareto.csv", "pareto.md", "pareto.png", "pareto.svg", "report.html"):
+        assert (tmp_path / "a" / name).stat().st_size > 500
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert len((tmp_path / "a" / "pareto.csv").read_text().splitlines()) == 7
+
+    first = figures(out)
+    # Cut short: a row is missing, and the images of another.
+    lost = json.loads(out.read_text())
+    out.write_text(json.dumps(lost[:-1]))
+    sorted((tmp_path / "a" / "images").iterdir())[0].unlink()
+    pareto.main([*arguments, "--guidance", "1,2"])
+    assert "4 were there" in capsys.readouterr().out
+    again = figures(out)
+    assert sorted(map(str, again)) == sorted(map(str, first))
+    # Another sweep adds to it.
+    pareto.main([*arguments, "--guidance", "1", "--seeds", "0,1", "--samplers", "ddim:1"])
+    assert "1 rows measured, 1 were there" in capsys.readouterr().out
+    assert len(figures(out)) == 7
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_an_interrupted_sweep_keeps_its_rows(digits_run, tmp_path, program):
+    out = tmp_path / "pareto.json"
+    arguments = [*SWEEP[:-4], "--num", "10", "--batch", "2", "--features", "pixels", "--guidance", "1", "--out", tmp_path]
+    sweep = program("-m", "diffjax.pareto", digits_run, "--samplers", "ddim:1,ddpm", *arguments[2:], flags=QUICK)
+    while not out.exists() and sweep.poll() is None:
+        pass
+    os.kill(sweep.pid, signal.SIGKILL)
+    sweep.communicate(timeout=60)
+    assert len(figures(out)) >= 1
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_one_row_of_quality_is_complete_and_appended(digits_run, capsys):
+    command = [str(digits_run), "--num", "80", "--batch", "16", "--sampler", "ddim", "--steps", "10", "--guidance", "2"]
+    evaluate.main(command)
+    evaluate.main([*command, "--seed", "1"])
+    said = capsys.readouterr().out
+    first, second = (
+        Quality(**json.loads(line)) for line in (digits_run / "evaluations.jsonl").read_text().splitlines()
+    )
+    assert (first.seed, second.seed, first.nfe, first.guided) == (0, 1, 20, "2")
+    assert first.recognised is not None
+    assert first.recognised > 0.5  # a fifth of the training: more than four times chance
+    assert 1 < first.inception < 10
+    assert second.frechet != first.frechet
+    assert second.frechet == pytest.approx(first.frechet, rel=0.5)
+    assert re.search(r"cnn.*held-out", first.extractor)
+    for word in (first.extractor, first.reference, "426,961 parameters", "ddim(eta=0, trailing)", "float32"):
+        assert word in said
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_one_device_and_eight_measure_the_same(digits_run, tmp_path):
+    run = open_run(digits_run)
+    reference = quality.read_reference(run.description.config, "pixels", "held_out", tmp_path, None)
+    plan, name = plans.at_steps(plans.requests("ddim:3")[0], run.schedule, 3)
+    measured = [
+        quality.measure(
+            run, Generator(run.network, run.prediction, *run.description[1:], mesh=device_mesh(jax.devices()[:n])),
+            reference, plan, name, guidance=Guidance(1.0), num=40, batch=8, seed=0,
+        )
+        for n in (1, 8)
+    ]  # fmt: skip
+    (one, made), (eight, others) = measured
+    assert np.abs(made.images.astype(int) - others.images).max() <= 1  # rounding, of sums in another order
+    for figure in ("frechet", "kernel", "precision", "recall"):
+        assert getattr(one, figure) == pytest.approx(getattr(eight, figure), rel=1e-3, abs=1e-6)
+    assert "held out" in one.reference
+
+
+def test_samplers_are_asked_for_by_name_dials_and_steps():
+    levels = schedule.linear(1000)
+    asked = plans.requests("ddim, ddim(eta=0.5, spacing=karras):7,ddpm(variance=fixed_large):1000")
+    assert [plans.at_steps(request, levels, 20)[1] for request in asked] == [
+        "ddim(eta=0, trailing)", "ddim(eta=0.5, karras)", "ddpm(fixed_large, trailing)"
+    ]  # fmt: skip
+    assert [plans.at_steps(request, levels, 20)[0].steps for request in asked] == [20, 7, 1000]
+
+
+BAD = {
+    "{tmp}/nowhere": "there is no run folder",
+    "": "name a run folder",
+    "{run} --samplers dim": "there is no sampler 'dim': choose from ddpm",
+    "{run} --samplers ddim:x": "'ddim:x' is no sampler: write them as in",
+    "{run} --samplers ddim(eta)": "'ddim(eta)' is no sampler",
+    "{run} --samplers ddim(eta=x)": "eta is 'x' in 'ddim(eta=x)': use a number",
+    "{run} --samplers ddim(speed=1)": "there is no dial 'speed'",
+    "{run} --samplers heun(eta=1)": "--eta belongs to",
+    "{run} --samplers ddim(spacing=wide)": "there is no spacing 'wide'",
+    "{run} --samplers ddim:1001": "1001",
+    "{run} --steps 2,x": "--steps is '2,x'",
+    "{run} --steps 0": "steps",
+    "{run} --guidance high": "--guidance is 'high'",
+    "{run} --guidance=-1": "guidance is -1.0",
+    "{run} --seeds 1.5": "--seeds is '1.5'",
+    "{run} --num 1": "--num is 1",
+    "{run} --num 30 --batch 8": "--num 30 in batches of 8 is fewer than 5 batches",
+    "{run} --num 100 --batch 3": "--batch",
+    "{run} {run}": "two of the runs have one name",
+    "{run} --weights 0.5": "weights are '0.5'",
+    "{run} --features inception --inception {tmp}/none.safetensors": "none.safetensors",
+    "{run} --out {tmp}/file": "file",
+    "{run} --out {tmp}/rows": "holds no rows of this version: move it, or choose another --out",
+}
+
+
+@pytest.mark.usefixtures("in_suite_data")
+@pytest.mark.parametrize("command", BAD)
+def test_a_mistake_in_sweeping_is_one_sentence(command, digits_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "pareto.json").write_text('[{"steps": 3}]')
+    check_mistake(pareto.main, command, BAD[command], capsys, run=digits_run, tmp=tmp_path)
