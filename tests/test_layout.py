@@ -11,7 +11,7 @@ ROOMS = [
     "models.layers", "models.unet",
     "picture", "plans",
     "training.step", "training.parallel", "training.sources", "training.data", "training.checkpoint", "training.loop",
-    "evaluation.record", "evaluation.digits", "evaluation.likelihood", "evaluation.frontier", "evaluation.report",
+    "evaluation.record", "evaluation.metrics", "evaluation.digits", "evaluation.likelihood", "evaluation.frontier", "evaluation.report",
     "testing",
     "experiment", "interop.diffusers", "cpu", "cli", "run", "quality", "dryrun", "editing",
     "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",

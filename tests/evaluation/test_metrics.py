@@ -1,0 +1,277 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffjax.evaluation import metrics
+
+NO_ERROR = 1e-9  # of what float64 computes in a few thousand operations, relative to numbers of order 1
+
+
+def gaussian(seed, n, size=5, mean=0.0, scale=1.0):
+    return mean + scale * np.random.default_rng(seed).normal(size=(n, size))
+
+
+def moments_of(features):
+    return metrics.add(metrics.no_moments(features.shape[1]), features)
+
+
+def exactly(mean, covariance, count=101):
+    """Moments of a Gaussian that is known."""
+    return metrics.Moments(count, np.asarray(mean, float), np.asarray(covariance, float) * (count - 1))
+
+
+def rotation(seed, size=5):
+    return np.linalg.qr(gaussian(seed, size, size))[0]
+
+
+seeds = st.integers(0, 2**32 - 1)
+
+# ------------------------------------------------------------------------------------------- moments
+
+
+@given(seeds, st.lists(st.integers(0, 40), min_size=1, max_size=6), st.sampled_from([0.0, 1e6]))
+def test_moments_in_any_chunking_are_numpys(seed, sizes, mean):
+    """Also far from 0, where a sum of squares has lost 12 of its 16 digits."""
+    features = gaussian(seed, sum(sizes) + 2, mean=mean)
+    found = metrics.no_moments(5)
+    for chunk in np.split(features, np.cumsum(sizes)):
+        found = metrics.add(found, chunk)
+    assert found.count == len(features)
+    # Deviations are exact to 1e-16 of the mean, and enter twice.
+    tolerance = 1e-10 + 1e-15 * mean
+    np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-14, atol=1e-12)
+    np.testing.assert_allclose(found.scatter / (found.count - 1), np.cov(features.T), rtol=tolerance, atol=tolerance)
+
+
+@given(seeds, st.integers(0, 20))
+def test_merging_is_adding(seed, at):
+    features = gaussian(seed, 20)
+    found = metrics.merge(moments_of(features[:at]), moments_of(features[at:]))
+    for a, b in zip(found, moments_of(features), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- Frechet's distance
+
+
+def bures(a, b):
+    """The closed form for covariances that commute, with the axes V: sum of (sqrt(a) - sqrt(b))^2."""
+    return np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+
+
+@given(seeds)
+def test_frechet_distance_of_gaussians_that_share_their_axes(seed):
+    rng = np.random.default_rng(seed)
+    a, b, shift, V = rng.uniform(0, 3, 5), rng.uniform(0, 3, 5), rng.normal(size=5), rotation(seed)
+    found = metrics.frechet_distance(exactly(shift, V * a @ V.T), exactly(np.zeros(5), V * b @ V.T, count=7))
+    assert found == pytest.approx(shift @ shift + bures(a, b), abs=NO_ERROR)
+
+
+def test_frechet_distance_of_any_two_gaussians_of_the_plane():
+    """tr (S_a S_b)^1/2 = sqrt(tr S_a S_b + 2 sqrt(det S_a S_b)) there."""
+    for seed in range(20):
+        a, b = (np.cov(gaussian(seed + k, 10, 2).T) for k in (0, 100))
+        root = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
+        found = metrics.frechet_distance(exactly([0, 0], a), exactly([1, 2], b))
+        assert found == pytest.approx(5 + np.trace(a + b) - 2 * root, abs=NO_ERROR)
+
+
+@given(seeds, st.integers(2, 30))
+def test_frechet_distance_is_a_distance(seed, n):
+    """Of few images too, whose covariance is singular: rounding in its null space must not add up."""
+    a, b, c = (moments_of(gaussian(seed + k, n, 8, mean=k)) for k in range(3))
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=NO_ERROR)
+    assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a), abs=1e-7)
+    ab, bc, ac = (np.sqrt(metrics.frechet_distance(*pair)) for pair in ((a, b), (b, c), (a, c)))
+    assert ac <= ab + bc + NO_ERROR
+
+
+@given(seeds)
+def test_frechet_distance_does_not_see_rotations_or_translations_of_both(seed):
+    a, b = gaussian(seed, 30), gaussian(seed + 1, 40, scale=2.0)
+    V, shift = rotation(seed), gaussian(seed + 2, 1)
+    before = metrics.frechet_distance(moments_of(a), moments_of(b))
+    after = metrics.frechet_distance(moments_of(a @ V + shift), moments_of(b @ V + shift))
+    assert after == pytest.approx(before, abs=NO_ERROR)
+
+
+# ------------------------------------------------------------------------------------------- the kernel distance
+
+
+def discrepancy(x, y):
+    """By its definition, pair by pair."""
+
+    def mean(pairs):
+        return np.mean([(u @ v / len(u) + 1) ** 3 for u, v in pairs])
+
+    within = [mean([(u, v) for i, u in enumerate(z) for j, v in enumerate(z) if i != j]) for z in (x, y)]
+    return sum(within) - 2 * mean([(u, v) for u in x for v in y])
+
+
+@given(seeds, st.integers(3, 8), st.integers(3, 8))
+@settings(max_examples=20)
+def test_kernel_distance_is_its_definition_and_its_error_the_jackknife(seed, m, n):
+    x, y = gaussian(seed, m), gaussian(seed + 1, n, mean=0.5)
+    found, error = metrics.kernel_distance(x, y)
+    assert found == pytest.approx(discrepancy(x, y), abs=NO_ERROR)
+    of_x = [discrepancy(np.delete(x, i, 0), y) for i in range(m)]
+    of_y = [discrepancy(x, np.delete(y, i, 0)) for i in range(n)]
+    assert error == pytest.approx(np.sqrt((m - 1) * np.var(of_x) + (n - 1) * np.var(of_y)), abs=NO_ERROR)
+
+
+def test_kernel_distance_of_subsets_is_that_of_each():
+    x, y = gaussian(0, 20), gaussian(1, 30, mean=0.5)
+    subsets = [(np.arange(k, k + 9), np.arange(2 * k, 2 * k + 12)) for k in range(5)]
+    each = [metrics.kernel_distance(x[i], y[j])[0] for i, j in subsets]
+    assert metrics.kernel_distance(x, y, subsets) == pytest.approx((np.mean(each), np.std(each)), abs=NO_ERROR)
+
+
+def test_kernel_distance_works_in_blocks():
+    """More images than fit into one, against all kernels at once."""
+    x, y = gaussian(0, 1203, 3), gaussian(1, 701, 3, mean=0.3)
+    k = [(a @ b.T / 3 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    within = [(each.sum() - np.trace(each)) / (len(each) * (len(each) - 1)) for each in k[:2]]
+    assert metrics.kernel_distance(x, y)[0] == pytest.approx(sum(within) - 2 * k[2].mean(), abs=NO_ERROR)
+
+
+@pytest.mark.parametrize(("mean", "too_large"), [(0.0, 1.42), (0.7, 1.05)])
+def test_kernel_distance_is_unbiased_and_its_error_honest(mean, too_large):
+    """Over 400 draws of 40 and 60 images: E k(x, x') is E (1 + x.x'/D)^3, known for Gaussians."""
+    found = np.array(
+        [metrics.kernel_distance(gaussian((0, i), 40), gaussian((1, i), 60, mean=mean)) for i in range(400)]
+    )
+    true = expected_kernel(0, 0) + expected_kernel(mean, mean) - 2 * expected_kernel(0, mean)
+    spread = found[:, 0].std(ddof=1)
+    assert abs(found[:, 0].mean() - true) < 4 * spread / np.sqrt(400)
+    # What it says of itself, against what it is, known to 1/sqrt(800) and less for its tails. Of equal sets, where single
+    # images tell nothing and pairs all, the jackknife counts every pair twice.
+    said = np.sqrt(np.mean(found[:, 1] ** 2))
+    assert 0.9 * too_large < said / spread < 1.15 * too_large
+
+
+def expected_kernel(a, b, size=5):
+    """E (1 + x.y/D)^3 for independent x ~ N(a, 1), y ~ N(b, 1) in every one of D dimensions, from the cumulants of x*y:
+    ab, 1 + a^2 + b^2, and 6ab.
+    """
+    k1, k2, k3 = a * b * size, (1 + a**2 + b**2) * size, 6 * a * b * size
+    m1, m2, m3 = k1, k2 + k1**2, k3 + 3 * k2 * k1 + k1**3
+    return 1 + 3 * m1 / size + 3 * m2 / size**2 + m3 / size**3
+
+
+# ------------------------------------------------------------------------------------------- the inception score
+
+
+def test_inception_score_of_certain_and_of_uncertain_classifiers():
+    classes = 7
+    certain = np.eye(classes)[np.arange(10 * classes) % classes]
+    assert metrics.inception_score(certain) == pytest.approx((classes, 0), abs=NO_ERROR)
+    one = np.tile(np.random.default_rng(0).dirichlet(np.ones(classes)), (50, 1))
+    assert metrics.inception_score(one) == pytest.approx((1, 0), abs=NO_ERROR)
+    assert metrics.inception_score(np.eye(classes)[[2] * 30]) == pytest.approx((1, 0), abs=NO_ERROR)
+
+
+@given(seeds, st.integers(1, 5))
+def test_inception_score_is_mutual_information_and_has_its_bounds(seed, splits):
+    """H(y) - H(y|x), of each part."""
+    p = np.random.default_rng(seed).dirichlet(np.full(4, 0.3), size=23)
+    mean, spread = metrics.inception_score(p, splits)
+
+    def entropy(p):
+        return -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-300)), 0), axis=-1)
+
+    parts = [p[i * 23 // splits : (i + 1) * 23 // splits] for i in range(splits)]
+    each = np.exp([entropy(part.mean(0)) - entropy(part).mean() for part in parts])
+    assert (mean, spread) == pytest.approx((each.mean(), each.std()), abs=NO_ERROR)
+    assert 1 - NO_ERROR <= mean <= 4 + NO_ERROR
+
+
+# ------------------------------------------------------------------------------------------- precision and recall
+
+
+def test_precision_and_recall_of_itself_and_of_what_is_far():
+    real = gaussian(0, 60)
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real, real + 1e3) == (0, 0)
+
+
+def test_precision_and_recall_see_lost_modes_and_nonsense():
+    """Two modes of equal weight, of which one is made, or four, of which two are real."""
+    modes = [gaussian(k, 50, 2, mean=100.0 * k) for k in range(4)]
+    two, four = np.concatenate(modes[:2]), np.concatenate(modes)
+    assert metrics.precision_recall(two, modes[0]) == (1, 0.5)
+    assert metrics.precision_recall(two, four) == (0.5, 1)
+
+
+def nearest(real, made, k):
+    """By its definition, distance by distance."""
+
+    def covered(points, by):
+        radii = [np.sort([np.linalg.norm(a - b) for b in by])[k] for a in by]
+        return np.mean([any(np.linalg.norm(p - b) <= r for b, r in zip(by, radii, strict=True)) for p in points])
+
+    return covered(made, real), covered(real, made)
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 9))
+@settings(max_examples=20)
+def test_precision_and_recall_are_their_definition_in_any_batch(seed, k, batch):
+    real, made = gaussian(seed, 12, 2), gaussian(seed + 1, 9, 2, mean=1.0)
+    found = metrics.precision_recall(real, made, k, batch)
+    assert found == nearest(real, made, k)
+    assert metrics.precision_recall(made, real, k, batch) == found[::-1]
+    V, shift = rotation(seed, 2), gaussian(seed + 2, 1, 2)
+    assert metrics.precision_recall(real @ V + shift, made @ V + shift, k, batch) == found
+
+
+def test_copies_of_one_image_cover_that_image():
+    """Balls of radius 0 hold their centre, whatever rounding makes of products."""
+    real = gaussian(0, 40, 64, mean=3.0)
+    made = np.concatenate([np.repeat(real[:1], 10, 0), gaussian(1, 40, 64, mean=500.0)])
+    assert metrics.precision_recall(real, made) == (10 / 50, 1 / 40)
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+SETS = {
+    "frechet": lambda a, b: metrics.frechet_distance(moments_of(a), moments_of(b)),
+    "kernel": metrics.kernel_distance,
+    "precision, recall": metrics.precision_recall,
+}
+
+
+@pytest.mark.parametrize("measure", SETS.values(), ids=SETS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:1], "use|needs"),
+        (lambda x: x[:, :3], "features are of 5 and 3 numbers: use the same extractor"),
+        (lambda x: np.where(np.arange(5) == 2, np.nan, x), "hold NaN or infinity"),
+    ],
+)
+def test_bad_features_are_told_in_a_sentence(measure, change, message):
+    real = gaussian(0, 20)
+    with pytest.raises(ValueError, match=message):
+        measure(real, change(real))
+
+
+def test_bad_arguments_are_told_in_a_sentence():
+    real = gaussian(0, 20)
+    with pytest.raises(ValueError, match=r"features are \[5\]: use one row per image"):
+        metrics.add(metrics.no_moments(5), real[0])
+    with pytest.raises(ValueError, match=r"made images are \[5\]: use one row per image"):
+        metrics.kernel_distance(real, real[0])
+    with pytest.raises(ValueError, match="moments hold NaN"):
+        metrics.frechet_distance(exactly(np.full(2, np.nan), np.eye(2)), exactly([0, 0], np.eye(2)))
+    with pytest.raises(ValueError, match="a subset is of 1 and 2 images"):
+        metrics.kernel_distance(real, real, [([0], [0, 1])])
+    with pytest.raises(ValueError, match="there are no subsets"):
+        metrics.kernel_distance(real, real, [])
+    with pytest.raises(ValueError, match="probabilities are of 9 images: use 10 or more"):
+        metrics.inception_score(np.full((9, 2), 0.5))
+    with pytest.raises(ValueError, match="splits is 0"):
+        metrics.inception_score(np.full((9, 2), 0.5), 0)
+    with pytest.raises(ValueError, match="do not add up to 1"):
+        metrics.inception_score(np.full((20, 2), 1.5))
+    with pytest.raises(ValueError, match="neighbours is 0"):
+        metrics.precision_recall(real, real, 0)
