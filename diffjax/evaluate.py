@@ -116,7 +116,7 @@ def of_images(options: Options, run: Run) -> None:
         quality.check_batch(num, batch)
         folder = output_folder(options.run)
         folder.mkdir(parents=True, exist_ok=True)
-        config = run.description.config if options.data is None else experiment.load_config(options.data)
+        config = run.description.config if options.data is None else experiment.named(options.data)
         weights = None if options.inception is None else Path(options.inception)
         reference = quality.read_reference(config, options.features, options.reference, folder, weights)
     generate = Generator(run.network, run.prediction, *run.description[1:])

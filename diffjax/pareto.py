@@ -91,13 +91,13 @@ def main(arguments: list[str]) -> None:
         batch = quality.default_batch(options.num) if options.batch is None else options.batch
         quality.check_batch(options.num, batch)
         out = cli.check_output(Path(options.out) / "pareto.json", ".json")
-        rows = read(out)
+        rows = [row for row in read(out) if shown(out.parent, row).exists()]  # else it is measured again
         check_same_data(runs)
         config = runs[0].description.config
         weights = None if options.inception is None else Path(options.inception)
         cache = Path(options.runs[0]) if Path(options.runs[0]).is_dir() else out.parent
         reference = quality.read_reference(config, options.features, options.reference, cache, weights)
-    missing = [c for c in combinations if not is_there(c, rows, options, reference, batch, out.parent)]
+    missing = [c for c in combinations if not is_there(c, rows, options, reference, batch)]
     batches = -(-options.num // batch)
     generators = {run.name: generator(run) for run in runs}
     with tqdm(total=sum(c.plan.steps for c in missing) * batches, unit="step", dynamic_ncols=True) as bar:
@@ -169,10 +169,8 @@ def generator(run: Run) -> Generator:
     return Generator(run.network, run.prediction, *run.description[1:])
 
 
-def is_there(
-    c: Combination, rows: list[Quality], options: Options, reference: Reference, batch: int, folder: Path
-) -> bool:
-    """Whether a row of this combination, in this context, has been measured and its images are there."""
+def is_there(c: Combination, rows: list[Quality], options: Options, reference: Reference, batch: int) -> bool:
+    """Whether a row of this combination, in this context, has been measured."""
     wanted = {
         "sampler": c.sampler, "steps": c.plan.steps, "guided": str(Guidance(c.scale)), "seed": c.seed,
         "clipping": quality.describe_clipping(options.clip, None), "network": c.run.name,
@@ -182,10 +180,7 @@ def is_there(
         "dtype": c.run.description.config.network.dtype, "versions": quality.versions(),
     }  # fmt: skip
     assert set(CONTEXT) <= set(wanted)
-    return any(
-        all(getattr(row, name) == value for name, value in wanted.items()) and shown(folder, row).exists()
-        for row in rows
-    )
+    return any(all(getattr(row, name) == value for name, value in wanted.items()) for row in rows)
 
 
 def shown(folder: Path, row: Quality) -> Path:
