@@ -144,8 +144,8 @@ def test_kernel_distance_is_unbiased_and_its_error_honest(mean, too_large):
     true = expected_kernel(0, 0) + expected_kernel(mean, mean) - 2 * expected_kernel(0, mean)
     spread = found[:, 0].std(ddof=1)
     assert abs(found[:, 0].mean() - true) < 4 * spread / np.sqrt(400)
-    # What it says of itself, against what it is, known to 1/sqrt(800) and less for its tails. Of equal sets, where single
-    # images tell nothing and pairs all, the jackknife counts every pair twice.
+    # What it says of itself, against what it is, known to 1/sqrt(800) and less for its tails. Of equal sets, where
+    # single images tell nothing and pairs all, the jackknife counts every pair twice.
     said = np.sqrt(np.mean(found[:, 1] ** 2))
     assert 0.9 * too_large < said / spread < 1.15 * too_large
 
