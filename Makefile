@@ -1,5 +1,5 @@
 # make demo: train on real digits and sample from them.   make test: the whole test suite.   make lint: ruff and types.
-# make parity: live against diffusers.   make bench: what networks cost, beside diffusers.   make readme: README's tables.
+# make parity: live against diffusers and torch-fidelity.   make bench: what networks cost, beside diffusers.   make readme: README's tables.
 # make crash: one run killed 25 times, which has to end as if it had not been.
 # Everything is installed into .venv; PYTHON chooses another interpreter of 3.11 or newer.
 
@@ -43,7 +43,7 @@ lint: .venv/installed-lint
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 parity: .venv/installed-parity .venv/installed-test
-	$(BIN)/python -m pytest tests/test_parity.py tests/interop -rs
+	$(BIN)/python -m pytest tests/test_parity.py tests/interop tests/evaluation/test_metrics_parity.py -rs
 
 bench: .venv/installed-parity
 	$(BIN)/python -m diffjax.bench --out runs/bench

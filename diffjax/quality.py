@@ -48,8 +48,9 @@ def read_reference(config: experiment.Config, kind: str, split: str, cache: Path
         raise ValueError(f"{config.data} has no class labels, so no classifier can learn it: use --features inception")
     else:
         extractor = features.small_cnn(
-            *_arrays(data.train, "train"), *_arrays(data.held_out, "held-out"), data.classes, cache, seed=0
-        )
+            *_arrays(data.train, "train"), *_arrays(data.held_out, "held-out"), data.classes, cache, seed=0,
+            data=f"{config.data} train split",
+        )  # fmt: skip
     source = {"train": data.train, "held_out": data.held_out}[split]
     moments, kept = None, []
     for images in _chunks(source, f"features of real images, {extractor.name}"):

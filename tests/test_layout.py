@@ -8,11 +8,11 @@ ROOT = Path(__file__).parent.parent
 # From the top of the house to the bottom.
 ROOMS = [
     "schedule", "process", "denoiser", "sampler", "solvers", "sde", "loss",
-    "models.layers", "models.unet",
+    "models.layers", "models.unet", "models.inception",
     "picture", "plans",
     "training.step", "training.parallel", "training.sources", "training.data", "training.checkpoint", "training.loop",
     "evaluation.record", "evaluation.metrics", "evaluation.digits", "evaluation.likelihood",
-    "evaluation.frontier", "evaluation.report",
+    "evaluation.features", "evaluation.frontier", "evaluation.report",
     "testing",
     "experiment", "interop.diffusers", "cpu", "cli", "run", "quality", "dryrun", "editing",
     "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",

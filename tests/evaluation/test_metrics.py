@@ -68,6 +68,16 @@ def test_frechet_distance_of_gaussians_that_share_their_axes(seed):
     assert found == pytest.approx(shift @ shift + bures(a, b), abs=NO_ERROR)
 
 
+def test_frechet_distance_of_few_images_is_exact_too():
+    """80 features of which 5 vary: the other eigenvalues are rounding's, and their roots 1e-8 each."""
+    rng, V = np.random.default_rng(0), rotation(0, 80)
+    a, b = np.zeros(80), rng.uniform(0, 3, 80)
+    a[:5] = rng.uniform(0, 3, 5)
+    one, other = (exactly(np.zeros(80), V * each @ V.T) for each in (a, b))
+    assert metrics.frechet_distance(one, other) == pytest.approx(bures(a, b), rel=NO_ERROR)
+    assert metrics.frechet_distance(other, one) == pytest.approx(bures(a, b), rel=NO_ERROR)
+
+
 def test_frechet_distance_of_any_two_gaussians_of_the_plane():
     """tr (S_a S_b)^1/2 = sqrt(tr S_a S_b + 2 sqrt(det S_a S_b)) there."""
     for seed in range(20):
@@ -128,11 +138,13 @@ def test_kernel_distance_of_subsets_is_that_of_each():
 
 
 def test_kernel_distance_works_in_blocks():
-    """More images than fit into one, against all kernels at once."""
+    """More images than fit into one, against all kernels at once; and neither set is first."""
     x, y = gaussian(0, 1203, 3), gaussian(1, 701, 3, mean=0.3)
     k = [(a @ b.T / 3 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
     within = [(each.sum() - np.trace(each)) / (len(each) * (len(each) - 1)) for each in k[:2]]
-    assert metrics.kernel_distance(x, y)[0] == pytest.approx(sum(within) - 2 * k[2].mean(), abs=NO_ERROR)
+    found = metrics.kernel_distance(x, y)
+    assert found[0] == pytest.approx(sum(within) - 2 * k[2].mean(), abs=NO_ERROR)
+    assert metrics.kernel_distance(y, x) == pytest.approx(found, abs=NO_ERROR)
 
 
 @pytest.mark.parametrize(("mean", "too_large"), [(0.0, 1.42), (0.7, 1.05)])
@@ -144,8 +156,8 @@ def test_kernel_distance_is_unbiased_and_its_error_honest(mean, too_large):
     true = expected_kernel(0, 0) + expected_kernel(mean, mean) - 2 * expected_kernel(0, mean)
     spread = found[:, 0].std(ddof=1)
     assert abs(found[:, 0].mean() - true) < 4 * spread / np.sqrt(400)
-    # What it says of itself, against what it is, known to 1/sqrt(800) and less for its tails. Of equal sets, where single
-    # images tell nothing and pairs all, the jackknife counts every pair twice.
+    # What it says of itself, against what it is, known to 1/sqrt(800) and less for its tails. Of equal sets, where
+    # single images tell nothing and pairs all, the jackknife counts every pair twice.
     said = np.sqrt(np.mean(found[:, 1] ** 2))
     assert 0.9 * too_large < said / spread < 1.15 * too_large
 
@@ -224,11 +236,15 @@ def test_precision_and_recall_are_their_definition_in_any_batch(seed, k, batch):
     assert metrics.precision_recall(real @ V + shift, made @ V + shift, k, batch) == found
 
 
-def test_copies_of_one_image_cover_that_image():
-    """Balls of radius 0 hold their centre, whatever rounding makes of products."""
-    real = gaussian(0, 40, 64, mean=3.0)
-    made = np.concatenate([np.repeat(real[:1], 10, 0), gaussian(1, 40, 64, mean=500.0)])
-    assert metrics.precision_recall(real, made) == (10 / 50, 1 / 40)
+@pytest.mark.parametrize("batch", [7, 500])
+def test_copies_of_one_image_cover_that_image(batch):
+    """Balls of radius 0 hold their centre, though the 36th image is alone in its batch of 7, where products are rounded
+    otherwise.
+    """
+    for seed in range(20):
+        real = gaussian(seed, 36, 67, mean=3.0)
+        made = np.concatenate([np.repeat(real[-1:], 4, 0), gaussian(seed + 1, 40, 67, mean=500.0)])
+        assert metrics.precision_recall(real, made, batch=batch) == (4 / 44, 1 / 36)
 
 
 # ------------------------------------------------------------------------------------------- bad input
