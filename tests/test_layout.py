@@ -15,7 +15,7 @@ ROOMS = [
     "testing",
     "experiment", "interop.diffusers", "cpu", "cli", "run", "dryrun", "editing",
     "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",
-    "bench.first_image", "demo", "bench.__main__", "edit", "evaluate", "convert",
+    "bench.first_image", "bench.training", "demo", "bench.__main__", "edit", "evaluate", "convert",
 ]  # fmt: skip
 MATHEMATICS = ROOMS[:7]
 
