@@ -26,9 +26,10 @@ readme: demo .venv/installed-test
 	$(BIN)/python -m diffjax.evaluate $(RUN) --bits-per-dim | grep '^|' > $(RUN)/bits.md
 	$(BIN)/python -m diffjax.testing > $(RUN)/orders.md
 	$(BIN)/python -m diffjax.bench sampler > $(RUN)/bench.md
+	$(BIN)/python -m diffjax.bench training > $(RUN)/training.md
 	{ echo '```'; $(BIN)/python -c 'from diffjax import sampler, schedule; levels = schedule.linear(1000); \
 		print(sampler.ddim(levels, schedule.trailing(levels, 4), eta=0.5))'; echo '```'; } > $(RUN)/plan.md
-	for name in demo plan orders bench reconstruct bits; do \
+	for name in demo plan orders bench training reconstruct bits; do \
 		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" -e "/<!-- $$name -->/r $(RUN)/$$name.md" README.md; done
 
 test: .venv/installed-test

@@ -39,7 +39,6 @@ SamplerName = Literal[
     "edm", "consistency",
 ]  # fmt: skip
 SpacingName = Literal["trailing", "leading", "linspace", "quadratic", "karras", "uniform_logsnr"]
-LARGEST_BATCH = 64
 LARGEST_PICTURE = 400
 FRAMES = 50  # of an animation, at most
 REFRESH_SECONDS = 1.0  # between previews, at least
@@ -239,10 +238,9 @@ def make_labels(options: Options, run: Run, guidance: Guidance) -> np.ndarray | 
 
 def make_batch(options: Options) -> int:
     """Images at a time: as asked, or as many as there are, up to a limit, shared equally by the devices."""
-    devices = jax.device_count()
     if options.batch is None:
-        return parallel.round_up(min(options.num, LARGEST_BATCH), devices)
-    parallel.check_divisible(options.batch, devices, "--batch")
+        return parallel.default_batch(options.num)
+    parallel.check_divisible(options.batch, jax.device_count(), "--batch")
     return options.batch
 
 

@@ -18,7 +18,6 @@ from diffjax.sampler import Plan
 from diffjax.schedule import Level, Schedule
 from diffjax.training import parallel
 
-LARGEST_BATCH = 64
 PLAIN = Guidance()
 Progress = Callable[[int], Any]
 
@@ -37,7 +36,7 @@ class Editor:
 
     def batches(self, num: int) -> int:
         """In how many batches `num` images are edited, all of whose steps `progress` is told."""
-        return -(-num // self._batch(num))
+        return -(-num // parallel.default_batch(num))
 
     def levels(self, steps: int) -> np.ndarray:
         """The levels that encoding and decoding visit: both ends, since encoding begins at level 1, where the data are,
@@ -123,9 +122,6 @@ class Editor:
         plan = solvers.resample(sampler.ddim(levels, schedule.trailing(levels, steps), eta), times)
         return self._make(plan, labels, images, guidance, seed, progress, mask=mask)
 
-    def _batch(self, num: int) -> int:
-        return parallel.round_up(min(num, LARGEST_BATCH), jax.device_count())
-
     def _make(
         self,
         plan: Plan,
@@ -146,7 +142,7 @@ class Editor:
             labels = np.full(num, classes, np.int32)
         return self._generate(
             self._run.params, plan, labels, num,
-            guidance=guidance, seed=seed, batch=self._batch(num), clip=clip, progress=progress,
+            guidance=guidance, seed=seed, batch=parallel.default_batch(num), clip=clip, progress=progress,
             x=images if mask is None else None, known=None if mask is None else (images, mask),
         ).x  # fmt: skip
 

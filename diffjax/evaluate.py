@@ -35,7 +35,6 @@ from diffjax.schedule import Level
 from diffjax.training import data, parallel
 
 PROGRAM = "diffjax.evaluate"
-LARGEST_BATCH = 64
 STAGES, BEGINNING = 6, 1  # evaluations of a step of the solver, and before the first one
 
 
@@ -194,7 +193,7 @@ def bits_per_dim(
     """The flow's row and the bound's."""
     config, shape, classes = run.description
     levels, prediction = run.schedule, run.prediction
-    batch = parallel.round_up(min(len(images), LARGEST_BATCH), jax.device_count())
+    batch = parallel.default_batch(len(images))
     key, T = jax.random.key(options.seed), schedule.length(levels)
 
     def flow(params: Any, x0: Array, condition: Condition, keys: Array) -> Any:

@@ -1,12 +1,14 @@
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
+from conftest import check_mistake
 
 from diffjax import experiment
 from diffjax.bench import __main__ as bench
-from diffjax.bench import first_image, loop, networks, peers, timing
+from diffjax.bench import first_image, loop, networks, peers, timing, training
 from diffjax.evaluation.record import Timing
 
 TINY = experiment.Config(
@@ -54,6 +56,39 @@ def test_bad_input_is_named(capsys):
         bench.main(["sampler", "--pairs", "0"])
     assert end.value.code == 2
     assert "--pairs is 0: measure once or more" in capsys.readouterr().err
+
+
+def test_what_training_costs_is_measured_with_its_context(tmp_path, capsys, monkeypatch, in_suite_data):
+    small = dataclasses.replace(TINY, train=experiment.Train(batch=8))
+    nowhere = experiment.Data(source="npz", path=str(tmp_path / "nowhere.npz"), pad=2)
+    configs = {"digits": small, "mnist_small": dataclasses.replace(small, data=nowhere)}
+    monkeypatch.setattr(experiment, "named", configs.get)
+    monkeypatch.setattr(training, "BLOCK", 2)
+    monkeypatch.setattr(training, "DISPATCHED", 2)
+    digits, random = training.trainers(None)
+    assert re.fullmatch(r"digits, [\d,]+ parameters \| 8 of 8x8x1 \| digits", str(digits))
+    monkeypatch.setattr(bench, "trainers", lambda npz: [random])
+    bench.main(["training", "--pairs", "2"])
+    head, _, *table = capsys.readouterr().out.splitlines()
+    assert re.search(r"8 x cpu \(\d+ cores\), float32, jax [\d.]+, medians of 2 turns of 2 steps", head)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
+    for network, batch, images, _, value, spread, _ in rows:
+        assert re.fullmatch(r"mnist_small, [\d,]+ parameters", network)
+        assert (batch, images) == ("8 of 32x32x1", "2,000 random images, no nowhere.npz here")
+        assert float(value.split()[0].rstrip("%")) > 0
+        assert re.fullmatch(r"\d+%", spread)
+    figures = {what: float(value.split()[0].rstrip("%")) for _, _, _, what, value, *_ in rows}
+    assert len(figures) == 9
+    assert [goal for *_, goal in rows if goal] == ["at most 1.10", "at most 3%"]
+    # A ratio of medians, both rounded to three digits.
+    share = figures["a save, while training stands still"] / (200 * figures["step, 1 per dispatch"])
+    assert figures["a save / the 200 steps from one to the next"] == pytest.approx(100 * share, rel=0.02)
+    assert int(random.state.step) == 3 * 3 * 2 + 3  # two turns after a first, of three ways, and as many saves
+
+
+def test_a_file_that_cannot_be_trained_on_is_named(tmp_path, capsys, in_suite_data):
+    check_mistake(bench.main, "training --npz {tmp}/gone.npz", "there is no file", capsys, tmp=tmp_path)
+    check_mistake(bench.main, "sampler --npz x.npz", "--npz belongs to training", capsys)
 
 
 def test_networks_are_timed_with_their_context(tmp_path, capsys, monkeypatch):

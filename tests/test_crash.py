@@ -17,7 +17,9 @@ import pytest
 from conftest import QUICK, QUIET, TINY
 
 import train
-from diffjax.run import open_run
+from diffjax.run import Description, open_run
+from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.parallel import device_mesh
 
 KILLS = int(os.environ.get("KILLS", "5"))  # `make crash` asks for more
 STEPS = 12 + 4 * KILLS
@@ -187,27 +189,57 @@ def free_port():
         return listening.getsockname()[1]
 
 
+HOSTS = ["digits", *SHORT, "--train.decay", "none", "--train.warmup", 2]
+
+
+def two_hosts(program, *arguments):
+    """Two processes of four devices each, which train one run."""
+    flags = f"{QUICK} --xla_force_host_platform_device_count=4"
+    together = ["--distributed", f"localhost:{free_port()}", "--processes", 2]
+    return [program("train.py", *HOSTS, *arguments, *together, "--process", i, flags=flags) for i in range(2)]
+
+
 def test_two_processes_of_four_devices_train_what_one_of_eight_does(program, data_dir, tmp_path):
     """Under shard_map, and from its checkpoint on under pmap."""
-    arguments = ["digits", *SHORT, "--train.save-every", 3, "--train.decay", "none", "--train.warmup", 2, "--workdir"]
-    flags = f"{QUICK} --xla_force_host_platform_device_count=4"
+    arguments = ["--train.save-every", 3, "--workdir"]
     for steps, mode in ((3, "shard_map"), (6, "pmap")):
-        options = ["--train.steps", steps, "--parallel", mode, "--distributed", f"localhost:{free_port()}"]
-        options += ["--processes", 2, "--train.preview-every", steps - 3]
-        hosts = [
-            program("train.py", *arguments, tmp_path / "two", *options, "--process", i, flags=flags) for i in range(2)
-        ]
+        options = ["--train.steps", steps, "--parallel", mode, "--train.preview-every", steps - 3]
+        hosts = two_hosts(program, *arguments, tmp_path / "two", *options)
         told = [host.communicate(timeout=400) for host in hosts]
         assert [host.returncode for host in hosts] == [0, 0], told
         assert "8 x cpu" in told[0][0]
         assert "8 x cpu" not in told[1][0]  # only the first host speaks
-    train.main([*map(str, arguments), str(tmp_path / "one"), "--train.steps", "6", "--data.dir", str(data_dir)])
+    alone = [*HOSTS, *arguments, tmp_path / "one", "--train.steps", 6, "--data.dir", data_dir]
+    train.main([*map(str, alone)])
     one, two = (open_run(tmp_path / name, weights="raw").params for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
     assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert sorted(path.name for path in (tmp_path / "two" / "previews").iterdir()) == ["0000006.png"]
+
+
+def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_path):
+    """Both save the same step and end. What they agree by, the number of the call, is far from the number of the step
+    in a run that goes on, and saves are asked about at every step."""
+    far, checkpoints = 1_000_000, Checkpoints(uninterrupted)
+    description = Description.from_dict(checkpoints.config(STEPS))
+    state = train.resume(checkpoints, description.config, device_mesh()).state
+    moved = Checkpoints(tmp_path)
+    moved.save(state._replace(step=np.int32(far)), description.to_dict())
+    moved.close()
+    hosts = two_hosts(program, "--train.save-every", 1, "--train.steps", 2 * far, "--workdir", tmp_path)
+    try:
+        while all(host.poll() is None for host in hosts) and max(steps_of(tmp_path)) < far + 3:
+            time.sleep(0.01)
+        hosts[1].send_signal(signal.SIGTERM)
+        told = [host.communicate(timeout=100)[1].strip().splitlines()[-1] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [143, 143], told
+    assert all(f"interrupted: the same command goes on from step {max(steps_of(tmp_path))}" in said for said in told)
+    assert open_run(tmp_path).step == max(steps_of(tmp_path)) < 2 * far
 
 
 def test_hosts_that_cannot_be_found_are_asked_for(run_program, tmp_path):

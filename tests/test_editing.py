@@ -8,7 +8,7 @@ from PIL import Image
 from diffjax import edit, editing, picture, sampler, schedule
 from diffjax.evaluation.digits import judge
 from diffjax.run import Generator, Guidance, open_run
-from diffjax.training import data, sources
+from diffjax.training import data, parallel, sources
 
 RIGHT = np.arange(8)[None, :, None] * np.ones((8, 1, 1)) < 4  # the left half is known
 
@@ -111,7 +111,7 @@ def test_starts_are_taken_batch_by_batch(run):
 
 
 def test_progress_is_told_of_every_batch(editor, digits, monkeypatch):
-    monkeypatch.setattr(editing, "LARGEST_BATCH", 8)
+    monkeypatch.setattr(parallel, "LARGEST_BATCH", 8)
     images, labels = digits
     told = []
     editor.encode(images[:11], labels[:11], 2, told.append)

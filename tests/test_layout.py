@@ -16,7 +16,7 @@ ROOMS = [
     "testing",
     "experiment", "interop.diffusers", "cpu", "cli", "run", "quality", "dryrun", "editing",
     "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",
-    "bench.first_image", "demo", "bench.__main__", "edit", "evaluate", "pareto", "convert",
+    "bench.first_image", "bench.training", "demo", "bench.__main__", "edit", "evaluate", "pareto", "convert",
 ]  # fmt: skip
 MATHEMATICS = ROOMS[:7]
 

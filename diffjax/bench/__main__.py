@@ -3,6 +3,7 @@
 python -m diffjax.bench                 networks: passes, training steps, images, beside diffusers where it is installed
 python -m diffjax.bench sampler         the compiled sampling loop beside its network
 python -m diffjax.bench guidance        every kind of guidance beside none
+python -m diffjax.bench training        steps in one dispatch, real data and saves, beside bare training steps
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from diffjax import cli
 from diffjax.bench import first_image, networks
 from diffjax.bench.guidance import bench_guidance
 from diffjax.bench.loop import bench_sampler
+from diffjax.bench.training import bench_training, trainers
 from diffjax.evaluation.record import Timing, markdown
 from diffjax.run import describe_devices
 
@@ -28,16 +30,19 @@ PROGRAM = "diffjax.bench"
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what networks, sampling or guidance cost."""
+    """Measure what networks, sampling, guidance or training cost."""
 
-    what: tyro.conf.Positional[Literal["networks", "sampler", "guidance"]] = "networks"
-    """Networks, the compiled sampling loop beside its network, or every kind of guidance beside none."""
+    what: tyro.conf.Positional[Literal["networks", "sampler", "guidance", "training"]] = "networks"
+    """Networks, the compiled sampling loop beside its network, every kind of guidance beside none, or what training
+    costs beside its steps."""
     pairs: int = 15
     """Times that each comparison is repeated, its sides in turns."""
     quick: bool = False
     """Networks: only what takes seconds, three times each."""
     out: str = "runs/bench"
     """Networks: folder of bench.json, bench.md and bench.png."""
+    npz: str | None = None
+    """Training: an .npz file of images for mnist_small, in place of tensorflow-datasets' MNIST."""
 
 
 def main(arguments: list[str]) -> None:
@@ -49,8 +54,13 @@ def main(arguments: list[str]) -> None:
         out = Path(options.out) / "bench.json"
         if options.what == "networks":
             cli.check_output(out, ".json")
+        if options.what != "training" and options.npz is not None:
+            raise ValueError(f"--npz belongs to training: leave it out of {options.what}")
+        made = trainers(options.npz and Path(options.npz)) if options.what == "training" else []
     if options.what == "networks":
         print(bench_networks(out, options.quick, min(options.pairs, 3) if options.quick else options.pairs))
+    elif options.what == "training":
+        print(bench_training(made, options.pairs))
     else:
         print({"sampler": bench_sampler, "guidance": bench_guidance}[options.what](options.pairs))
 

@@ -134,10 +134,14 @@ class Checkpoints:
         self._manager.reload()
         return place
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait until every save is on disk. SaveError where one could not be written."""
+        self._writing(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Wait until every save is on disk, and end. SaveError where one could not be written."""
         try:
-            self._writing(self._manager.wait_until_finished)
+            self.wait()
         finally:
             self._manager.close()
 

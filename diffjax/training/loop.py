@@ -118,9 +118,10 @@ def fit(
     stop: Callable[[], int] = lambda: 0,
     per_dispatch: int = 1,
     max_skipped: int = 10,
+    quiet: bool = False,
 ) -> TrainState:
-    """Train until `steps` steps are done, with a progress bar; returns the state after them, or after the step at which
-    stop(), called once a dispatch, was not 0.
+    """Train until `steps` steps are done, with a progress bar unless `quiet`; returns the state after them, or after
+    the step at which stop(), called once a dispatch, was not 0.
 
     step: compiled, (state, batches [K, ...]) -> (state, metrics [K]), of K = per_dispatch steps or, where something is
     due before, fewer; it may reuse the memory of its state. log(step, **metrics) gets the metrics of a step, every
@@ -132,7 +133,7 @@ def fit(
     last: deque[float] = deque(maxlen=3)
     logged, since = start, time.perf_counter()
     pending: tuple[int, dict[str, Any]] | None = None
-    silent = jax.process_index() > 0  # one bar for all hosts
+    silent = quiet or jax.process_index() > 0  # one bar for all hosts
     with tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=silent) as bar:
 
         def collect() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+LARGEST_BATCH = 64  # of images where nobody asked for a batch
 Mode = Literal["pmap", "shard_map", "jit"]
 
 
@@ -73,6 +74,13 @@ def check_divisible(batch: int, devices: int, name: str = "batch", parts: int = 
 def round_up(number: int, devices: int) -> int:
     """The smallest batch of at least `number` that can be shared out equally."""
     return -(-number // devices) * devices
+
+
+def default_batch(num: int) -> int:
+    """How many of `num` images to take at a time where nobody asked: all, up to LARGEST_BATCH, shared out equally over
+    all devices.
+    """
+    return round_up(min(num, LARGEST_BATCH), jax.device_count())
 
 
 def over(mesh: Mesh, mode: Mode, step: Callable[..., Any], *, axis: int = 0, donate: bool = False) -> Any:
