@@ -102,6 +102,7 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
         found = resume(checkpoints, config, mesh) if checkpoints else None
         start = int(found.state.step) if found else 0
         if start >= steps:
+            draw_curve(workdir, config)
             say(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
             return
         if host > 0:  # host 0 prepares the data, on a disk that the others may share
@@ -193,7 +194,15 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
     if state.step < steps:
         print(f"interrupted: the same command goes on from step {state.step}", file=sys.stderr)
         raise SystemExit(128 + stop())
+    draw_curve(workdir, config)
     say(f"done: sample with 'python sample.py {workdir}'")
+
+
+def draw_curve(workdir: Path, config: experiment.Config) -> None:
+    """Draw the losses of a run, from its metrics."""
+    if jax.process_index() == 0 and (workdir / "metrics.jsonl").exists():
+        with cli.one_sentence(PROGRAM):
+            curve.draw(workdir / "metrics.jsonl", workdir / "curve.png", f"{workdir.name}: {config.data}")
 
 
 def say(text: str) -> None:

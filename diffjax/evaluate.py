@@ -111,7 +111,7 @@ def of_images(options: Options, run: Run) -> None:
         plan, name = make_plan(options, run)
         guidance = Guidance(options.guidance)
         check_guidance(run, guidance)
-        batch = quality.default_batch(num) if options.batch is None else options.batch
+        batch = quality.timed_batch(num) if options.batch is None else options.batch
         quality.check_batch(num, batch)
         folder = output_folder(options.run)
         folder.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
         if not runs:
             raise ValueError("name a run folder, or several")
         combinations = combine(options, runs)
-        batch = quality.default_batch(options.num) if options.batch is None else options.batch
+        batch = quality.timed_batch(options.num) if options.batch is None else options.batch
         quality.check_batch(options.num, batch)
         out = cli.check_output(Path(options.out) / "pareto.json", ".json")
         rows = [row for row in read(out) if shown(out.parent, row).exists()]  # else it is measured again

@@ -64,7 +64,7 @@ def read_reference(config: experiment.Config, kind: str, split: str, cache: Path
     return Reference(extractor, moments, np.concatenate(kept)[:MOST_NEIGHBOURS], name)
 
 
-def default_batch(num: int) -> int:
+def timed_batch(num: int) -> int:
     """As many images at a time as leave enough batches for a median time, shared equally by all devices."""
     return parallel.round_up(min(max(num // LEAST_BATCHES, 1), LARGEST_BATCH), jax.device_count())
 

@@ -11,6 +11,7 @@ ROOMS = [
     "models.layers", "models.unet", "models.inception",
     "picture", "plans",
     "training.step", "training.parallel", "training.sources", "training.data", "training.checkpoint", "training.loop",
+    "training.curve",
     "evaluation.record", "evaluation.metrics", "evaluation.digits", "evaluation.likelihood",
     "evaluation.features", "evaluation.frontier", "evaluation.report",
     "testing",
