@@ -24,7 +24,7 @@ from PIL.Image import Image
 
 from diffjax import cli, dryrun, experiment, picture, sampler, schedule
 from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
-from diffjax.training import checkpoint, data, loop, parallel
+from diffjax.training import checkpoint, curve, data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints, SaveError
 from diffjax.training.sources import UnreadableError
 from diffjax.training.step import TrainState
