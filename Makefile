@@ -1,4 +1,5 @@
 # make demo: train on real digits and sample from them.   make test: the whole test suite.   make lint: ruff and types.
+# make frontier: quality and latency of every sampler, into README.   make mnist: the same of MNIST, trained on CPUs.
 # make parity: live against diffusers and torch-fidelity.   make bench: what networks cost, beside diffusers.   make readme: README's tables.
 # make crash: one run killed 25 times, which has to end as if it had not been.
 # Everything is installed into .venv; PYTHON chooses another interpreter of 3.11 or newer.
@@ -9,7 +10,7 @@ RUN ?= runs/digits
 TRAIN ?=
 DEMO ?=
 
-.PHONY: demo readme test crash lint parity bench clean
+.PHONY: demo readme frontier mnist test crash lint parity bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py digits --workdir $(RUN) $(TRAIN)
@@ -31,6 +32,34 @@ readme: demo .venv/installed-test
 		print(sampler.ddim(levels, schedule.trailing(levels, 4), eta=0.5))'; echo '```'; } > $(RUN)/plan.md
 	for name in demo plan orders bench training reconstruct bits; do \
 		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" -e "/<!-- $$name -->/r $(RUN)/$$name.md" README.md; done
+
+# The first command is the one that README tells; the others add what its claims need.
+frontier: demo
+	$(BIN)/python -m diffjax.pareto $(RUN) --samplers ddim,dpm_solver_pp_2m,heun,ddpm:1000 \
+		--steps 2,4,5,8,10,20,50 --guidance 1,2 --num 500 --out $(RUN)/frontier
+	$(BIN)/python -m diffjax.pareto $(RUN) --samplers ddim,dpm_solver_pp_2m,heun \
+		--steps 2,4,5,8,10,20,50 --guidance 1,2 --seeds 0,1,2 --out $(RUN)/frontier
+	$(BIN)/python -m diffjax.pareto $(RUN) --samplers "ddpm:1000,ddpm(variance=fixed_large):1000" \
+		--guidance 1 --seeds 0,1,2 --out $(RUN)/frontier
+	$(BIN)/python -m diffjax.pareto $(RUN) --samplers ddim:50 --guidance 3,4 --seeds 0,1,2 --out $(RUN)/frontier
+	mkdir -p docs && cp $(RUN)/frontier/pareto.png docs/frontier.png
+	sed -i -e '/<!-- frontier -->/,/<!-- \/frontier -->/{//!d}' \
+		-e '/<!-- frontier -->/r $(RUN)/frontier/pareto.md' README.md
+
+# MNIST on CPUs. NPZ names a file of x and y; without it tensorflow-datasets downloads its own.
+mnist: .venv/installed
+	$(BIN)/python train.py mnist_small $(if $(NPZ),--data.source npz --data.path $(NPZ)) --workdir runs/mnist-small
+	mkdir -p docs && cp runs/mnist-small/curve.png docs/mnist-curve.png
+	$(BIN)/python sample.py runs/mnist-small --guidance 2 --num 30 --out docs/mnist.png
+	$(BIN)/python -m diffjax.evaluate runs/mnist-small --sampler ddim --steps 50 --guidance 2 --num 500 \
+		| grep '^|' > runs/mnist-small/quality.md
+	$(BIN)/python -m diffjax.pareto runs/mnist-small --samplers ddim,dpm_solver_pp_2m --steps 4,10,50 --guidance 1,2 \
+		--num 250 --out runs/mnist-small/frontier
+	cp runs/mnist-small/frontier/pareto.png docs/mnist-frontier.png
+	cp runs/mnist-small/frontier/pareto.md runs/mnist-small/mnist-frontier.md
+	for name in quality mnist-frontier; do \
+		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" \
+			-e "/<!-- $$name -->/r runs/mnist-small/$$name.md" README.md; done
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(TESTS)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from diffjax import cli, picture, plans, quality
 from diffjax.evaluation import frontier, report
-from diffjax.evaluation.record import CONTEXT, Quality, markdown
+from diffjax.evaluation.record import CONTEXT, Quality
 from diffjax.quality import Reference
 from diffjax.run import (
     Generator,
@@ -224,7 +224,7 @@ def write_report(path: Path, rows: list[Quality]) -> str:
         writer = csv.writer(file)
         writer.writerows([names, *([getattr(row, name) for name in names] for row in rows)])
     summary = frontier.summary(rows)
-    path.with_suffix(".md").write_text(f"{summary}\n\n{markdown(rows)}\n")
+    path.with_suffix(".md").write_text(f"{summary}\n")
     for suffix in (".png", ".svg"):
         frontier.plot(rows, path.with_suffix(suffix))
     differ = frontier.differing(rows)
