@@ -91,7 +91,7 @@ def test_one_row_of_quality_is_complete_and_appended(digits_run, capsys):
     assert 1 < first.inception < 10
     assert second.frechet != first.frechet
     assert second.frechet == pytest.approx(first.frechet, rel=0.5)
-    assert re.search(r"cnn.*held-out", first.extractor)
+    assert re.search(r"cnn-64 trained on digits train split .* held out", first.extractor)
     for word in (first.extractor, first.reference, "426,961 parameters", "ddim(eta=0, trailing)", "float32"):
         assert word in said
 
