@@ -1,5 +1,6 @@
 """Quality against cost: rows of many samplers, what of them is best, and a picture that says where they differ."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -95,56 +96,79 @@ def summary(rows: Sequence[Quality]) -> str:
 
 def plot(rows: Sequence[Quality], path: Path) -> None:
     """Frechet distance against network evaluations and against milliseconds per image, both on logarithmic axes; what
-    nothing beats is joined, and named with its steps. Contexts that differ are said, each in the legend of its own.
+    nothing beats is joined, and named with its steps. A colour is a sampler, a marker its guidance. Contexts that
+    differ are said, each in the legend of its own.
     """
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     found, differ = points(rows), differing(rows)
     labels = [_label(point.first, differ) for point in found]
-    series = list(dict.fromkeys(labels))
+    samplers = list(dict.fromkeys(_family(point.first, differ) for point in found))
+    scales = list(dict.fromkeys(point.first.guided for point in found))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, cost, words in (
         (left, "nfe", "network evaluations per image"), (right, "ms_per_image", "milliseconds per image")
     ):  # fmt: skip
-        for j, label in enumerate(series):
+        for label in dict.fromkeys(labels):
             mine = [point for point, its in zip(found, labels, strict=True) if its == label]
-            _draw(axes, mine, cost, label, j)
+            colour = f"C{samplers.index(_family(mine[0].first, differ)) % 10}"
+            marker = _MARKERS[scales.index(mine[0].first.guided) % len(_MARKERS)]
+            _draw(axes, mine, cost, label, colour, marker)
         costs = [point.mean(cost) for point in found]
         values = [point.mean("frechet") for point in found]
         best = frontier(costs, values)
         axes.plot([costs[i] for i in best], [values[i] for i in best], color="black", linewidth=1, zorder=1)
-        for i in best:
+        for n, i in enumerate(best):
             name = f"{found[i].first.sampler.split('(')[0]} {found[i].first.steps}"
-            axes.annotate(name, (costs[i], values[i]), (4, -10), textcoords="offset points", fontsize=7)
+            place = (6, 6) if n % 2 else (-6, -12)
+            axes.annotate(
+                name,
+                (costs[i], values[i]),
+                place,
+                textcoords="offset points",
+                fontsize=7,
+                ha="left" if n % 2 else "right",
+            )
         axes.set(xscale="log", yscale="log", xlabel=words)
         axes.grid(alpha=0.3, which="both")
-    row = rows[0]
-    left.set_ylabel(f"Frechet distance, {row.extractor if 'extractor' not in differ else 'features differ'}")
+    left.set_ylabel("Frechet distance")
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, title="black: what nothing beats")
-    title = f"{row.network}, {row.parameters:,} parameters, batches of {row.batch} on {row.device}, {row.dtype}"
+    row = rows[0]
+    title = (
+        f"{row.network}, {row.parameters:,} parameters, {row.weights}; batches of {row.batch} of {row.image_size} on"
+    )
+    title += (
+        f" {row.device}, {row.dtype}\n{row.images} images a point, beside {row.reference}; features: {row.extractor}"
+    )
     if differ:
         title = f"on these axes rows differ in {', '.join(name.replace('_', ' ') for name in differ)}: see the legend"
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 _MARKERS = "osD^vP*X<>"
 
 
-def _label(row: Quality, differ: Sequence[str]) -> str:
-    parts = [f"{row.sampler}, guidance {row.guided}"]
+def _family(row: Quality, differ: Sequence[str]) -> str:
+    # The number of levels is in a name beside the steps, and no dial of the sampler.
+    parts = [re.sub(r", \d+ levels", "", row.sampler)]
     # Parameters and weights follow from the network's name, wherever that differs.
     parts += [str(getattr(row, name)) for name in differ if "network" not in differ or name not in NETWORK[1:]]
     return ", ".join(parts)
 
 
-def _draw(axes: Axes, mine: Sequence[Point], cost: str, label: str, j: int) -> None:
+def _label(row: Quality, differ: Sequence[str]) -> str:
+    sampler, *context = _family(row, differ).rsplit("), ", 1)
+    return ", ".join([sampler + (")" if context else ""), f"guidance {row.guided}", *context])
+
+
+def _draw(axes: Axes, mine: Sequence[Point], cost: str, label: str, colour: str, marker: str) -> None:
     mine = sorted(mine, key=lambda point: point.mean(cost))
     x, y = [p.mean(cost) for p in mine], [p.mean("frechet") for p in mine]
     error = [p.error("frechet") for p in mine]
     # On a logarithmic axis a bar may not reach zero.
     low = [min(e, 0.9 * value) for e, value in zip(error, y, strict=True)]
     axes.errorbar(
-        x, y, yerr=[low, error], label=label, marker=_MARKERS[j % len(_MARKERS)], color=f"C{j % 10}", markersize=5,
-        linewidth=0.8, linestyle=":", capsize=2,
+        x, y, yerr=[low, error], label=label, marker=marker, color=colour, markersize=4.5, linewidth=0.8,
+        linestyle=":", capsize=2,
     )  # fmt: skip

@@ -105,7 +105,7 @@ def test_what_differs_is_said_on_the_axes_and_in_the_table(tmp_path):
     assert "guidance 2, unet of y, 7" in drawn
     frontier.plot([ROW], tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
-    assert "unet of x, 1,234 parameters, batches of 100 on 1 x cpu, float32" in drawn
+    assert "unet of x, 1,234 parameters, ema, step 7; batches of 100 of 8x8x1 on 1 x cpu, float32" in drawn
     assert "differ" not in drawn
     head, _, first, second, *_, shared = frontier.summary([ROW, other]).splitlines()
     assert head.split("|")[-3:-1] == [" network   ", " batch "]
