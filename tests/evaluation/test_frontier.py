@@ -1,12 +1,15 @@
 import dataclasses
 import math
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffjax import picture
 from diffjax.evaluation import frontier, report
 from diffjax.evaluation.record import CONTEXT, NETWORK, Quality, markdown
 
@@ -125,3 +128,27 @@ def test_the_page_holds_all_of_it_and_needs_nothing(tmp_path):
     asked = re.findall(r'(?:src|href|url)[=(]\s*"?([^")\s]+)', html)
     assert len(asked) > 3
     assert all(text.startswith(("#", "data:image/png;base64,")) for text in asked), asked
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page")
+def test_a_browser_shows_the_page(tmp_path):
+    frontier.plot([ROW], tmp_path / "plot.svg")
+    picture.save_png(tmp_path / "a.png", picture.grid(np.zeros((2, 8, 8, 1), np.uint8)))
+    page = report.page("Title", "All", (tmp_path / "plot.svg").read_text(), [ROW] * 3, [tmp_path / "a.png"] * 3)
+    # What the page holds after a click on the head of its last column, and whether its pictures could be read.
+    look = """<script>document.querySelector("th:last-child").click();
+        document.body.dataset.rows = document.querySelectorAll("tbody tr").length;
+        document.body.dataset.width = [...document.images].map(image => image.naturalWidth > 0)</script>"""
+    (tmp_path / "report.html").write_text(page.replace("</body>", f"{look}</body>"))
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"file://{tmp_path}/report.html",
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert 'data-rows="3"' in shown
+    assert 'data-width="true,true,true"' in shown
+    assert 'data-up="1"' in shown
