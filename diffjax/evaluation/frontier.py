@@ -65,20 +65,20 @@ def frontier(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
 
 def summary(rows: Sequence[Quality]) -> str:
-    """A short table in markdown, mean ± standard deviation over the seeds, and beneath it all that the rows share; what
-    they do not share has columns.
+    """A short table in markdown by rising NFE, mean ± standard deviation over the seeds, and beneath it all that the
+    rows share; what they do not share has columns.
     """
     differ = differing(rows)
 
     def told(point: Point, name: str, form: str) -> str:
         if getattr(point.first, name) is None:
             return ""
-        error = f" ± {point.error(name):.1g}" if len(point.rows) > 1 else ""
+        error = f" ± {round(point.error(name), 9):.1g}" if len(point.rows) > 1 else ""  # rounding is no spread
         return format(point.mean(name), form) + error
 
     heads = ["sampler", "steps", "NFE", "guidance", "ms/image"]
     lines = [[*heads, "Frechet", "kernel", "precision", "recall", "recognised", *differ]]
-    for point in points(rows):
+    for point in sorted(points(rows), key=lambda point: point.first.nfe):
         row = point.first
         figures = [told(point, name, ".3f") for name in ("precision", "recall", "recognised")]
         lines.append(
