@@ -91,7 +91,7 @@ def test_killed_again_and_again_a_run_ends_as_if_never_interrupted(killed, unint
     """Parameters, averages and metrics bit for bit; no checkpoint lost, nothing left of saves that were cut short."""
     assert_same_run(killed, uninterrupted)
     assert steps_of(killed) == [STEPS - 2, STEPS - 1, STEPS]
-    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "metrics.jsonl"]
+    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "curve.png", "metrics.jsonl"]
     assert len(list((killed / "checkpoints").iterdir())) == 3
 
 
