@@ -117,7 +117,9 @@ def of_images(options: Options, run: Run) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = run.description.config if options.data is None else experiment.named(options.data)
         weights = None if options.inception is None else Path(options.inception)
-        reference = quality.read_reference(config, options.features, options.reference, folder, weights)
+        reference = quality.read_reference(
+            config, run.description.image_shape, options.features, options.reference, folder, weights
+        )
     generate = Generator(run.network, run.prediction, *run.description[1:])
     with tqdm(total=plan.steps * -(-num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
         row, _ = quality.measure(

@@ -93,10 +93,10 @@ def main(arguments: list[str]) -> None:
         out = cli.check_output(Path(options.out) / "pareto.json", ".json")
         rows = [row for row in read(out) if shown(out.parent, row).exists()]  # else it is measured again
         check_same_data(runs)
-        config = runs[0].description.config
+        config, shape, _ = runs[0].description
         weights = None if options.inception is None else Path(options.inception)
         cache = Path(options.runs[0]) if Path(options.runs[0]).is_dir() else out.parent
-        reference = quality.read_reference(config, options.features, options.reference, cache, weights)
+        reference = quality.read_reference(config, shape, options.features, options.reference, cache, weights)
     missing = [c for c in combinations if not is_there(c, rows, options, reference, batch)]
     batches = -(-options.num // batch)
     generators = {run.name: generator(run) for run in runs}

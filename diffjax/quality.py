@@ -14,6 +14,7 @@ from diffjax.evaluation import features, metrics
 from diffjax.evaluation.features import Extractor
 from diffjax.evaluation.metrics import Moments
 from diffjax.evaluation.record import LEAST_BATCHES, Quality
+from diffjax.interop import diffusers
 from diffjax.run import Generator, Guidance, Images, Run, count_parameters, describe_devices
 from diffjax.sampler import Plan
 from diffjax.training import parallel
@@ -32,14 +33,29 @@ class Reference(NamedTuple):
     name: str  # as in "digits, train, 1,597 images"
 
 
-def read_reference(config: experiment.Config, kind: str, split: str, cache: Path, weights: Path | None) -> Reference:
-    """The real images of a configuration's data.
+def read_reference(
+    config: experiment.Config,
+    image_shape: tuple[int, int, int],
+    kind: str,
+    split: str,
+    cache: Path,
+    weights: Path | None,
+) -> Reference:
+    """The real images of a configuration's data, which are to be of this shape.
 
     kind: features of "pixels", of a small "cnn" that is trained here on the train split, or of "inception" with these
     weights (None for those that are downloaded once); split: "train" or "held_out"; cache: folder of what is trained or
     downloaded once. ValueError or OSError for data or features that cannot be had.
     """
+    if diffusers.is_source(str(config.data)):
+        raise ValueError(
+            f"{config.data} does not tell its images: make it a run folder with them, by python -m diffjax.convert"
+            f" {config.data} FOLDER --data NAME"
+        )
     data = experiment.load_data(config)
+    if data.image_shape != tuple(image_shape):
+        theirs, ours = ("x".join(map(str, shape)) for shape in (data.image_shape, image_shape))
+        raise ValueError(f"the images of {config.data} are {theirs}, and the network's are {ours}: name other data")
     if kind == "pixels":
         extractor = features.pixels()
     elif kind == "inception":

@@ -1,5 +1,6 @@
 """Sweeps of a trained run as a command, and its quality as one row."""
 
+import dataclasses
 import json
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import check_mistake
 
-from diffjax import evaluate, pareto, plans, quality, schedule
+from diffjax import evaluate, experiment, pareto, plans, quality, schedule
 from diffjax.evaluation.record import Quality
 from diffjax.run import Generator, Guidance, open_run
 from diffjax.training.parallel import device_mesh
@@ -99,7 +100,7 @@ def test_one_row_of_quality_is_complete_and_appended(digits_run, capsys):
 @pytest.mark.usefixtures("in_suite_data")
 def test_one_device_and_eight_measure_the_same(digits_run, tmp_path):
     run = open_run(digits_run)
-    reference = quality.read_reference(run.description.config, "pixels", "held_out", tmp_path, None)
+    reference = quality.read_reference(*run.description[:2], "pixels", "held_out", tmp_path, None)
     plan, name = plans.at_steps(plans.requests("ddim:3")[0], run.schedule, 3)
     measured = [
         quality.measure(
@@ -113,6 +114,16 @@ def test_one_device_and_eight_measure_the_same(digits_run, tmp_path):
     for figure in ("frechet", "kernel", "precision", "recall"):
         assert getattr(one, figure) == pytest.approx(getattr(eight, figure), rel=1e-3, abs=1e-6)
     assert "held out" in one.reference
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_real_images_that_cannot_be_compared_are_told(tmp_path):
+    config = experiment.named("digits")
+    foreign = dataclasses.replace(config, data=dataclasses.replace(config.data, name="hf:someone/ddpm"))
+    with pytest.raises(ValueError, match="hf:someone/ddpm does not tell its images: make it a run folder"):
+        quality.read_reference(foreign, (8, 8, 1), "pixels", "train", tmp_path, None)
+    with pytest.raises(ValueError, match="the images of digits are 8x8x1, and the network's are 32x32x3"):
+        quality.read_reference(config, (32, 32, 3), "pixels", "train", tmp_path, None)
 
 
 def test_samplers_are_asked_for_by_name_dials_and_steps():
