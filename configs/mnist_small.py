@@ -4,8 +4,9 @@
     python train.py mnist_small --data.source npz --data.path mnist.npz --workdir runs/mnist-small
 
 The second reads an .npz file (x uint8 [N, 28, 28], y) in place of tensorflow-datasets' copy.
-Hardware: two CPU cores; the number of steps is set for 45 minutes on them.
-Expected: clear digits; its figures are in the README once they are measured.
+Hardware: two CPU cores, which take 0.75 to 0.9 seconds a step: 45 to 52 minutes.
+Expected: clear digits. Of 500 by DDIM in 50 steps, guided at scale 2, a small network that is right about 97.8% of real
+ones reads 99.8% as their label (`make mnist`, README).
 """
 
 from diffjax.experiment import Config, Data, Network, Train

@@ -114,7 +114,7 @@ def of_images(options: Options, run: Run) -> None:
         batch = quality.timed_batch(num) if options.batch is None else options.batch
         quality.check_batch(num, batch)
         folder = output_folder(options.run)
-        folder.mkdir(parents=True, exist_ok=True)
+        out = cli.check_output(folder / "evaluations.jsonl", ".jsonl")
         config = run.description.config if options.data is None else experiment.named(options.data)
         weights = None if options.inception is None else Path(options.inception)
         reference = quality.read_reference(
@@ -122,14 +122,17 @@ def of_images(options: Options, run: Run) -> None:
         )
     generate = Generator(run.network, run.prediction, *run.description[1:])
     with tqdm(total=plan.steps * -(-num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
-        row, _ = quality.measure(
-            run, generate, reference, plan, name, guidance=guidance, num=num, batch=batch, seed=options.seed,
-            clip=options.clip, progress=bar.update,
-        )  # fmt: skip
-    with cli.one_sentence(PROGRAM), (folder / "evaluations.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+        try:
+            row, _ = quality.measure(
+                run, generate, reference, plan, name, guidance=guidance, num=num, batch=batch, seed=options.seed,
+                clip=options.clip, progress=bar.update,
+            )  # fmt: skip
+        except quality.NotFiniteError as error:
+            cli.stop(PROGRAM, error)
     print(markdown([row]))
-    print(f"appended to {folder / 'evaluations.jsonl'}")
+    with cli.one_sentence(PROGRAM), out.open("a") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
+    print(f"appended to {out}")
 
 
 def make_plan(options: Options, run: Run) -> tuple[sampler.Plan, str]:

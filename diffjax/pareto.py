@@ -47,8 +47,9 @@ class Options:
     """As in ddim,ddim(eta=0.5),ddpm(variance=fixed_large):1000; the steps behind a colon replace --steps."""
     steps: str = "2,4,5,8,10,20,50"
     """Levels visited."""
-    guidance: str = "1,2"
-    """Scales: 0 unconditional, 1 conditional, more is guided. A network without labels takes 1."""
+    guidance: str | None = None
+    """Scales, as in 1,2: 0 unconditional, 1 conditional, more is guided; None for 1, and 2 where the network can be
+    guided."""
     num: int = 500
     """Images of each combination."""
     seeds: str = "0"
@@ -91,26 +92,32 @@ def main(arguments: list[str]) -> None:
         batch = quality.timed_batch(options.num) if options.batch is None else options.batch
         quality.check_batch(options.num, batch)
         out = cli.check_output(Path(options.out) / "pareto.json", ".json")
-        rows = [row for row in read(out) if shown(out.parent, row).exists()]  # else it is measured again
+        rows = read(out)
         check_same_data(runs)
         config, shape, _ = runs[0].description
         weights = None if options.inception is None else Path(options.inception)
         cache = Path(options.runs[0]) if Path(options.runs[0]).is_dir() else out.parent
         reference = quality.read_reference(config, shape, options.features, options.reference, cache, weights)
-    missing = [c for c in combinations if not is_there(c, rows, options, reference, batch)]
+    weights_of = {run.name: quality.describe_weights(run) for run in runs}
+    known = [row for row in rows if shown(out.parent, row).exists()]  # others are measured again
+    missing = [c for c in combinations if not is_there(c, known, options, reference, batch, weights_of[c.run.name])]
     batches = -(-options.num // batch)
     generators = {run.name: generator(run) for run in runs}
     with tqdm(total=sum(c.plan.steps for c in missing) * batches, unit="step", dynamic_ncols=True) as bar:
         for c in missing:
             bar.set_description(f"{c.sampler} {c.plan.steps} guidance {c.scale:g} seed {c.seed}")
-            row, made = quality.measure(
-                c.run, generators[c.run.name], reference, c.plan, c.sampler, guidance=Guidance(c.scale),
-                num=options.num, batch=batch, seed=c.seed, clip=options.clip, progress=bar.update,
-            )  # fmt: skip
+            try:
+                row, made = quality.measure(
+                    c.run, generators[c.run.name], reference, c.plan, c.sampler, guidance=Guidance(c.scale),
+                    num=options.num, batch=batch, seed=c.seed, clip=options.clip, progress=bar.update,
+                )  # fmt: skip
+            except quality.NotFiniteError as error:
+                cli.stop(PROGRAM, error)
             captions = [str(label) for label in made.labels[:SHOWN]] if c.run.description.classes else None
             with cli.one_sentence(PROGRAM):
-                picture.save_png(shown(out.parent, row), picture.grid(made.images[:SHOWN], captions, columns=10))
-                rows.append(row)
+                place = shown(out.parent, row)
+                picture.save_png(place, picture.grid(made.images[:SHOWN], captions, columns=10))
+                rows = [*(other for other in rows if shown(out.parent, other) != place), row]
                 write_rows(out, rows)
     with cli.one_sentence(PROGRAM):
         print(write_report(out, rows))
@@ -122,18 +129,24 @@ def combine(options: Options, runs: list[Run]) -> list[Combination]:
     """Every combination, the quick ones first. ValueError for what cannot be measured, before anything is."""
     steps = whole_numbers("--steps", options.steps)
     seeds = whole_numbers("--seeds", options.seeds)
-    scales = numbers("--guidance", options.guidance)
+    scales = None if options.guidance is None else numbers("--guidance", options.guidance)
     for seed in seeds:
         check_seed(seed)
     if options.num < 2:
         raise ValueError(f"--num is {options.num}: a distance takes two images or more, and a usual one thousands")
+
+    def usual(run: Run) -> list[float]:
+        return [1.0, 2.0] if run.description.classes and run.description.config.train.label_dropout > 0 else [1.0]
+
     found = []
     for run, request in itertools.product(runs, plans.requests(options.samplers)):
         for n in [request.steps] if request.steps is not None else steps:
             plan, name = plans.at_steps(request, run.schedule, n)
-            for scale, seed in itertools.product(scales, seeds):
+            for scale, seed in itertools.product(usual(run) if scales is None else scales, seeds):
                 check_guidance(run, Guidance(scale))
                 found.append(Combination(run, plan, name, scale, seed))
+    # One may be asked for in two ways.
+    found = list({(c.run.name, c.sampler, c.plan.steps, c.scale, c.seed): c for c in found}.values())
     return sorted(found, key=lambda c: c.plan.steps * (1 if c.scale == 1 else 2))
 
 
@@ -169,12 +182,14 @@ def generator(run: Run) -> Generator:
     return Generator(run.network, run.prediction, *run.description[1:])
 
 
-def is_there(c: Combination, rows: list[Quality], options: Options, reference: Reference, batch: int) -> bool:
+def is_there(
+    c: Combination, rows: list[Quality], options: Options, reference: Reference, batch: int, weights: str
+) -> bool:
     """Whether a row of this combination, in this context, has been measured."""
     wanted = {
         "sampler": c.sampler, "steps": c.plan.steps, "guided": str(Guidance(c.scale)), "seed": c.seed,
-        "clipping": quality.describe_clipping(options.clip, None), "network": c.run.name,
-        "parameters": count_parameters(c.run.params), "weights": f"{c.run.weights}, step {c.run.step}",
+        "clipping": quality.describe_clipping(options.clip), "network": c.run.name,
+        "parameters": count_parameters(c.run.params), "weights": weights,
         "images": options.num, "reference": reference.name, "extractor": reference.extractor.name, "batch": batch,
         "image_size": "x".join(map(str, c.run.description.image_shape)), "device": describe_devices(),
         "dtype": c.run.description.config.network.dtype, "versions": quality.versions(),
@@ -230,6 +245,7 @@ def write_report(path: Path, rows: list[Quality]) -> str:
     differ = frontier.differing(rows)
     remark = f"Rows differ in {', '.join(differ)}; compare with care." if differ else "All rows share their context."
     title = f"Quality and latency: {', '.join(dict.fromkeys(row.network for row in rows))}"
+    rows = [row for row in rows if shown(path.parent, row).exists()]
     pictures = [shown(path.parent, row) for row in rows]
     html = report.page(title, remark, path.with_suffix(".svg").read_text(), rows, pictures)
     (path.parent / "report.html").write_text(html)

@@ -18,10 +18,16 @@ from diffjax.interop import diffusers
 from diffjax.run import Generator, Guidance, Images, Run, count_parameters, describe_devices
 from diffjax.sampler import Plan
 from diffjax.training import parallel
+from diffjax.training.checkpoint import digest
 
 LARGEST_BATCH = 100
 MOST_NEIGHBOURS = 10_000  # images on either side whose neighbours are sought: their distances grow with the square
+LEAST_IMAGES = 4  # whose third neighbour is another one
 CHUNK = 1000  # images decoded and shown to the extractor at a time
+
+
+class NotFiniteError(ValueError):
+    """Images that no figure can be told of."""
 
 
 class Reference(NamedTuple):
@@ -68,21 +74,29 @@ def read_reference(
             data=f"{config.data} train split",
         )  # fmt: skip
     source = {"train": data.train, "held_out": data.held_out}[split]
-    moments, kept = None, []
+    if len(source) < LEAST_IMAGES:
+        raise ValueError(
+            f"the split {split} of {config.data} holds {len(source)} images: comparing takes {LEAST_IMAGES} or more"
+        )
+    # Drawn from all of them: images may lie class by class.
+    chosen = np.zeros(len(source), bool)
+    chosen[np.random.default_rng(0).permutation(len(source))[:MOST_NEIGHBOURS]] = True
+    moments = metrics.no_moments(extractor.extract(source[0]["image"][None]).features.shape[1])
+    kept = []
     for images in _chunks(source, f"features of real images, {extractor.name}"):
         found = extractor.extract(images).features
-        moments = metrics.add(metrics.no_moments(found.shape[1]) if moments is None else moments, found)
-        if sum(map(len, kept)) < MOST_NEIGHBOURS:
-            kept.append(found)
-    if moments is None or moments.count < 2:
-        raise ValueError(f"the split {split} of {config.data} holds too few images to be compared with")
-    name = f"{config.data}, {split.replace('_', ' ')}, {moments.count:,} images"
-    return Reference(extractor, moments, np.concatenate(kept)[:MOST_NEIGHBOURS], name)
+        moments = metrics.add(moments, found)
+        kept.append(found[chosen[moments.count - len(found) : moments.count]])
+    name = f"{config.data}, {split.replace('_', ' ')}, {len(source):,} images"
+    if len(source) > MOST_NEIGHBOURS:
+        name += f" ({MOST_NEIGHBOURS:,} drawn for all but Frechet's distance)"
+    return Reference(extractor, moments, np.concatenate(kept), name)
 
 
 def timed_batch(num: int) -> int:
     """As many images at a time as leave enough batches for a median time, shared equally by all devices."""
-    return parallel.round_up(min(max(num // LEAST_BATCHES, 1), LARGEST_BATCH), jax.device_count())
+    devices = jax.device_count()
+    return max(devices, min(num // LEAST_BATCHES, LARGEST_BATCH) // devices * devices)
 
 
 def check_batch(num: int, batch: int) -> None:
@@ -95,9 +109,14 @@ def check_batch(num: int, batch: int) -> None:
         )
 
 
-def describe_clipping(clip: bool, threshold: float | None) -> str:
+def describe_clipping(clip: bool) -> str:
     """What is done to estimates of x0."""
-    return f"thresholded {threshold:g}" if threshold is not None else "clipped" if clip else "unclipped"
+    return "clipped" if clip else "unclipped"
+
+
+def describe_weights(run: Run) -> str:
+    """Which they are, with a digest: a network trained anew in the same folder is another one."""
+    return f"{run.weights}, step {run.step}, sha256:{digest(run.params)[:8]}"
 
 
 def measure(
@@ -112,20 +131,21 @@ def measure(
     batch: int,
     seed: int,
     clip: bool = True,
-    threshold: float | None = None,
     progress: Callable[[int], Any] = lambda rows: None,
 ) -> tuple[Quality, Images]:
     """Sample `num` images by a plan, every class as often as the others, and hold them against the real ones.
 
-    name: of the sampler, with its dials; the other arguments as of Generator. ValueError for images that are not
-    finite, or too few.
+    name: of the sampler, with its dials; the other arguments as of Generator. NotFiniteError for images that are
+    not finite.
     """
     classes = run.description.classes
     labels = np.resize(np.arange(classes, dtype=np.int32), num) if classes else None
     made = generate(
         run.params, plan, labels, num,
-        guidance=guidance, seed=seed, batch=batch, clip=clip, threshold=threshold, progress=progress,
+        guidance=guidance, seed=seed, batch=batch, clip=clip, progress=progress,
     )  # fmt: skip
+    if not np.isfinite(made.x).all():
+        raise NotFiniteError(f"{name} in {plan.steps} steps made images that are not finite: clip, or take other steps")
     outputs = [reference.extractor.extract(made.images[i : i + CHUNK]) for i in range(0, num, CHUNK)]
     seen = np.concatenate([output.features for output in outputs])
     likely = None
@@ -138,7 +158,7 @@ def measure(
     low, median, high = np.quantile(milliseconds, [0.25, 0.5, 0.75])
     config, image_shape, _ = run.description
     row = Quality(
-        sampler=name, clipping=describe_clipping(clip, threshold), steps=plan.steps, nfe=made.nfe,
+        sampler=name, clipping=describe_clipping(clip), steps=plan.steps, nfe=made.nfe,
         guidance=guidance.scale, guided=str(guidance),
         frechet=metrics.frechet_distance(reference.moments, metrics.add(metrics.no_moments(seen.shape[1]), seen)),
         kernel=kernel, kernel_error=kernel_error,
@@ -148,7 +168,7 @@ def measure(
         extractor=reference.extractor.name, reference=reference.name, images=num, seed=seed,
         ms_per_image=float(median), spread=float((high - low) / 2 / median), batches=len(milliseconds), batch=batch,
         compile_seconds=made.compile_seconds, network=run.name, parameters=count_parameters(run.params),
-        weights=f"{run.weights}, step {run.step}", image_size="x".join(map(str, image_shape)),
+        weights=describe_weights(run), image_size="x".join(map(str, image_shape)),
         device=describe_devices(), dtype=config.network.dtype, versions=versions(),
     )  # fmt: skip
     return row, made

@@ -34,8 +34,8 @@ def test_a_sweep_measures_every_combination_once_and_goes_on_where_it_was(digits
     ]  # fmt: skip
     assert {row.sampler for row in rows} == {"ddim(eta=0, trailing)", "ddpm(fixed_large, trailing)"}
     assert all(row.batches == 5 and row.batch == 8 and row.reference == "digits, train, 1,500 images" for row in rows)
-    assert "6 rows measured, 0 were there; " in capsys.readouterr().out
-    # One executable per kind: ten rows or one, noisy or not, guided or not; and the noise to start from.
+    said = re.search(r"6 rows measured, 0 were there; (\d+) compilations", capsys.readouterr().out)
+    assert int(said[1]) == 5  # one row at a time, noisy or not, guided or not; and the noise to start from
     for name in ("pareto.csv", "pareto.md", "pareto.png", "pareto.svg", "report.html"):
         assert (tmp_path / "a" / name).stat().st_size > 500
     page = (tmp_path / "a" / "report.html").read_text()
@@ -133,6 +133,34 @@ def test_samplers_are_asked_for_by_name_dials_and_steps():
         "ddim(eta=0, trailing)", "ddim(eta=0.5, karras)", "ddpm(fixed_large, trailing)"
     ]  # fmt: skip
     assert [plans.at_steps(request, levels, 20)[0].steps for request in asked] == [20, 7, 1000]
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_what_is_asked_for_twice_is_measured_once(digits_run):
+    run = open_run(digits_run)
+    options = pareto.Options((str(digits_run),), samplers="ddim,ddim(eta=0),ddim:5", steps="5,5")
+    assert [(c.plan.steps, c.scale) for c in pareto.combine(options, [run])] == [(5, 1.0), (5, 2.0)]
+    unlabelled = dataclasses.replace(run.description.config.train, label_dropout=0.0)
+    config = dataclasses.replace(run.description.config, train=unlabelled)
+    alone = run._replace(description=run.description._replace(config=config))
+    assert [c.scale for c in pareto.combine(options, [alone])] == [1.0]  # cannot be guided
+
+
+@pytest.mark.usefixtures("in_suite_data")
+def test_images_that_are_not_finite_end_in_a_sentence(digits_run, tmp_path, capsys, monkeypatch):
+    generate = Generator.__call__
+
+    def broken(*arguments, **options):
+        made = generate(*arguments, **options)
+        return made._replace(x=made.x * np.nan)
+
+    monkeypatch.setattr(Generator, "__call__", broken)
+    command = "{run} --samplers ddim:1 --guidance 1 --num 40 --batch 8 --features pixels --out {tmp}"
+    with pytest.raises(SystemExit) as end:
+        pareto.main(command.format(run=digits_run, tmp=tmp_path).split())
+    assert end.value.code == 2
+    assert "ddim(eta=0, trailing) in 1 steps made images that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "pareto.json").exists()
 
 
 BAD = {

@@ -35,7 +35,8 @@ class Point(NamedTuple):
         return np.array([getattr(row, name) for row in self.rows], np.float64)
 
 
-_IDENTITY = ("sampler", "clipping", "steps", "guided", *NETWORK, *CONTEXT)
+_SAID = ("clipping", *NETWORK, *CONTEXT)  # wherever rows differ in it
+_IDENTITY = ("sampler", "steps", "guided", *_SAID)
 
 
 def points(rows: Sequence[Quality]) -> list[Point]:
@@ -48,7 +49,7 @@ def points(rows: Sequence[Quality]) -> list[Point]:
 
 def differing(rows: Sequence[Quality]) -> list[str]:
     """The fields of their context in which rows differ: what has to be said where they share an axis."""
-    return [name for name in (*NETWORK, *CONTEXT) if len({getattr(row, name) for row in rows}) > 1]
+    return [name for name in _SAID if len({getattr(row, name) for row in rows}) > 1]
 
 
 def frontier(costs: Sequence[float], values: Sequence[float]) -> list[int]:
@@ -87,8 +88,8 @@ def summary(rows: Sequence[Quality]) -> str:
             + [str(getattr(row, name)) for name in differ]
         )
     seeds = sorted({row.seed for row in rows})
-    shared = [name for name in (*NETWORK, *CONTEXT) if name not in differ]
-    words = {"batch": "batches of {}", "parameters": "{:,} parameters", "images": "{} images a row"}
+    shared = [name for name in _SAID if name not in differ]
+    words = {"batch": "batches of {}", "parameters": "{:,} parameters", "images": "{} images a row", "clipping": "{}"}
     said = [words.get(name, name.replace("_", " ") + " {}").format(getattr(rows[0], name)) for name in shared]
     kinds = "mean ± standard deviation over seeds" if len(seeds) > 1 else "seed"
     return f"{table(lines)}\n\n{'; '.join(said)}; {kinds} {', '.join(map(str, seeds))}."
@@ -158,7 +159,7 @@ def _family(row: Quality, differ: Sequence[str]) -> str:
 
 
 def _label(row: Quality, differ: Sequence[str]) -> str:
-    sampler, *context = _family(row, differ).rsplit("), ", 1)
+    sampler, *context = _family(row, differ).split("), ", 1)
     return ", ".join([sampler + (")" if context else ""), f"guidance {row.guided}", *context])
 
 

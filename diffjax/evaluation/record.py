@@ -153,7 +153,7 @@ class Quality:
 
     def __post_init__(self) -> None:
         """ValueError for what a reader could misunderstand."""
-        for name in ("sampler", "clipping", "guided", "extractor", "reference", *CONTEXT, "versions"):
+        for name in ("sampler", "clipping", "guided", *NETWORK, *CONTEXT):
             if getattr(self, name) in ("", None):
                 raise ValueError(f"a row without its {name} says nothing: give it")
         if "(" not in self.sampler:

@@ -44,7 +44,8 @@ def page(title: str, remark: str, svg: str, rows: Sequence[Quality], pictures: S
         f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1><p>{escape(remark)}</p>\n{drawing}\n"
         f'<h2>Rows</h2><div class="wide"><table><thead><tr><th></th>{"".join(f"<th>{escape(h)}</th>" for h in heads)}'
         f"</tr></thead><tbody>\n{table}</tbody></table></div>\n"
-        f"<h2>Images, from the same seeds</h2>\n{figures}<script>{SORT}</script></body></html>\n"
+        f"<h2>Images: those of one seed begin from the same noise</h2>\n{figures}"
+        f"<script>{SORT}</script></body></html>\n"
     )
 
 

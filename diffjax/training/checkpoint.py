@@ -100,7 +100,7 @@ class Checkpoints:
             # A folder that is not there any more, or is full, Orbax finds too, but a thread of it then keeps the
             # process alive for five minutes.
             probe = self._workdir / FOLDER / f".probe-{jax.process_index()}"
-            probe.touch()
+            probe.write_bytes(bytes(4096))
             probe.unlink()
             self._manager.save(step, args=args)
 

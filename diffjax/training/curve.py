@@ -16,8 +16,8 @@ def draw(metrics: Path, path: Path, title: str = "") -> None:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
 
     def series(name: str) -> tuple[np.ndarray, np.ndarray]:
-        # A quarter that no example of a batch was in has no loss.
-        found = [(line["step"], line[name]) for line in lines if np.isfinite(line.get(name, np.nan))]
+        # What was not a number is null there, as the loss of a quarter that no example of a batch was in.
+        found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         return np.array([step for step, _ in found]), np.array([value for _, value in found], np.float64)
 
     figure = Figure(figsize=(11, 4), layout="constrained")

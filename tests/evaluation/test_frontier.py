@@ -27,7 +27,7 @@ def test_a_row_without_its_context_cannot_be_built():
     for name in values:
         with pytest.raises(TypeError, match=name):
             Quality(**{key: value for key, value in values.items() if key != name})
-    for name in (*CONTEXT, "sampler", "clipping", "guided", "versions"):
+    for name in (*CONTEXT, *NETWORK, "sampler", "clipping", "guided"):
         with pytest.raises(ValueError, match=name):
             dataclasses.replace(ROW, **{name: ""})
 
@@ -101,6 +101,7 @@ def test_seeds_are_gathered_and_nothing_else(figures):
 def test_what_differs_is_said_on_the_axes_and_in_the_table(tmp_path):
     other = dataclasses.replace(ROW, batch=7, network="unet of y", steps=10, nfe=10)
     assert frontier.differing([ROW, other]) == ["network", "batch"]
+    assert frontier.differing([ROW, dataclasses.replace(ROW, clipping="unclipped")]) == ["clipping"]
     assert frontier.differing([ROW, dataclasses.replace(ROW, seed=3, steps=2)]) == []
     frontier.plot([ROW, other], tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
