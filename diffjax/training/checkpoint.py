@@ -100,8 +100,10 @@ class Checkpoints:
             # A folder that is not there any more, or is full, Orbax finds too, but a thread of it then keeps the
             # process alive for five minutes.
             probe = self._workdir / FOLDER / f".probe-{jax.process_index()}"
-            probe.write_bytes(bytes(4096))
-            probe.unlink()
+            try:
+                probe.write_bytes(bytes(4096))
+            finally:
+                probe.unlink(missing_ok=True)
             self._manager.save(step, args=args)
 
         self._writing(write)
