@@ -7,6 +7,7 @@ Rows gather in the folder: a sweep that was interrupted goes on where it was, an
 """
 
 import csv
+import hashlib
 import itertools
 import json
 import logging
@@ -199,20 +200,10 @@ def is_there(
 
 
 def shown(folder: Path, row: Quality) -> Path:
-    """Where the images of a row are: a name of what tells it from the others."""
-    parts = (
-        row.sampler,
-        row.steps,
-        row.guided,
-        row.seed,
-        row.network,
-        row.weights,
-        row.clipping,
-        row.images,
-        row.dtype,
-    )
-    text = "-".join(str(part) for part in parts)
-    return folder / "images" / ("".join(c if c.isalnum() or c in ".-=" else "_" for c in text) + ".png")
+    """Where the images of a row are: what tells it from all others, the most telling in words."""
+    words = f"{row.sampler}-{row.steps}-{row.guided}-{row.seed}-{row.network}"
+    rest = hashlib.sha256(repr((frontier.identity(row), row.seed)).encode()).hexdigest()[:12]
+    return folder / "images" / ("".join(c if c.isalnum() or c in ".-=" else "_" for c in words) + f"-{rest}.png")
 
 
 def read(path: Path) -> list[Quality]:

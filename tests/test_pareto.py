@@ -55,6 +55,12 @@ def test_a_sweep_measures_every_combination_once_and_goes_on_where_it_was(digits
     pareto.main([*arguments, "--guidance", "1", "--seeds", "0,1", "--samplers", "ddim:1"])
     assert "1 rows measured, 1 were there" in capsys.readouterr().out
     assert len(figures(out)) == 7
+    # So does one of the same samplers in another context: nothing takes the place of a row but its own kind.
+    pareto.main([*arguments, "--guidance", "1", "--samplers", "ddim:1", "--num", "48"])
+    assert "1 rows measured, 0 were there" in capsys.readouterr().out
+    pareto.main([*arguments, "--guidance", "1", "--samplers", "ddim:1", "--reference", "held_out"])
+    assert "1 rows measured, 0 were there" in capsys.readouterr().out
+    assert len(figures(out)) == 9
 
 
 @pytest.mark.usefixtures("in_suite_data")

@@ -39,11 +39,16 @@ _SAID = ("clipping", *NETWORK, *CONTEXT)  # wherever rows differ in it
 _IDENTITY = ("sampler", "steps", "guided", *_SAID)
 
 
+def identity(row: Quality) -> tuple[object, ...]:
+    """All that tells a row from others, its seed and its figures apart."""
+    return tuple(getattr(row, name) for name in _IDENTITY)
+
+
 def points(rows: Sequence[Quality]) -> list[Point]:
     """Rows gathered over their seeds, in the order in which each was met first."""
     found: dict[tuple[object, ...], list[Quality]] = {}
     for row in rows:
-        found.setdefault(tuple(getattr(row, name) for name in _IDENTITY), []).append(row)
+        found.setdefault(identity(row), []).append(row)
     return [Point(tuple(group)) for group in found.values()]
 
 
