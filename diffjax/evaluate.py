@@ -27,7 +27,7 @@ from diffjax.denoiser import Condition, from_network
 from diffjax.evaluation import likelihood
 from diffjax.evaluation.record import BitsPerDim, markdown
 from diffjax.plans import std_named
-from diffjax.run import Run, check_seed, count_parameters, open_run, output_folder
+from diffjax.run import Run, check_seed, check_whole, count_parameters, open_run, output_folder
 from diffjax.schedule import Level
 from diffjax.training import data, parallel
 
@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError("likelihoods need diffrax: pip install 'diffjax[diffrax]'")
         check(options)
         run = open_run(options.run, options.checkpoint, options.weights)
+        check_whole(run)
         T, config = schedule.length(run.schedule), run.description.config
         if options.evaluations is not None and not 1 <= options.evaluations <= T - 1:
             raise ValueError(f"--evaluations is {options.evaluations}: this chain takes 1 to {T - 1}, or None for all")

@@ -10,10 +10,11 @@ ROOMS = [
     "schedule", "process", "denoiser", "sampler", "solvers", "sde", "loss",
     "models.layers", "models.unet",
     "picture", "plans",
-    "training.step", "training.parallel", "training.sources", "training.data", "training.checkpoint", "training.loop",
+    "training.step", "training.distill", "training.parallel", "training.sources", "training.data",
+    "training.checkpoint", "training.loop",
     "evaluation.record", "evaluation.digits", "evaluation.likelihood",
     "testing",
-    "experiment", "interop.diffusers", "cpu", "cli", "run", "dryrun", "editing",
+    "experiment", "interop.diffusers", "cpu", "cli", "run", "distill", "dryrun", "editing",
     "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",
     "bench.first_image", "demo", "bench.__main__", "edit", "evaluate", "convert",
 ]  # fmt: skip
