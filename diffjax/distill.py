@@ -8,10 +8,12 @@ x0) what the teacher says, guided if asked for, at any scale, in one pass; the o
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffjax import experiment, schedule
@@ -200,6 +202,8 @@ def build_training(config: Config, image_shape: tuple[int, int, int], classes: i
 
     def init(key: jax.Array, frozen: Any) -> TrainState:
         params = distill.begun_from(experiment.init_params(unet, image_shape, key), frozen)
+        # Copies: steps reuse the memory of their state, and go on reading the teacher.
+        params = jax.tree.map(partial(jnp.array, copy=True), params)
         return init_state(params, optimizer, len(train.ema))
 
     return Training(unet, network, init, steps, eval_step)

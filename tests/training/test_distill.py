@@ -18,7 +18,8 @@ from diffjax import distill as stages
 from diffjax import experiment, loss, plans, process, sampler, schedule, testing
 from diffjax.denoiser import clip, condition_on, from_network, guide
 from diffjax.experiment import Config, Data, Diffusion, Network, Train
-from diffjax.run import Description, Generator, Guidance, doubts, open_run, usual_sampler
+from diffjax.interop import diffusers
+from diffjax.run import Description, Generator, Guidance, check_whole, doubts, open_run, usual_sampler
 from diffjax.schedule import Level
 from diffjax.training import distill, parallel
 from diffjax.training.checkpoint import Checkpoints
@@ -324,6 +325,31 @@ def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
     assert [stage.name for stage in chain(runs, "unlabelled", method="consistency")] == ["any", "consistency"]
     # A student that says v, and is told its scale, may teach without a stage before.
     assert [stage.name for stage in chain(runs, "two", start=2)] == ["1"]
+
+
+def test_a_teacher_from_diffusers_does_not_tell_its_images(runs, tmp_path):
+    teacher = open_run(runs / "teacher")
+    diffusers.save(tmp_path / "theirs", *teacher.description, teacher.params, "ema", 3)
+    run = open_run(f"hf:{tmp_path / 'theirs'}")
+    options = stages.defaults(stages.Options("hf:theirs", "", guidance=2.0, start=16), run)
+    with pytest.raises(ValueError, match=r"hf:theirs does not tell its images: name them, as with --data.name"):
+        stages.stages(options, run)
+    found = stages.stages(dataclasses.replace(options, data=Data(name="digits")), run)
+    assert [stage.name for stage in found] == ["any", "8", "4", "2", "1"]
+    training = stages.build_training(found[0].config, SHAPE, CLASSES, run)
+    state = jax.eval_shape(training.init, jax.random.key(0), run.params)
+    like = {"image": np.zeros((8, *SHAPE), np.float32), "label": np.zeros(8, int), "index": np.zeros(8, np.uint32)}
+    assert jax.eval_shape(training.eval_step, state.params, like, run.params).shape == ()
+
+
+def test_what_takes_a_whole_network_refuses_a_student(runs, tmp_path):
+    two, consistent, teacher = (open_run(runs / name) for name in ("two", "consistent", "teacher"))
+    check_whole(teacher)
+    for student in (two, consistent):
+        with pytest.raises(ValueError, match="is a student, which knows only its own way to images: name its teacher"):
+            check_whole(student)
+    with pytest.raises(ValueError, match="has no UNet2DModel that is told a guidance scale"):
+        diffusers.save(tmp_path / "theirs", *two.description, two.params, "ema", 3)
 
 
 MISTAKES = [
