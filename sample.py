@@ -26,10 +26,13 @@ from diffjax.run import (
     Run,
     check_guidance,
     check_seed,
+    doubts,
     open_run,
     output_folder,
     read_labels,
     record,
+    usual_sampler,
+    usual_steps,
 )
 from diffjax.training import parallel
 
@@ -50,12 +53,12 @@ class Options:
 
     run: tyro.conf.Positional[str]
     """Run folder, as train.py leaves it; or hf:FOLDER or hf:OWNER/NAME, a UNet2DModel of diffusers."""
-    sampler: SamplerName = "ddim"
+    sampler: SamplerName | None = None
     """DDPM is the Markov chain, DDIM the sampler for few steps, the solvers for fewer; consistency is for networks
-    distilled for it."""
+    distilled for it. None for ddim, or what a student was distilled for."""
     steps: int | None = None
-    """Levels visited, 1 to T; None for all T with ddpm and 50 with others. heun and edm call the network twice at each
-    level but the last."""
+    """Levels visited, 1 to T; None for all T with ddpm and 50 with others, or what a student was distilled for. heun
+    and edm call the network twice at each level but the last."""
     eta: float | None = None
     """Noise of ddim and dpm_solver_pp_2m: 0 (if None) is deterministic, 1 has the variance of DDPM."""
     variance: str | None = None
@@ -118,7 +121,7 @@ def main(arguments: list[str]) -> None:
     options = cli.parse(Options, PROGRAM, arguments)
     with cli.one_sentence(PROGRAM):
         run = open_run(options.run, options.checkpoint, options.weights)
-        plan, name = make_plan(options, run.schedule)
+        plan, name = make_plan(options, run)
         guidance = make_guidance(options)
         if options.threshold is not None and not 0 < options.threshold <= 1:
             raise ValueError(f"--threshold is {options.threshold}: use more than 0, and at most 1; 0.995 is usual")
@@ -137,8 +140,9 @@ def main(arguments: list[str]) -> None:
 
     for remark in run.remarks:
         print(f"{run.name}: {remark}")
-    _, image_shape, classes = run.description
-    generate = Generator(run.network, run.prediction, image_shape, classes)
+    if doubt := doubts(run, plan):
+        print(f"{run.name} {doubt}")
+    generate, image_shape = Generator.of(run), run.description.image_shape
     watch = Watch(options, plan.steps, image_shape, labels, out)
     with tqdm(total=plan.steps * -(-options.num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
         made = generate(
@@ -199,8 +203,10 @@ def make_guidance(options: Options) -> Guidance:
     return Guidance(options.guidance, options.interval, options.rescale, options.negative, options.two_passes, worse)
 
 
-def make_plan(options: Options, levels: schedule.Schedule) -> tuple[sampler.Plan, str]:
+def make_plan(options: Options, run: Run) -> tuple[sampler.Plan, str]:
     """The plan and its full name. ValueError for levels that the schedule does not have, or a misplaced option."""
+    levels, task = run.schedule, run.description.config.distillation
+    name = options.sampler or usual_sampler(task, levels)[0]
     dials = {"eta": options.eta, "variance": options.variance, "churn": options.churn}
     if options.plan is not None:
         given = {"steps": options.steps, "levels": options.levels} | dials
@@ -217,11 +223,10 @@ def make_plan(options: Options, levels: schedule.Schedule) -> tuple[sampler.Plan
             t = np.array([float(text) for text in options.levels.split(",")])
         except ValueError:
             raise ValueError(f"--levels is {options.levels!r}: write numbers, separated by commas") from None
-        return plans.named(options.sampler, levels, t, "explicit", **dials)
-    T = schedule.length(levels)
-    steps = (T if options.sampler == "ddpm" else min(50, T)) if options.steps is None else options.steps
+        return plans.named(name, levels, t, "explicit", **dials)
+    steps = usual_steps(task, levels, name) if options.steps is None else options.steps
     t = schedule.SPACINGS[options.spacing](levels, steps)
-    return plans.named(options.sampler, levels, t, options.spacing, **dials)
+    return plans.named(name, levels, t, options.spacing, **dials)
 
 
 def make_labels(options: Options, run: Run, guidance: Guidance) -> np.ndarray | None:

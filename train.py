@@ -4,6 +4,8 @@
 
     python train.py CONFIG --dry-run v5e:2x2 [...]       # or cpu: only compile, and tell what a step costs
 
+    python train.py distill --teacher FOLDER --workdir FOLDER [--guidance 2 ...]      # into students of few steps
+
 The same command again resumes from the last checkpoint. `python train.py CONFIG --help` lists every field of a
 configuration with its default.
 """
@@ -12,6 +14,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,8 +25,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL.Image import Image
 
-from diffjax import cli, dryrun, experiment, picture, sampler, schedule
-from diffjax.run import Description, Generator, Guidance, count_parameters, describe_devices
+from diffjax import cli, distill, dryrun, experiment, picture, plans, schedule
+from diffjax.run import (
+    Description,
+    Generator,
+    Guidance,
+    Run,
+    count_parameters,
+    describe_devices,
+    open_run,
+    usual_sampler,
+)
 from diffjax.training import checkpoint, curve, data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints, SaveError
 from diffjax.training.sources import UnreadableError
@@ -31,7 +43,7 @@ from diffjax.training.step import TrainState
 
 PROGRAM = "train.py"
 HELD_OUT_BATCHES = 10  # at most, per evaluation
-PREVIEW_STEPS, PREVIEW_SCALE, PREVIEW_SEED, PREVIEW_IMAGES = 50, 2.0, 0, 40  # by DDIM
+PREVIEW_SCALE, PREVIEW_SEED, PREVIEW_IMAGES = 2.0, 0, 40
 
 
 @dataclass(frozen=True)
@@ -42,12 +54,7 @@ class Options:
     """Run folder: checkpoints, metrics.jsonl, preview pictures."""
     dry_run: str | None = None
     """Only compile, for TPUs as in v5e:2x2 or for cpu, and tell what a step costs; needs no --workdir."""
-    distributed: str | None = None
-    """Train on several hosts, with this command on each: auto on TPU pods and SLURM, else HOST:PORT of process 0."""
-    processes: int | None = None
-    """With HOST:PORT: how many there are."""
-    process: int | None = None
-    """With HOST:PORT: which one this is, from 0."""
+    hosts: Annotated[parallel.Hosts, tyro.conf.arg(name="")] = field(default_factory=parallel.Hosts)
     tensorboard: bool = False
     """Also write the metrics and previews for TensorBoard, to the folder tensorboard of the run folder."""
     config: Annotated[experiment.Config, tyro.conf.arg(name="")] = field(default_factory=experiment.Config)
@@ -59,6 +66,9 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{__doc__}\nconfigurations: {', '.join(experiment.names())}")
         return
+    if arguments[0] == "distill":
+        distill_chain(arguments[1:])
+        return
     with cli.one_sentence(PROGRAM):
         config = experiment.named(arguments[0])
     dry = any(word.replace("_", "-").startswith("--dry-run") for word in arguments)
@@ -68,10 +78,7 @@ def main(arguments: list[str]) -> None:
         dry_run(options.config, options.dry_run)
         return
     with cli.one_sentence(PROGRAM):
-        if options.distributed is not None:
-            parallel.join(options.distributed, options.processes, options.process)
-        elif (options.processes, options.process) != (None, None):
-            raise ValueError("--processes and --process belong to --distributed: leave them out")
+        parallel.join(options.hosts)
     train(options.config, Path(options.workdir), options.tensorboard)
 
 
@@ -85,21 +92,43 @@ def dry_run(config: experiment.Config, target: str) -> None:
         cli.stop(PROGRAM, too_large)
 
 
-def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -> None:
+def distill_chain(arguments: list[str]) -> None:
+    """Parse, and train one student after the other, each the teacher of the next; those that are done stay."""
+    program = f"{PROGRAM} distill"
+    options = cli.parse(distill.Options, program, arguments)
+    with cli.one_sentence(program):
+        parallel.join(options.hosts)
+        teacher = open_run(options.teacher, options.checkpoint, options.weights)
+    options = cli.parse(distill.Options, program, arguments, distill.defaults(options, teacher))
+    with cli.one_sentence(program):
+        workdir, stages = Path(options.workdir), distill.stages(options, teacher)
+        distill.check_workdir(workdir)
+    for stage in stages:
+        train(stage.config, workdir / stage.name, options.tensorboard, teacher)
+        with cli.one_sentence(program):
+            teacher = open_run(workdir / stage.name)
+
+
+def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, teacher: Run | None = None) -> None:
     """Train a configuration in a run folder, from its last checkpoint if it holds one; on all hosts that have joined,
-    each of which calls this.
+    each of which calls this. teacher: of a configuration that is a student's.
     """
     steps, batch, seed, mode = config.train.steps, config.train.batch, config.train.seed, config.train.parallel
     host, hosts, labels = jax.process_index(), jax.process_count(), config.data.labels
     mesh = parallel.device_mesh()
     home = parallel.home(mesh, mode)
+    build: Callable[..., experiment.Training] = experiment.build_training
+    frozen: tuple[Any, ...] = ()
+    if teacher is not None:
+        build = partial(distill.build_training, teacher=teacher)
+        frozen = (jax.device_put(jax.device_get(teacher.params), parallel.whole(home)),)
     with cli.one_sentence(PROGRAM):
         experiment.check(config)
         if workdir.is_file():
             raise ValueError(f"{workdir} is a file: name a folder as --workdir")
         parallel.check_divisible(batch, mesh.size, "train.batch", config.train.accumulate)
         checkpoints = open_checkpoints(workdir, config) if (workdir / FOLDER).is_dir() else None
-        found = resume(checkpoints, config, mesh) if checkpoints else None
+        found = resume(checkpoints, config, mesh, build, frozen) if checkpoints else None
         start = int(found.state.step) if found else 0
         if start >= steps:
             draw_curve(workdir, config)
@@ -121,19 +150,19 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
         limit = HELD_OUT_BATCHES if config.train.eval_every else 0
         held_out = data.first_batches(dataset.held_out, batch, mesh.size, limit, labels=labels)
         held_out = [parallel.place(mesh, mode, parallel.rows(b, host, hosts)) for b in held_out]
-        training = found.training if found else experiment.build_training(config, *description[1:])
+        training = found.training if found else build(config, *description[1:])
         if found:  # whole on every device from the start, so that the first step can reuse its memory like every other
             state = parallel.held(home, found.state)
         else:
-            begin = jax.jit(lambda seed: training.init(jax.random.key(seed)), out_shardings=parallel.whole(home))
-            state = begin(np.uint32(seed))
+            init = lambda seed, *frozen: training.init(jax.random.key(seed), *frozen)  # noqa: E731
+            state = jax.jit(init, out_shardings=parallel.whole(home))(np.uint32(seed), *frozen)
         if checkpoints is None:
             workdir.mkdir(parents=True, exist_ok=True)
             checkpoints = open_checkpoints(workdir, config)
         metrics = loop.MetricsFile(workdir / "metrics.jsonl", start) if host == 0 else None
         board = loop.TensorBoard(workdir / "tensorboard", start) if host == 0 and tensorboard else None
-    train_step = parallel.over(mesh, mode, training.step, axis=1, donate=True)
-    eval_step = parallel.over(mesh, mode, training.eval_step)
+    train_step = parallel.over(mesh, mode, training.step, axis=1, donate=True, frozen=bool(frozen))
+    eval_step = parallel.over(mesh, mode, training.eval_step, frozen=bool(frozen))
 
     def log(step: int, **values: Any) -> None:
         for sink in (metrics, board):
@@ -141,13 +170,13 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False) -
                 sink.write(step, **values)
 
     def evaluate(state: TrainState) -> None:
-        log(int(state.step), held_out_loss=np.mean([float(eval_step(state.ema[0], b)) for b in held_out]))
+        log(int(state.step), held_out_loss=np.mean([float(eval_step(state.ema[0], b, *frozen)) for b in held_out]))
 
     def save(state: TrainState) -> None:
         checkpoints.save(parallel.held(mesh, state), description.to_dict())
 
     def step(state: TrainState, batches: Any) -> Any:
-        return train_step(state, parallel.place(mesh, mode, batches, axis=1))
+        return train_step(state, parallel.place(mesh, mode, batches, axis=1), *frozen)
 
     say(
         f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data}, "
@@ -224,7 +253,13 @@ class Found(NamedTuple):
     state: TrainState  # over all devices of all hosts
 
 
-def resume(checkpoints: Checkpoints, config: experiment.Config, mesh: Mesh) -> Found | None:
+def resume(
+    checkpoints: Checkpoints,
+    config: experiment.Config,
+    mesh: Mesh,
+    build: Callable[..., experiment.Training] = experiment.build_training,
+    frozen: tuple[Any, ...] = (),
+) -> Found | None:
     """The latest checkpoint that is whole, None if there is none at all; later ones, which are not, are set aside.
     ValueError where none is whole, or the configuration is not one that can go on from it.
     """
@@ -237,8 +272,8 @@ def resume(checkpoints: Checkpoints, config: experiment.Config, mesh: Mesh) -> F
             continue
         stored = Description.from_dict(described)  # of another version is not damaged
         changes = experiment.check_resume(stored.config, config)
-        training = experiment.build_training(config, *stored[1:])
-        like = jax.eval_shape(training.init, jax.random.key(0))
+        training = build(config, *stored[1:])
+        like = jax.eval_shape(training.init, jax.random.key(0), *frozen)
         try:
             state = checkpoints.restore(step, like, parallel.whole(mesh))
         except ValueError as error:
@@ -258,11 +293,12 @@ def preview(network: Any, description: Description) -> Callable[[TrainState], Im
     """Draws a grid of samples on the devices of this host: the same seeds every time, from the first average."""
     config, image_shape, classes = description
     levels = experiment.build_schedule(config)
-    plan = sampler.ddim(levels, schedule.trailing(levels, min(PREVIEW_STEPS, schedule.length(levels))))
+    (name, steps), largest = usual_sampler(config.distillation, levels), config.distillation.guidance
+    plan, _ = plans.named(name, levels, schedule.trailing(levels, steps), "trailing")
     mesh = parallel.device_mesh(jax.local_devices())
-    generate = Generator(network, experiment.build_prediction(config), image_shape, classes, mesh)
+    generate = Generator(network, experiment.build_prediction(config), image_shape, classes, mesh, told=largest > 1)
     labels = np.arange(PREVIEW_IMAGES, dtype=np.int32) % classes if classes else None
-    scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else 1.0
+    scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else largest
 
     def draw(state: TrainState) -> Image:
         params, batch = parallel.held(mesh, state.ema[0]), parallel.round_up(PREVIEW_IMAGES, mesh.size)

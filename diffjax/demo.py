@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffjax import cli, picture, sampler, schedule
 from diffjax.evaluation.digits import judge
 from diffjax.evaluation.record import as_dict, markdown
-from diffjax.run import Generator, Guidance, check_guidance, check_seed, open_run, record
+from diffjax.run import Generator, Guidance, check_guidance, check_seed, check_whole, open_run, record
 from diffjax.training import parallel
 
 PROGRAM = "diffjax.demo"
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> None:
         run = open_run(folder)
         if str(run.description.config.data) != "digits" or not run.description.classes:
             raise ValueError(f"{folder} is not a run of the configuration 'digits': use sample.py")
+        check_whole(run)
         check_guidance(run, Guidance(2.0))
         check_seed(options.seed)
         levels = run.schedule
@@ -55,8 +56,7 @@ def main(arguments: list[str]) -> None:
     jobs = [("ddpm(fixed_small, trailing)", ddpm, 1.0)]
     jobs += [("ddim(eta=0, trailing)", ddim, scale) for scale in (1.0, 2.0, 3.0, 4.0)]
 
-    _, image_shape, classes = run.description
-    generate = Generator(run.network, run.prediction, image_shape, classes)
+    generate = Generator.of(run)
     labels = np.arange(options.num, dtype=np.int32) % 10
     batch = parallel.round_up(options.num, jax.device_count())
     rows, first_images, verdicts = [], [], []

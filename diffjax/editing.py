@@ -32,7 +32,7 @@ class Editor:
     def __init__(self, run: Run) -> None:
         """For a run; nothing is compiled yet."""
         self._run = run
-        self._generate = Generator(run.network, run.prediction, *run.description[1:])
+        self._generate = Generator.of(run)
 
     def batches(self, num: int) -> int:
         """In how many batches `num` images are edited, all of whose steps `progress` is told."""

@@ -30,7 +30,20 @@ from diffjax import cli, experiment, plans, quality, sampler, schedule
 from diffjax.denoiser import Condition, from_network
 from diffjax.evaluation import likelihood
 from diffjax.evaluation.record import BitsPerDim, markdown
-from diffjax.run import Generator, Guidance, Run, check_guidance, check_seed, count_parameters, open_run, output_folder
+from diffjax.run import (
+    Generator,
+    Guidance,
+    Run,
+    check_guidance,
+    check_seed,
+    check_whole,
+    count_parameters,
+    doubts,
+    open_run,
+    output_folder,
+    usual_sampler,
+    usual_steps,
+)
 from diffjax.schedule import Level
 from diffjax.training import data, parallel
 
@@ -48,10 +61,11 @@ class Options:
     """Likelihood by the probability flow, and the variational bound."""
     num: int | None = None
     """Images to be sampled, 1000 if None; or held-out images, the first ones, 64 if None."""
-    sampler: str = "ddim"
-    """A sampler with its dials, as in ddim, ddim(eta=0.5) or ddpm(variance=fixed_large, spacing=leading)."""
+    sampler: str | None = None
+    """A sampler with its dials, as in ddim, ddim(eta=0.5) or ddpm(variance=fixed_large, spacing=leading). None for
+    ddim, or what a student was distilled for."""
     steps: int | None = None
-    """Levels visited; None for all T with ddpm and 50 with others."""
+    """Levels visited; None for all T with ddpm and 50 with others, or what a student was distilled for."""
     guidance: float = 1.0
     """0 unconditional, 1 conditional, more is guided."""
     batch: int | None = None
@@ -120,7 +134,9 @@ def of_images(options: Options, run: Run) -> None:
         reference = quality.read_reference(
             config, run.description.image_shape, options.features, options.reference, folder, weights
         )
-    generate = Generator(run.network, run.prediction, *run.description[1:])
+    if doubt := doubts(run, plan):
+        print(f"{run.name} {doubt}")
+    generate = Generator.of(run)
     with tqdm(total=plan.steps * -(-num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
         try:
             row, _ = quality.measure(
@@ -137,11 +153,11 @@ def of_images(options: Options, run: Run) -> None:
 
 def make_plan(options: Options, run: Run) -> tuple[sampler.Plan, str]:
     """The plan that is asked for, and its full name. ValueError as of `plans.requests` and `plans.at_steps`."""
-    request, *more = plans.requests(options.sampler)
+    task = run.description.config.distillation
+    request, *more = plans.requests(options.sampler or usual_sampler(task, run.schedule)[0])
     if more:
         raise ValueError(f"--sampler is {options.sampler!r}: name one, or sweep them by python -m diffjax.pareto")
-    T = schedule.length(run.schedule)
-    steps = (T if request.name == "ddpm" else min(50, T)) if options.steps is None else options.steps
+    steps = usual_steps(task, run.schedule, request.name) if options.steps is None else options.steps
     return plans.at_steps(request, run.schedule, steps)
 
 
@@ -152,6 +168,7 @@ def of_likelihood(options: Options, run: Run) -> None:
         if importlib.util.find_spec("diffrax") is None:
             raise ValueError("likelihoods need diffrax: pip install 'diffjax[diffrax]'")
         check(options, num)
+        check_whole(run)
         T, config = schedule.length(run.schedule), run.description.config
         if options.evaluations is not None and not 1 <= options.evaluations <= T - 1:
             raise ValueError(f"--evaluations is {options.evaluations}: this chain takes 1 to {T - 1}, or None for all")

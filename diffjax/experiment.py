@@ -178,6 +178,22 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """What a student was distilled from, and for: `train.py distill` writes it."""
+
+    method: Literal["none", "guidance", "progressive", "consistency"] = "none"
+    """How; none for a network that was trained on data alone."""
+    teacher: str = ""
+    """The first one of its line."""
+    start: int = 0
+    """Steps of the sampler that its line was to shorten."""
+    steps: int = 0
+    """Steps that it was made for, of consistency the most; 0 for any."""
+    guidance: float = 1.0
+    """The largest guidance scale that it is told, from 1 on; 1 if it is told none."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -185,11 +201,13 @@ class Config:
     network: Network = field(default_factory=Network)
     diffusion: Diffusion = field(default_factory=Diffusion)
     train: Train = field(default_factory=Train)
+    distillation: Annotated[Distillation, tyro.conf.Suppress] = field(default_factory=Distillation)
 
 
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
 BOUND = ("data.source", "data.name", "data.size", "data.pad", "data.grey", "data.labels")
 BOUND += ("diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr", "diffusion.T", "diffusion.prediction")
+BOUND += tuple(f"distillation.{f.name}" for f in dataclasses.fields(Distillation))
 BOUND += tuple(f"network.{f.name}" for f in dataclasses.fields(Network) if f.name not in ("dropout", "dtype", "remat"))
 SEEDS = 2**32  # JAX would take a larger seed modulo this
 
@@ -376,7 +394,8 @@ def build_unet(config: Config, image_shape: tuple[int, int, int], classes: int) 
     """The network, for images of a shape [H, W, C] and a number of classes, 0 for none."""
     options: dict[str, Any] = dataclasses.asdict(config.network) | {"dtype": DTYPES[config.network.dtype]}
     says = image_shape[-1] * (2 if options.pop("learned_variance") else 1)
-    return UNet(**options, out_channels=says, num_classes=classes)
+    told = int(config.distillation.guidance > 1)  # the scale, beside the label
+    return UNet(**options, out_channels=says, num_classes=classes, condition_width=told)
 
 
 def build_network(config: Config, unet: UNet) -> Callable[..., jax.Array]:
@@ -394,7 +413,9 @@ def build_network(config: Config, unet: UNet) -> Callable[..., jax.Array]:
 def init_params(unet: UNet, image_shape: tuple[int, int, int], key: jax.Array) -> Any:
     """Fresh parameters. ValueError for images that the network cannot take."""
     label = jnp.zeros(1, jnp.int32) if unet.num_classes else None
-    return jax.jit(unet.init)(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), label)["params"]
+    numbers = jnp.zeros((1, unet.condition_width)) if unet.condition_width else None
+    condition = (label, numbers) if unet.num_classes and unet.condition_width else label if numbers is None else numbers
+    return jax.jit(unet.init)(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), condition)["params"]
 
 
 def params_like(unet: UNet, image_shape: tuple[int, int, int]) -> Any:
@@ -422,9 +443,10 @@ class Training(NamedTuple):
 
     unet: UNet
     network: Callable[..., jax.Array]  # as of build_network
-    init: Callable[[jax.Array], TrainState]  # key -> state before the first step
+    init: Callable[..., TrainState]  # key -> state before the first step
     step: TrainStep  # (state, batches [K, B, ...], axis_name=None) -> (state, metrics [K])
     eval_step: Callable[..., jax.Array]  # (params, batch [B, ...], axis_name=None) -> loss
+    # Of a student (distill.build_training), init, step and eval_step take its teacher's parameters last.
 
 
 def build_training(config: Config, image_shape: tuple[int, int, int], classes: int) -> Training:

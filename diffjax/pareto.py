@@ -3,7 +3,10 @@
 python -m diffjax.pareto runs/digits --samplers ddim,dpm_solver_pp_2m,heun,ddpm:1000 --steps 2,4,5,8,10,20,50 \
     --guidance 1,2 --num 500 --out report/
 
-Rows gather in the folder: a sweep that was interrupted goes on where it was, and another one adds to it.
+Rows gather in the folder: a sweep that was interrupted goes on where it was, and another one adds to it, as that of
+its students:
+
+python -m diffjax.pareto runs/digits-distilled/16 runs/digits-distilled/4 --out report/
 """
 
 import csv
@@ -30,12 +33,15 @@ from diffjax.run import (
     check_seed,
     count_parameters,
     describe_devices,
+    doubts,
     open_run,
+    usual_sampler,
 )
 from diffjax.sampler import Plan
 
 PROGRAM = "diffjax.pareto"
 SHOWN = 20  # images of every row
+SAMPLERS = "ddim,dpm_solver_pp_2m,heun,ddpm:1000"
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,14 @@ class Options:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Run folders; every combination is measured for each of them."""
-    samplers: str = "ddim,dpm_solver_pp_2m,heun,ddpm:1000"
-    """As in ddim,ddim(eta=0.5),ddpm(variance=fixed_large):1000; the steps behind a colon replace --steps."""
+    samplers: str | None = None
+    """As in ddim,ddim(eta=0.5),ddpm(variance=fixed_large):1000; the steps behind a colon replace --steps. None for
+    ddim,dpm_solver_pp_2m,heun,ddpm:1000, and for a student of few steps only what it was distilled for."""
     steps: str = "2,4,5,8,10,20,50"
     """Levels visited."""
     guidance: str | None = None
     """Scales, as in 1,2: 0 unconditional, 1 conditional, more is guided; None for 1, and 2 where the network can be
-    guided."""
+    guided, or the largest that a student is told."""
     num: int = 500
     """Images of each combination."""
     seeds: str = "0"
@@ -99,11 +106,13 @@ def main(arguments: list[str]) -> None:
         weights = None if options.inception is None else Path(options.inception)
         cache = Path(options.runs[0]) if Path(options.runs[0]).is_dir() else out.parent
         reference = quality.read_reference(config, shape, options.features, options.reference, cache, weights)
+    for doubt in dict.fromkeys(f"{c.run.name} {said}" for c in combinations if (said := doubts(c.run, c.plan))):
+        print(doubt)
     weights_of = {run.name: quality.describe_weights(run) for run in runs}
     known = [row for row in rows if shown(out.parent, row).exists()]  # others are measured again
     missing = [c for c in combinations if not is_there(c, known, options, reference, batch, weights_of[c.run.name])]
     batches = -(-options.num // batch)
-    generators = {run.name: generator(run) for run in runs}
+    generators = {run.name: Generator.of(run) for run in runs}
     with tqdm(total=sum(c.plan.steps for c in missing) * batches, unit="step", dynamic_ncols=True) as bar:
         for c in missing:
             bar.set_description(f"{c.sampler} {c.plan.steps} guidance {c.scale:g} seed {c.seed}")
@@ -136,19 +145,31 @@ def combine(options: Options, runs: list[Run]) -> list[Combination]:
     if options.num < 2:
         raise ValueError(f"--num is {options.num}: a distance takes two images or more, and a usual one thousands")
 
-    def usual(run: Run) -> list[float]:
-        return [1.0, 2.0] if run.description.classes and run.description.config.train.label_dropout > 0 else [1.0]
-
     found = []
-    for run, request in itertools.product(runs, plans.requests(options.samplers)):
-        for n in [request.steps] if request.steps is not None else steps:
-            plan, name = plans.at_steps(request, run.schedule, n)
-            for scale, seed in itertools.product(usual(run) if scales is None else scales, seeds):
-                check_guidance(run, Guidance(scale))
-                found.append(Combination(run, plan, name, scale, seed))
+    for run in runs:
+        for request in plans.requests(options.samplers or usual_samplers(run)):
+            for n in [request.steps] if request.steps is not None else steps:
+                plan, name = plans.at_steps(request, run.schedule, n)
+                for scale, seed in itertools.product(usual_scales(run) if scales is None else scales, seeds):
+                    check_guidance(run, Guidance(scale))
+                    found.append(Combination(run, plan, name, scale, seed))
     # One may be asked for in two ways.
     found = list({(c.run.name, c.sampler, c.plan.steps, c.scale, c.seed): c for c in found}.values())
-    return sorted(found, key=lambda c: c.plan.steps * (1 if c.scale == 1 else 2))
+    return sorted(found, key=lambda c: c.plan.steps * (1 if c.scale == 1 else 2))  # about the time that they take
+
+
+def usual_samplers(run: Run) -> str:
+    """What is measured if nobody says: of a student of few steps only what it was distilled for."""
+    task = run.description.config.distillation
+    return "{}:{}".format(*usual_sampler(task, run.schedule)) if task.steps else SAMPLERS
+
+
+def usual_scales(run: Run) -> list[float]:
+    """The same, of guidance."""
+    config = run.description.config
+    if config.distillation.guidance > 1:
+        return [1.0, config.distillation.guidance]
+    return [1.0, 2.0] if run.description.classes and config.train.label_dropout > 0 else [1.0]
 
 
 def numbers(option: str, text: str) -> list[float]:
@@ -176,11 +197,6 @@ def check_same_data(runs: list[Run]) -> None:
             raise ValueError(f"{run.name} was trained on {theirs}, and {first.name} on {ours}: sweep them apart")
     if len({run.name for run in runs}) < len(runs):
         raise ValueError("two of the runs have one name, and their rows could not be told apart: rename a folder")
-
-
-def generator(run: Run) -> Generator:
-    """Of its images."""
-    return Generator(run.network, run.prediction, *run.description[1:])
 
 
 def is_there(

@@ -14,14 +14,14 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from diffjax import denoiser, experiment, sampler
+from diffjax import denoiser, experiment, sampler, solvers
 from diffjax.denoiser import Denoiser, Network
 from diffjax.evaluation.record import Sampling
 from diffjax.interop import diffusers
 from diffjax.picture import to_uint8
 from diffjax.process import Prediction, check_prediction
 from diffjax.sampler import Carry, Plan
-from diffjax.schedule import Schedule
+from diffjax.schedule import Schedule, length, trailing
 from diffjax.training import parallel
 from diffjax.training.checkpoint import average, open_checkpoint
 
@@ -85,8 +85,11 @@ def open_run(source: str | Path, step: int | None = None, weights: str = "ema") 
     like = experiment.params_like(unet, image_shape)
     params = checkpoints.restore_weights(step, kept[weights], like, parallel.whole(parallel.device_mesh()))
     checkpoints.close()
+    name = workdir.resolve().name
+    if config.distillation.method != "none":  # students are named by their steps, in a folder with a name
+        name = f"{workdir.resolve().parent.name}/{name}"
     return Run(
-        name=f"unet of {workdir.resolve().name}", description=description,
+        name=f"unet of {name}", description=description,
         network=experiment.build_network(config, unet), params=params,
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
         weights=weights, step=step,
@@ -136,7 +139,13 @@ class Guidance(NamedTuple):
 def check_guidance(run: Run, guidance: Guidance) -> None:
     """ValueError for guidance that a run cannot serve."""
     scale, interval, classes = guidance.scale, guidance.interval, run.description.classes
-    worse = guidance.worse
+    worse, largest = guidance.worse, run.description.config.distillation.guidance
+    if largest > 1:
+        if guidance._replace(scale=1.0) != Guidance():
+            raise ValueError(f"{run.name} is told its guidance scale, in one pass: all that can be said is --guidance")
+        if not 1 <= scale <= largest:
+            raise ValueError(f"guidance is {scale}: {run.name} was distilled for 1 to {largest:g}")
+        return
     if not (np.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance is {scale}: use a number of 0 or more")
     if worse is None and guidance != Guidance() and not classes:
@@ -163,6 +172,8 @@ def check_guidance(run: Run, guidance: Guidance) -> None:
 
 
 def _check_worse(run: Run, worse: Run) -> None:
+    if worse.description.config.distillation.method != "none":
+        raise ValueError(f"{worse.name} is a student, which says other things than a network trained on data")
     ours, theirs = ((str(r.description.config.data), *r.description[1:]) for r in (run, worse))
     if ours != theirs:
         raise ValueError(
@@ -171,6 +182,50 @@ def _check_worse(run: Run, worse: Run) -> None:
         )
     if any(not np.array_equal(a, b) for a, b in zip(run.schedule, worse.schedule, strict=True)):
         raise ValueError(f"{worse.name} was trained on another schedule than {run.name}: autoguidance takes one")
+
+
+def usual_sampler(task: experiment.Distillation, levels: Schedule) -> tuple[str, int]:
+    """By which sampler, in how many steps, a network is sampled if nothing else is asked for: a student as it was
+    distilled to be, in two steps where it is consistent.
+    """
+    if task.method == "consistency":
+        return "consistency", min(2, task.steps)
+    return "ddim", task.steps or min(50, length(levels))
+
+
+def usual_steps(task: experiment.Distillation, levels: Schedule, name: str) -> int:
+    """In how many steps a network is sampled by a sampler of this name if nothing else is asked for: its usual ones,
+    and by others DDPM in all T.
+    """
+    usual, steps = usual_sampler(task, levels)
+    T = length(levels)
+    return steps if name == usual else T if name == "ddpm" else min(50, T)
+
+
+def doubts(run: Run, plan: Plan) -> str:
+    """A sentence on a plan that a student was not distilled for, "" where there is nothing to say."""
+    task = run.description.config.distillation
+    if not task.steps:
+        return ""
+    t = trailing(run.schedule, task.steps)
+    if task.method == "consistency":
+        meant, said = np.isin(plan.level.t, t).all(), f"consistency at some of {task.steps} levels"
+        usual = solvers.consistency(run.schedule, plan.level.t) if meant else None
+    else:
+        usual, said = sampler.ddim(run.schedule, t), f"ddim in {task.steps} steps"
+    same = usual is not None and usual.steps == plan.steps
+    if same and all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(plan), jax.tree.leaves(usual), strict=True)):
+        return ""
+    return f"was distilled for {said}, trailing: another plan asks it for what it has not learned"
+
+
+def check_whole(run: Run) -> None:
+    """ValueError for a student of few steps, or with guidance in it, where what is asked for takes a network that knows
+    every level, and what no guidance is.
+    """
+    task = run.description.config.distillation
+    if task.steps or task.guidance > 1:
+        raise ValueError(f"{run.name} is a student, which knows only its own way to images: name its teacher")
 
 
 def read_labels(run: Run, text: str, num: int) -> np.ndarray:
@@ -228,15 +283,22 @@ class Generator:
         image_shape: Sequence[int],
         classes: int,
         mesh: Mesh | None = None,
+        told: bool = False,
     ) -> None:
         """classes: 0 for a network without a condition; else `classes` itself is its label for none. mesh: the devices,
-        all if None.
+        all if None. told: a student whose condition is a label and the guidance scale, in one pass.
         """
         self._network, self._prediction = network, prediction
         self._image_shape, self._classes = tuple(image_shape), classes
-        self._mesh = parallel.device_mesh() if mesh is None else mesh
+        self._mesh, self._told = parallel.device_mesh() if mesh is None else mesh, told
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._compile_seconds = 0.0
+
+    @staticmethod
+    def of(run: Run) -> "Generator":
+        """For a run, on all devices."""
+        told = run.description.config.distillation.guidance > 1
+        return Generator(run.network, run.prediction, *run.description[1:], told=told)
 
     def __call__(
         self,
@@ -279,7 +341,7 @@ class Generator:
         key = jax.random.key(seed)
         before, made = self._compile_seconds, []
         seconds: list[float] = []
-        led_at_all = guidance.scale != 1 and (self._classes > 0 or guidance.worse is not None)
+        led_at_all = guidance.scale != 1 and not self._told and (self._classes > 0 or guidance.worse is not None)
         inside = np.full(plan.steps, led_at_all)
         if guidance.interval is not None:
             inside &= sampler.within(plan, *guidance.interval)
@@ -355,6 +417,8 @@ class Generator:
         def build(counted: Callable[[Network], Network]) -> Denoiser:
             params, worse_params, (scale, null) = shared
             condition, known = conditions
+            if self._told:
+                condition = condition, jnp.broadcast_to(scale, (len(condition), 1))
             conditional = denoiser.from_network(counted(self._network), params, self._prediction)
             denoise = denoiser.condition_on(conditional, condition)
             if kind and kind[0] == "guided":

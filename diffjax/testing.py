@@ -372,6 +372,44 @@ def assert_log_density(log_density: Callable[[Any], Any], mean: Any, std: Any, x
     assert wrong[i] <= tolerance, f"the log density of image {i} is {found[i]:.6g}, not {exact[i]:.6g}"
 
 
+def assert_halving(
+    student: Callable[[Denoiser], Denoiser], teacher: Denoiser, levels: Schedule, steps: int, x: Any
+) -> None:
+    """One step of DDIM by `student(teacher)`, over the trailing levels of so many steps, ends where the teacher's two
+    do, over those of twice as many: from x [B, ...], at every step, onto data too, to 1e-9 of the largest number. So do
+    all of them, one after the other.
+    """
+    one, two = (sampler.ddim(levels, schedule.trailing(levels, n)) for n in (steps, 2 * steps))
+    learned = student(teacher)
+    for rows in [*([i] for i in range(steps)), list(range(steps))]:
+        expected = run_plan(teacher, two, x, rows=[row for i in rows for row in (2 * i, 2 * i + 1)])
+        wrong = np.abs(run_plan(learned, one, x, rows=rows) - expected).max()
+        bound = 1e-9 * max(1, np.abs(expected).max(), np.abs(x).max())
+        assert wrong <= bound, f"from level {one.level.t[rows[0]]} two steps are missed by {wrong:.3g}"
+
+
+def assert_consistency(
+    target: Callable[[Denoiser, Denoiser], Denoiser], teacher: Denoiser, levels: Schedule, steps: int, x: Any
+) -> None:
+    """`target(student, teacher)` is what the student says, to 1e-9, where the student says the end of the teacher's
+    path: of its DDIM over the trailing levels of so many steps, from each of them. And at the last of them nothing is
+    asked of the student, so that it has to learn the end from the teacher: the boundary condition.
+    """
+    plan = sampler.ddim(levels, schedule.trailing(levels, steps))
+    first = {t: i for i, t in enumerate(plan.level.t)}
+
+    def end(x_t: Any, level: Level) -> Any:
+        if level.sigma == 0:
+            return np.full_like(x_t, np.nan)
+        return run_plan(teacher, plan, x_t, rows=range(first[int(level.t)], steps))
+
+    for i in range(steps):
+        level = row_level(plan, i)
+        expected = end(x, level)
+        wrong = np.abs(np.asarray(target(end, teacher)(x, level)) - expected).max()
+        assert wrong <= 1e-9 * max(1, np.abs(expected).max()), f"at level {level.t} it is missed by {wrong:.3g}"
+
+
 def _resampled(make: Maker) -> Maker:
     return lambda levels, t: solvers.resample(make(levels, t), times=3, jump=2)
 

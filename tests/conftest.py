@@ -1,6 +1,7 @@
 """Eight fake CPU devices stand for a pod, whatever started the tests."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,13 @@ def run_program(program):
         return process.returncode, out, err
 
     return run
+
+
+def free_port():
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,14 +7,13 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, QUIET, TINY
+from conftest import QUICK, QUIET, TINY, free_port
 
 import train
 from diffjax.run import Description, open_run
@@ -181,12 +180,6 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(small_d
     code, out, err = run_program(*arguments, "--train.steps", 4, flags=QUICK)
     assert code == 0, err
     assert "at step 2 of 4" in out
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
 
 
 HOSTS = ["digits", *SHORT, "--train.decay", "none", "--train.warmup", 2]

@@ -1,6 +1,7 @@
 """Quality against cost: rows of many samplers, what of them is best, and a picture that says where they differ."""
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -92,18 +93,25 @@ def summary(rows: Sequence[Quality]) -> str:
             + [told(point, "frechet", ".4g"), told(point, "kernel", ".3g"), *figures]
             + [str(getattr(row, name)) for name in differ]
         )
+    return f"{table(lines)}\n\n{_shared(rows, differ)}."
+
+
+def _shared(rows: Sequence[Quality], differ: Sequence[str]) -> str:
     seeds = sorted({row.seed for row in rows})
-    shared = [name for name in _SAID if name not in differ]
     words = {"batch": "batches of {}", "parameters": "{:,} parameters", "images": "{} images a row", "clipping": "{}"}
-    said = [words.get(name, name.replace("_", " ") + " {}").format(getattr(rows[0], name)) for name in shared]
+    said = [
+        words.get(name, name.replace("_", " ") + " {}").format(getattr(rows[0], name))
+        for name in _SAID
+        if name not in differ
+    ]
     kinds = "mean ± standard deviation over seeds" if len(seeds) > 1 else "seed"
-    return f"{table(lines)}\n\n{'; '.join(said)}; {kinds} {', '.join(map(str, seeds))}."
+    return f"{'; '.join(said)}; {kinds} {', '.join(map(str, seeds))}"
 
 
 def plot(rows: Sequence[Quality], path: Path) -> None:
     """Frechet distance against network evaluations and against milliseconds per image, both on logarithmic axes; what
-    nothing beats is joined, and named with its steps. A colour is a sampler, a marker its guidance. Contexts that
-    differ are said, each in the legend of its own.
+    nothing beats is joined, and named with its steps. A colour is a sampler, a marker its guidance; students, each in
+    the steps that it is named by, are one sampler. Contexts that differ are said, each in the legend of its own.
     """
     figure = Figure(figsize=(13, 7), layout="constrained")
     found, differ = points(rows), differing(rows)
@@ -124,31 +132,17 @@ def plot(rows: Sequence[Quality], path: Path) -> None:
         best = frontier(costs, values)
         axes.plot([costs[i] for i in best], [values[i] for i in best], color="black", linewidth=1, zorder=1)
         for n, i in enumerate(best):
-            name = f"{found[i].first.sampler.split('(')[0]} {found[i].first.steps}"
-            place = (6, 6) if n % 2 else (-6, -12)
-            axes.annotate(
-                name,
-                (costs[i], values[i]),
-                place,
-                textcoords="offset points",
-                fontsize=7,
-                ha="left" if n % 2 else "right",
-            )
+            row = found[i].first
+            name = f"{row.sampler.split('(')[0]} {row.steps}" + (f", {_line(row)}" if "network" in differ else "")
+            place, side = ((6, 6), "left") if n % 2 else ((-6, -12), "right")
+            axes.annotate(name, (costs[i], values[i]), place, textcoords="offset points", fontsize=7, ha=side)
         axes.set(xscale="log", yscale="log", xlabel=words)
         axes.grid(alpha=0.3, which="both")
     left.set_ylabel("Frechet distance")
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, title="black: what nothing beats")
-    row = rows[0]
-    title = (
-        f"{row.network}, {row.parameters:,} parameters, {row.weights}; batches of {row.batch} of {row.image_size} on"
-    )
-    title += (
-        f" {row.device}, {row.dtype}\n{row.images} images a point, beside {row.reference}; features: {row.extractor}"
-    )
-    if differ:
-        title = f"on these axes rows differ in {', '.join(name.replace('_', ' ') for name in differ)}: see the legend"
-    figure.suptitle(title, fontsize=9)
+    differing_too = f"\nrows differ in {', '.join(differ).replace('_', ' ')}: see the legend" if differ else ""
+    figure.suptitle(textwrap.fill(_shared(rows, differ), 170) + differing_too, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -159,8 +153,14 @@ def _family(row: Quality, differ: Sequence[str]) -> str:
     # The number of levels is in a name beside the steps, and no dial of the sampler.
     parts = [re.sub(r", \d+ levels", "", row.sampler)]
     # Parameters and weights follow from the network's name, wherever that differs.
-    parts += [str(getattr(row, name)) for name in differ if "network" not in differ or name not in NETWORK[1:]]
+    context = [name for name in differ if "network" not in differ or name not in NETWORK[1:]]
+    parts += [_line(row) if name == "network" else str(getattr(row, name)) for name in context]
     return ", ".join(parts)
+
+
+def _line(row: Quality) -> str:
+    # Of students of one line, as "unet of digits-distilled/4", each in its own steps.
+    return row.network.removesuffix(f"/{row.steps}")
 
 
 def _label(row: Quality, differ: Sequence[str]) -> str:

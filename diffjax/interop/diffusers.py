@@ -305,6 +305,8 @@ def _settings(config: Config, image_shape: tuple[int, int, int], classes: int) -
     attending = {n.channels * m for m, size in zip(n.multipliers, sizes, strict=True) if size in n.attention}
     attending |= {n.channels * n.multipliers[-1]} if n.middle_attention else set()
     widths = {n.head_width or w // n.heads for w in attending}
+    if config.distillation.guidance > 1:
+        raise ValueError("diffusers has no UNet2DModel that is told a guidance scale, as this student is")
     if n.norm_groups is None:
         raise ValueError(
             "diffusers' networks have as many groups in every norm, and this one has groups of four channels: train"

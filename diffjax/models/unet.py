@@ -3,6 +3,7 @@ and a condition go in, an image comes out. It knows nothing of diffusion.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,8 @@ class UNet(nn.Module):
     third more time; dtype: of the computation. Parameters, norms, the embedding of the time and the output are float32.
 
     num_classes: classes of the condition, 0 for none. The class table has one row more than there are classes, unless
-    null_label is False: label num_classes means "no label". condition_width: or, width of a condition of real numbers.
+    null_label is False: label num_classes means "no label". condition_width: width of a condition of real numbers; a
+    network with classes too does not hear them before it has learned to.
 
     And what implementations differ in: norm_groups, for groups of four channels, 32 at most, if None; norm_epsilon;
     middle_attention_norm; symmetric_padding: convolutions that halve see a border of zeros on all four sides (PyTorch's
@@ -113,9 +115,10 @@ class UNet(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, condition: Array | None = None, keys: Array | None = None) -> Array:
-        """x: [B, H, W, C], t: [B], condition: int labels [B] in 0..num_classes, floats [B, condition_width], or None
-        without either; keys: [B], one per example, to train with dropout. Returns float32 [B, H, W, out_channels].
+    def __call__(self, x: Array, t: Array, condition: Any = None, keys: Array | None = None) -> Array:
+        """x: [B, H, W, C], t: [B], condition: int labels [B] in 0..num_classes, floats [B, condition_width], the pair
+        of them where there are both, or None without either; keys: [B], one per example, to train with dropout. Returns
+        float32 [B, H, W, out_channels].
 
         ValueError for an image that cannot be halved often enough, heads that do not fit, or a condition missing or
         unexpected.
@@ -181,22 +184,25 @@ class UNet(nn.Module):
         h = GroupNorm(self.norm_groups, self.norm_epsilon, nn.silu, name="norm_out")(h.astype(jnp.float32))
         return Conv(self.out_channels, kernel_init=nn.initializers.zeros, name="out")(h)
 
-    def _embed(self, t: Array, condition: Array | None) -> Array:
+    def _embed(self, t: Array, condition: Any) -> Array:
         width = 4 * self.channels
         features = time_features(t, self.channels, sin_first=self.sin_first, shift=self.frequency_shift)
         embedding = nn.Dense(width, name="time_in")(features)
         embedding = nn.Dense(width, name="time_out")(nn.silu(embedding))
+        label, numbers = condition if self.num_classes and self.condition_width else (condition, condition)
         if self.num_classes:
             # As large as the time's part of the vector: a table of small numbers takes long to be heard.
             rows = self.num_classes + self.null_label
             table = nn.Embed(rows, width, embedding_init=nn.initializers.normal(1.0), name="label")
-            embedding += table(condition)
-        elif condition is not None:
-            said = nn.Dense(width, name="condition_in")(condition.astype(jnp.float32))
-            embedding += nn.Dense(width, name="condition_out")(nn.silu(said))
+            embedding += table(label)
+        if self.condition_width:
+            said = nn.Dense(width, name="condition_in")(numbers.astype(jnp.float32))
+            # Zero beside labels: a network that knows them may be told more without forgetting.
+            first = nn.initializers.zeros if self.num_classes else nn.linear.default_kernel_init
+            embedding += nn.Dense(width, kernel_init=first, name="condition_out")(nn.silu(said))
         return embedding
 
-    def _check(self, x: Array, condition: Array | None) -> None:
+    def _check(self, x: Array, condition: Any) -> None:
         halvings = len(self.multipliers) - 1
         if any(side % 2**halvings for side in x.shape[1:3]):
             raise ValueError(
@@ -214,8 +220,11 @@ class UNet(nn.Module):
             if width % (self.head_width or self.heads):
                 what = f"head_width is {self.head_width}" if self.head_width else f"heads is {self.heads}"
                 raise ValueError(f"{what}: it must divide every width where there is attention, and not {width}")
-        if self.num_classes and self.condition_width:
-            raise ValueError("num_classes and condition_width are two kinds of condition: give one of them")
+        if (self.num_classes > 0 and self.condition_width > 0) != isinstance(condition, tuple):
+            raise ValueError(
+                f"num_classes is {self.num_classes} and condition_width {self.condition_width}: a network with both"
+                " is called with a pair of labels and numbers, others are not"
+            )
         if (condition is None) != (self.num_classes == 0 and self.condition_width == 0):
             raise ValueError(
                 "this network has no classes: call it without a condition"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -14,12 +15,29 @@ LARGEST_BATCH = 64  # of images where nobody asked for a batch
 Mode = Literal["pmap", "shard_map", "jit"]
 
 
-def join(address: str, hosts: int | None, host: int | None) -> None:
-    """Make one machine of the processes of several hosts, each of which calls this, before JAX looks for devices.
+@dataclass(frozen=True)
+class Hosts:
+    """Options of a program that runs on several hosts."""
 
-    address: HOST:PORT of host 0, with how many `hosts` there are and which `host` this is, of 0 to hosts - 1; or
-    "auto", where the surroundings tell: TPU pods, SLURM, Open MPI, Kubernetes. ValueError where they do not.
+    distributed: str | None = None
+    """Train on several hosts, with this command on each: auto on TPU pods and SLURM, else HOST:PORT of process 0."""
+    processes: int | None = None
+    """With HOST:PORT: how many there are."""
+    process: int | None = None
+    """With HOST:PORT: which one this is, from 0."""
+
+
+def join(options: Hosts) -> None:
+    """Make one machine of the processes of several hosts, each of which calls this, before JAX looks for devices.
+    Nothing is done where no address is told.
+
+    "auto" is for where the surroundings tell: TPU pods, SLURM, Open MPI, Kubernetes. ValueError where they do not.
     """
+    address, hosts, host = options.distributed, options.processes, options.process
+    if address is None:
+        if (hosts, host) != (None, None):
+            raise ValueError("--processes and --process belong to --distributed: leave them out")
+        return
     if address == "auto":
         if (hosts, host) != (None, None):
             raise ValueError("--distributed auto finds the processes itself: leave out --processes and --process")
@@ -83,32 +101,35 @@ def default_batch(num: int) -> int:
     return round_up(min(num, LARGEST_BATCH), jax.device_count())
 
 
-def over(mesh: Mesh, mode: Mode, step: Callable[..., Any], *, axis: int = 0, donate: bool = False) -> Any:
+def over(
+    mesh: Mesh, mode: Mode, step: Callable[..., Any], *, axis: int = 0, donate: bool = False, frozen: bool = False
+) -> Any:
     """step(state, batch, axis_name) over the devices of a mesh, compiled when it is called, or by its `lower`.
 
     The state goes in and comes out whole, on every device; a batch is as `place` gives it, shared out along `axis`.
     donate: the state that comes out takes the memory of the one that went in; place the first one by `home`, as the
-    step returns it.
+    step returns it. frozen: after the batch the step takes what it only reads, whole on every device like the state.
 
     "pmap" and "shard_map" run the step on each device's share, and the step averages all that it returns over AXIS:
     JAX does not check that. "jit" runs it once, on the whole batch, and leaves the sharing out to the compiler.
     """
-    donated = (0,) if donate else ()
+    donated, read = (0,) if donate else (), 1 if frozen else 0
     if mode == "pmap":
         # in_axes None and out_axes None keep the state's logical shape: no leading device axis.
         return jax.pmap(
-            partial(step, axis_name=AXIS), axis_name=AXIS, in_axes=(None, axis), out_axes=None,
+            partial(step, axis_name=AXIS), axis_name=AXIS, in_axes=(None, axis, *read * (None,)), out_axes=None,
             devices=list(mesh.devices.flat), donate_argnums=donated,
         )  # fmt: skip
     state, shares = whole(mesh), split(mesh, axis)
+    placed = (state, shares, *read * (state,))
     if mode == "shard_map":
         # With check_vma, gradients of a state that is the same everywhere come out summed, and the step's mean of sums
         # is then too large by the number of devices.
         step = jax.shard_map(
-            partial(step, axis_name=AXIS), mesh=mesh, in_specs=(state.spec, shares.spec), out_specs=state.spec,
-            check_vma=False,
+            partial(step, axis_name=AXIS), mesh=mesh, in_specs=tuple(each.spec for each in placed),
+            out_specs=state.spec, check_vma=False,
         )  # fmt: skip
-    return jax.jit(step, in_shardings=(state, shares), out_shardings=state, donate_argnums=donated)
+    return jax.jit(step, in_shardings=placed, out_shardings=state, donate_argnums=donated)
 
 
 def rows(batch: Any, host: int, hosts: int) -> Any:

@@ -105,17 +105,32 @@ def test_what_differs_is_said_on_the_axes_and_in_the_table(tmp_path):
     assert frontier.differing([ROW, dataclasses.replace(ROW, seed=3, steps=2)]) == []
     frontier.plot([ROW, other], tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
-    assert "on these axes rows differ in network, batch: see the legend" in drawn
+    assert "rows differ in network, batch: see the legend" in drawn
     assert "guidance 2, unet of y, 7" in drawn
     frontier.plot([ROW], tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
-    assert "unet of x, 1,234 parameters, ema, step 7; batches of 100 of 8x8x1 on 1 x cpu, float32" in drawn
+    for words in ("network unet of x; 1,234 parameters; weights ema, step 7", "batches of 100", "seed 0"):
+        assert words in drawn
     assert "differ" not in drawn
     head, _, first, second, *_, shared = frontier.summary([ROW, other]).splitlines()
     assert head.split("|")[-3:-1] == [" network   ", " batch "]
     # By NFE, of which the other has less.
     assert ("unet of y" in first, "unet of x" in second, "unet of" in shared) == (True, True, False)
     assert "float32" in shared
+
+
+def test_students_each_in_its_own_steps_are_one_curve(tmp_path):
+    students = [dataclasses.replace(ROW, network=f"unet of x/{n}", steps=n, nfe=n, frechet=10 / n) for n in (4, 2, 1)]
+    astray = dataclasses.replace(students[0], steps=8, nfe=8, frechet=9.0)
+    frontier.plot([ROW, *students, astray], tmp_path / "plot.svg")
+    entries = re.findall(r"<!-- (ddim\(.*) -->", (tmp_path / "plot.svg").read_text())
+    assert entries == [f"ddim(eta=0, trailing), guidance 2, unet of x{name}" for name in ("", "/4")]
+    apart = [dataclasses.replace(row, network=row.network.replace("x", "y")) for row in students]
+    frontier.plot([ROW, *apart], tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "guidance 2, unet of y -->" in drawn
+    assert "ddim 1, unet of y" in drawn  # named on the frontier
+    assert "/4" not in drawn
 
 
 def test_the_page_holds_all_of_it_and_needs_nothing(tmp_path):

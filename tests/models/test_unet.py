@@ -127,7 +127,7 @@ def test_dropout_is_keyed_by_example():
         ({}, {"condition": None}, "needs a label per image, 3 for no label"),
         ({"num_classes": 0}, {"condition": jnp.zeros(4, jnp.int32)}, "has no classes"),
         ({"head_width": 3}, {}, "head_width is 3: it must divide every width where there is attention, and not 16"),
-        ({"condition_width": 2}, {}, "two kinds of condition"),
+        ({"condition_width": 2}, {}, "called with a pair of labels and numbers"),
     ],
 )
 def test_what_does_not_fit_is_named(options, inputs, message):

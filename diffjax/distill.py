@@ -1,0 +1,209 @@
+"""Students of a trained run: which stages lead to them, and what trains each. `train.py distill` runs them.
+
+Every stage is a run folder of its own and is trained as any run is: it starts from the weights of its teacher, the
+stage before it. A network that says eps cannot teach a student of few steps to say eps, which at the noisiest level
+tells nothing of x0; nor can its outputs be read as v. So the first stage, `any`, learns at all levels to say in v (or
+x0) what the teacher says, guided if asked for, at any scale, in one pass; the others halve that, or make it consistent.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from diffjax import experiment, schedule
+from diffjax.denoiser import Denoiser, clip, condition_on, from_network, guide
+from diffjax.experiment import Config, Data, Distillation, Train, Training
+from diffjax.interop import diffusers
+from diffjax.loss import Objective, quarters
+from diffjax.run import Guidance, Run, check_guidance
+from diffjax.schedule import Level
+from diffjax.training import distill, parallel
+from diffjax.training.checkpoint import FOLDER
+from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step, several
+
+ANY, CONSISTENCY = "any", "consistency"  # names of stages; the others are named by their steps
+
+
+@dataclass(frozen=True)
+class Options:
+    """Distill a trained run into students of few steps. The same command again goes on where it was."""
+
+    teacher: str
+    """Run folder; or hf:FOLDER or hf:OWNER/NAME, a UNet2DModel of diffusers."""
+    workdir: str
+    """Folder of the students, each a run folder in it: any (of any number of steps), 32, 16, ..., 1, or consistency."""
+    method: Literal["progressive", "guidance", "consistency"] = "progressive"
+    """Halve the steps of DDIM again and again; only make one pass of the two of guidance; or learn where the teacher's
+    path ends, for consistency sampling."""
+    guidance: float | None = None
+    """Largest guidance scale of the students, which are told any from 1 on; None for none, or that of the teacher."""
+    start: int = 64
+    """Steps of DDIM that the first student halves, or whose path ends where a consistent one says."""
+    end: int = 1
+    """Steps of the last student of progressive distillation."""
+    prediction: Literal["v", "x0"] = "v"
+    """What the students say."""
+    weights: str = "ema"
+    """Of the teacher: the moving average (of several the first, or one by its decay), or raw."""
+    checkpoint: int | None = None
+    """Training step of the teacher's checkpoint; None for the latest."""
+    tensorboard: bool = False
+    """Also write the metrics and previews of each student for TensorBoard."""
+    hosts: Annotated[parallel.Hosts, tyro.conf.arg(name="")] = field(default_factory=parallel.Hosts)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+
+
+class Stage(NamedTuple):
+    """A student."""
+
+    name: str  # of its folder
+    config: Config
+
+
+def defaults(options: Options, teacher: Run) -> Options:
+    """The options with the teacher's data and training, and what distillation does otherwise, where not told."""
+    config = teacher.description.config
+    train = dataclasses.replace(
+        config.train, steps=2000, learning_rate=config.train.learning_rate / 3, warmup=50, decay="cosine",
+        weighting="truncated_snr", label_dropout=0.0, ema=(0.999,), eval_every=1000, preview_every=1000, save_every=200,
+    )  # fmt: skip
+    return dataclasses.replace(options, data=config.data, train=train)
+
+
+def stages(options: Options, teacher: Run) -> list[Stage]:
+    """The students, each the teacher of the next. ValueError for what the teacher cannot teach."""
+    config = teacher.description.config
+    before, T = config.distillation, schedule.length(teacher.schedule)
+    largest = options.guidance if options.guidance is not None else before.guidance
+    told = before.guidance > 1
+    if told and largest != before.guidance:
+        raise ValueError(
+            f"{teacher.name} is told guidance scales of 1 to {before.guidance:g}: leave out --guidance, or name its own"
+            " teacher"
+        )
+    if not 1 <= largest < np.inf:
+        raise ValueError(f"--guidance is {largest:g}: a student learns the scales from 1 to it, use more than 1")
+    if not told:
+        check_guidance(teacher, Guidance(largest))
+    if options.method == "guidance" and (told or largest == 1):
+        raise ValueError("--method guidance makes one pass of two: name a --guidance above 1, of a teacher of two")
+    if diffusers.is_source(str(options.data)):
+        raise ValueError(f"{options.teacher} does not tell its images: name them, as with --data.name cifar10")
+    if not 2 <= options.start <= T:
+        raise ValueError(f"--start is {options.start}: use 2 to {T}, the levels of {teacher.name}")
+    if before.steps not in (0, options.start) or before.method == "consistency":
+        raise ValueError(
+            f"{teacher.name} is a student of {before.steps} steps itself: "
+            + ("use its teacher" if before.method == "consistency" else f"use --start {before.steps}, or its teacher")
+        )
+
+    def stage(name: str, method: Any, start: int = 0, steps: int = 0) -> Stage:
+        line = before.teacher or f"{teacher.name} ({teacher.weights}, step {teacher.step})"
+        return Stage(
+            name,
+            Config(
+                data=options.data,
+                network=dataclasses.replace(config.network, dropout=0.0),
+                diffusion=dataclasses.replace(config.diffusion, prediction=options.prediction),
+                # The last two halvings are the hardest, and are given twice the time (2202.00512, appendix).
+                train=dataclasses.replace(
+                    options.train, label_dropout=0.0, steps=options.train.steps * (2 if steps in (1, 2) else 1)
+                ),
+                distillation=Distillation(method, line, start, steps, largest),
+            ),
+        )
+
+    found = []
+    if config.diffusion.prediction != options.prediction or (largest > 1 and not told):
+        if before.steps:
+            raise ValueError(f"{teacher.name} says {config.diffusion.prediction}: leave --prediction at that")
+        found.append(stage(ANY, "guidance"))
+    if options.method == "consistency":
+        found.append(stage(CONSISTENCY, "consistency", options.start, options.start))
+    elif options.method == "progressive":
+        steps, rest = options.end, options.start
+        while rest % 2 == 0 and rest > steps >= 1:
+            rest //= 2
+            found.append(stage(str(rest), "progressive", options.start, rest))
+        if rest != steps or rest == options.start:
+            raise ValueError(
+                f"--start {options.start} and --end {options.end}: halving once or more leads from one to the other,"
+                " as from 64 to 1"
+            )
+    return found
+
+
+def check_workdir(workdir: Path) -> None:
+    """ValueError for what can be no folder of students."""
+    if workdir.is_file():
+        raise ValueError(f"{workdir} is a file: name a folder as --workdir")
+    if (workdir / FOLDER).exists():
+        raise ValueError(f"{workdir} is a run folder: name another --workdir, whose folders the students will be")
+
+
+def build_training(config: Config, image_shape: tuple[int, int, int], classes: int, teacher: Run) -> Training:
+    """The steps of one device that train one student: as of `experiment.build_training`, but all of them take the
+    teacher's parameters as their last argument, frozen. ValueError for parts, or a teacher, that do not fit.
+    """
+    if (image_shape, classes) != teacher.description[1:]:
+        raise ValueError(
+            f"{teacher.name} knows images and classes {teacher.description[1:]}, and the data are"
+            f" {(image_shape, classes)}: name its data with --data"
+        )
+    task, train, levels = config.distillation, config.train, experiment.build_schedule(config)
+    prediction, times = experiment.build_prediction(config), experiment.build_times(config)
+    unet = experiment.build_unet(config, image_shape, classes)
+    network, (optimizer, rate) = experiment.build_network(config, unet), experiment.build_optimizer(config)
+    told = teacher.description.config.distillation.guidance > 1
+    rows: Any = {
+        "guidance": distill.everywhere, "progressive": distill.halving, "consistency": distill.successive
+    }[task.method](levels, *(task.steps,) * (task.steps > 0))  # fmt: skip
+    weights = experiment.build_weighting(config)(levels, prediction)[rows[0].t]
+
+    def objective(frozen: Any, averaged: Any) -> Objective:
+        conditional = from_network(teacher.network, frozen, teacher.prediction)
+
+        def teaching(condition: Any) -> Denoiser:
+            if task.guidance > 1 and not told:
+                label, scale = condition
+                return clip(guide(conditional, label, classes, scale[:, 0]))
+            return clip(condition_on(conditional, condition))
+
+        def target(condition: Any, x_t: Any, level: Level, *rest: Any) -> Any:
+            if task.method == "guidance":
+                return teaching(condition)(x_t, level)
+            if task.method == "progressive":
+                return distill.two_steps(teaching(condition), x_t, level, *rest)
+            student = clip(condition_on(from_network(network, averaged, prediction), condition))
+            return distill.consistent(student, teaching(condition), x_t, level, *rest)
+
+        return distill.imitation(network, prediction, rows, weights, target, times, task.guidance)
+
+    def step(state: TrainState, batch: Any, frozen: Any, axis_name: str | None = None) -> Any:
+        one = make_train_step(
+            objective(frozen, state.ema[-1]), optimizer, train.ema, train.seed,
+            accumulate=train.accumulate, rate=rate, quarters=quarters(times, len(rows[0].t)),
+        )  # fmt: skip
+        return one(state, batch, axis_name)
+
+    def steps(state: TrainState, batches: Any, frozen: Any, axis_name: str | None = None) -> Any:
+        return several(lambda s, batch, axis_name: step(s, batch, frozen, axis_name))(state, batches, axis_name)
+
+    def eval_step(params: Any, batch: Any, frozen: Any, axis_name: str | None = None) -> jax.Array:
+        return make_eval_step(objective(frozen, params), train.seed)(params, batch, axis_name)
+
+    def init(key: jax.Array, frozen: Any) -> TrainState:
+        params = distill.begun_from(experiment.init_params(unet, image_shape, key), frozen)
+        # Copies: steps reuse the memory of their state, and go on reading the teacher.
+        params = jax.tree.map(partial(jnp.array, copy=True), params)
+        return init_state(params, optimizer, len(train.ema))
+
+    return Training(unet, network, init, steps, eval_step)

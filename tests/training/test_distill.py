@@ -1,0 +1,440 @@
+import dataclasses
+import signal
+import time
+import typing
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import QUICK, check_mistake, free_port
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample
+import train
+from diffjax import distill as stages
+from diffjax import experiment, loss, plans, process, sampler, schedule, testing
+from diffjax.denoiser import clip, condition_on, from_network, guide
+from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from diffjax.interop import diffusers
+from diffjax.run import Description, Generator, Guidance, check_whole, doubts, open_run, usual_sampler
+from diffjax.schedule import Level
+from diffjax.training import distill, parallel
+from diffjax.training.checkpoint import Checkpoints
+from diffjax.training.step import init_state, make_train_step
+
+# ---------------------------------------------------------------------------------------------- targets
+
+
+def curved(x, level):
+    """A teacher that is no straight line, neither in x nor in the level."""
+    return np.tanh(process.expand(1 + level.alpha, x) * x + process.expand(level.sigma, x) ** 2)
+
+
+def at_row(rows, level):
+    """The row that is called at this level."""
+    i = list(rows[0].t).index(level.t)
+    return jax.tree.map(lambda leaf: leaf[i], rows)
+
+
+@st.composite
+def grids(draw, least=1, **kinds):
+    """A schedule and a number of steps that it can be visited in, `least` times over."""
+    levels = draw(testing.schedules(**kinds).filter(lambda levels: schedule.length(levels) >= least))
+    return levels, draw(st.integers(1, min(64, schedule.length(levels) // least)))
+
+
+@given(grids(least=2, exploding=True, terminal=True), st.integers(0, 99))
+def test_a_student_given_the_target_takes_one_step_where_its_teacher_takes_two(grid, seed):
+    (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
+    rows = distill.halving(levels, steps)
+
+    def student(teacher):
+        return lambda x_t, level: distill.two_steps(teacher, x_t, *at_row(rows, level))
+
+    testing.assert_halving(student, curved, levels, steps, x)
+    # A level per image, as training has them, is no other arithmetic.
+    n = min(3, steps)
+    together = distill.two_steps(curved, x[:n], *jax.tree.map(lambda leaf: leaf[:n], rows))
+    for i in range(n):
+        alone = distill.two_steps(curved, x[i : i + 1], *at_row(rows, Level(rows[0].t[i], 0, 0)))
+        np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(Diffusion)["schedule"]))
+@pytest.mark.parametrize("emptied", [False, True])
+def test_the_whole_chain_of_perfect_students_is_the_teacher(name, emptied):
+    """From 64 steps to 1 the target of the target of ... is DDIM in 64 steps, on every schedule that can be trained
+    on, with no signal at level T too; 100 levels are not even divisible by 64."""
+    levels = experiment.build_schedule(Config(diffusion=Diffusion(schedule=name, T=100, zero_terminal_snr=emptied)))
+    x = np.random.default_rng(0).normal(size=(2, 2, 2))
+    end = testing.run_plan(curved, sampler.ddim(levels, schedule.trailing(levels, 64)), x)
+    student = curved
+    for steps in (32, 16, 8, 4, 2, 1):
+        rows = distill.halving(levels, steps)
+        student = lambda x_t, level, s=student, rows=rows: distill.two_steps(s, x_t, *at_row(rows, level))  # noqa: E731
+        plan = sampler.ddim(levels, schedule.trailing(levels, steps))
+        np.testing.assert_allclose(testing.run_plan(student, plan, x), end, rtol=0, atol=1e-9)
+
+
+@given(grids(exploding=True, terminal=True), st.integers(0, 99))
+@settings(max_examples=30)
+def test_where_the_path_ends_is_a_fixed_point_of_consistency(grid, seed):
+    (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
+    rows = distill.successive(levels, steps)
+
+    def target(student, teacher):
+        return lambda x_t, level: distill.consistent(student, teacher, x_t, *at_row(rows, level))
+
+    with jax.enable_x64(True):
+        testing.assert_consistency(target, curved, levels, steps, x)
+
+
+@given(st.floats(0, 5), st.floats(0, 5))
+def test_pseudo_huber_is_a_square_nearby_and_a_distance_far_away(near, far):
+    c = 0.00054 * 2
+    error = jnp.array([[near * c / 50, 0, 0, 0], [1 + far, 0, 0, 0]])
+    found = distill.pseudo_huber(error, jnp.zeros_like(error))
+    # c is found in float32 of numbers of its size; the second term of each series is the tolerance
+    assert abs(found[0] - error[0, 0] ** 2 / (2 * c)) <= 0.01 * error[0, 0] ** 2 / (2 * c) + 1e-7 * c
+    assert abs(found[1] - error[1, 0]) <= c + 1e-6 * error[1, 0]
+
+
+# ---------------------------------------------------------------------------------------------- the objective
+
+LEVELS = schedule.cosine(20)
+MEANS = np.array([-0.5, 0.5, 0.0])  # by label, the last for none
+
+
+def knowing(x, level, label):
+    """The denoiser of Gaussian data whose mean is their label's."""
+    return testing.gaussian_denoiser(process.expand(jnp.asarray(MEANS)[label], x), 0.3)(x, level)
+
+
+def batch(indices):
+    image = np.random.default_rng(0).uniform(-1, 1, (64, 2, 2, 1))[indices]
+    return {"image": image, "label": np.asarray(indices) % 2, "index": np.asarray(indices, np.uint32)}
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+def test_the_student_that_says_guided_estimates_at_its_scale_has_no_loss(x64, prediction):
+    """Told label and scale, x0_null + scale*(x0_label - x0_null); one of a fixed scale has a loss."""
+    said, rows, scales = process.PREDICTIONS[prediction], distill.everywhere(LEVELS), []
+
+    def network(guided, x, t, condition, keys):
+        label, scale = condition
+        level = jax.tree.map(lambda leaf: jnp.asarray(leaf)[jnp.asarray(t, int) + 1], LEVELS)
+        null = knowing(x, level, jnp.full_like(label, 2))
+        weight = process.expand(scale[:, 0], x) if guided is None else guided
+        scales.append(np.asarray(scale))
+        x0 = null + weight * (knowing(x, level, label) - null)
+        return said.target(x0, process.eps_from_x0(x, x0, level), level)
+
+    def target(condition, x_t, level):
+        label, scale = condition
+        return guide(knowing, label, 2, scale[:, 0])(x_t, level)
+
+    weights = loss.truncated_snr(LEVELS, said)[rows[0].t]
+    objective = distill.imitation(network, said, rows, weights, target, loss.uniform, largest=3.0)
+    assert objective(None, batch(range(64)), jax.random.key(0)).max() < 1e-10  # squares of float32's rounding: tables
+    assert objective(2.0, batch(range(64)), jax.random.key(0)).max() > 1e-3
+    drawn = scales[0]
+    assert drawn.shape == (64, 1)
+    assert ((drawn >= 1) & (drawn < 3)).all()
+    assert np.histogram(drawn, 4, (1, 3))[0].min() >= 5  # of 16 expected: a chance of one in a hundred at most
+    # What an example draws is its own, in whatever batch it is.
+    part = objective(2.0, batch(range(16, 32)), jax.random.key(0))
+    np.testing.assert_allclose(part, objective(2.0, batch(range(64)), jax.random.key(0))[16:32], rtol=1e-12)
+
+
+def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_devices():
+    """Consistency asks a copy of the student itself, which is held still."""
+    rows, said = distill.successive(LEVELS, 4), process.PREDICTIONS["v"]
+    weights = loss.truncated_snr(LEVELS, said)[rows[0].t]
+
+    def network(params, x, t, condition, keys=None):
+        return params["w"] * x + params["b"] * process.expand(t / 20, x)
+
+    def objective(own, target_params):
+        def target(condition, x_t, level, after):
+            student = condition_on(from_network(network, target_params(own), said), condition)
+            return distill.consistent(student, lambda x, level: knowing(x, level, condition), x_t, level, after)
+
+        return distill.imitation(network, said, rows, weights, target, loss.uniform)
+
+    params = {"w": jnp.float32(0.3), "b": jnp.float32(0.1)}
+    images = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32 if leaf.dtype == np.float64 else leaf.dtype),
+                          batch(range(64)))  # fmt: skip
+    slopes = [
+        jax.grad(lambda p, f=f: objective(p, f)(p, images, jax.random.key(0)).mean())(params)
+        for f in (lambda own: own, lambda own: params)
+    ]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *slopes)
+
+    optimizer = experiment.build_optimizer(Config(train=Train(warmup=0)))[0]
+
+    def step(state, batch, frozen, axis_name=None):
+        made = make_train_step(objective(None, lambda _: frozen), optimizer, (0.9,), 5)
+        return made(state, batch, axis_name)
+
+    def taken(devices, mode):
+        mesh = parallel.device_mesh(jax.devices()[:devices])
+        home = parallel.whole(parallel.home(mesh, mode))
+        state = jax.device_put(init_state(params, optimizer), home)
+        run = parallel.over(mesh, mode, step, frozen=True)
+        return jax.device_get(run(state, parallel.place(mesh, mode, images), jax.device_put(params, home)))
+
+    expected = taken(1, "pmap")
+    assert abs(expected[0].params["w"] - 0.3) > 1e-4
+    for mode in typing.get_args(parallel.Mode):
+        found = taken(8, mode)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+
+def test_weights_are_one_per_row():
+    with pytest.raises(ValueError, match=r"there are 20 rows and weights of shape \(3,\)"):
+        distill.imitation(
+            lambda *_: None, process.PREDICTIONS["v"], distill.everywhere(LEVELS), np.ones(3), lambda *_: None,
+            loss.uniform,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+SHAPE, CLASSES = (8, 8, 1), 10
+NETWORK = Network(channels=4, norm_groups=1, multipliers=(1,), attention=(), heads=1)
+TEACHER = Config(
+    data=Data(name="digits"), network=NETWORK, diffusion=Diffusion(schedule="cosine", T=20),
+    train=Train(batch=8, save_every=1, log_every=1),
+)  # fmt: skip
+
+
+def write_run(folder, config, classes=CLASSES, seed=0):
+    """A run folder of a network with random weights, none of them zero, of step 3."""
+    params = experiment.init_params(experiment.build_unet(config, SHAPE, classes), SHAPE, jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    params = tree.unflatten(
+        [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+    state = init_state(params, experiment.build_optimizer(config)[0])
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(state._replace(step=state.step + 3), Description(config, SHAPE, classes).to_dict())
+    checkpoints.close()
+    return folder
+
+
+def student_of(method, steps, guidance=1.0):
+    task = experiment.Distillation(method, "a teacher", 4, steps, guidance)
+    return dataclasses.replace(
+        TEACHER, distillation=task, diffusion=dataclasses.replace(TEACHER.diffusion, prediction="v"),
+        train=dataclasses.replace(TEACHER.train, label_dropout=0.0),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a teacher, of students of it, and of a run without labels."""
+    home = tmp_path_factory.mktemp("distilled")
+    unlabelled = dataclasses.replace(TEACHER, data=Data(name="digits", labels=False))
+    undropped = dataclasses.replace(TEACHER, train=dataclasses.replace(TEACHER.train, label_dropout=0.0))
+    write_run(home / "teacher", TEACHER)
+    write_run(home / "two", student_of("progressive", 2, 3.0))
+    write_run(home / "consistent", student_of("consistency", 4))
+    write_run(home / "unlabelled", unlabelled, classes=0)
+    write_run(home / "undropped", undropped)
+    (home / "other").mkdir()
+    (home / "other" / "notes.txt").write_text("")
+    return home
+
+
+def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
+    """A pass of what will be told the scale is a pass of the teacher, to the rounding of float32."""
+    teacher, config = open_run(runs / "teacher"), student_of("guidance", 0, 3.0)
+    training = stages.build_training(config, SHAPE, CLASSES, teacher)
+    params = training.init(jax.random.key(7), teacher.params).params
+    x, t, label = jnp.ones((2, *SHAPE)), jnp.array([3, 12]), jnp.array([1, 7])
+    scale = jnp.array([[1.0], [2.5]])
+    np.testing.assert_allclose(
+        training.network(params, x, t, (label, scale)), teacher.network(teacher.params, x, t, label), atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"knows images and classes .*name its data with --data"):
+        stages.build_training(config, (8, 8, 3), CLASSES, teacher)
+    with pytest.raises(ValueError, match="which the student has not"):
+        distill.begun_from({"a": jnp.zeros(3)}, {"a": jnp.zeros(2)})
+
+
+def test_a_student_is_sampled_as_it_was_distilled_with_its_scale_in_one_pass(runs):
+    run = open_run(runs / "two")
+    assert usual_sampler(run.description.config.distillation, run.schedule) == ("ddim", 2)
+    plan, _ = plans.named("ddim", run.schedule, schedule.trailing(run.schedule, 2), "trailing")
+    labels = np.array([3, 8], np.int32)
+    made = [
+        Generator.of(run)(run.params, plan, labels, 2, guidance=Guidance(scale), seed=1, batch=8) for scale in (1.5, 3)
+    ]
+    assert [m.nfe for m in made] == [2, 2]
+    keys = sampler.image_keys(jax.random.key(1), np.arange(2))
+    for scale, m in zip((1.5, 3), made, strict=True):
+        conditional = from_network(run.network, run.params, run.prediction)
+        denoise = clip(condition_on(conditional, (labels, jnp.full((2, 1), scale))))
+        expected = testing.run_plan(denoise, plan, sampler.start(plan, keys, SHAPE))
+        np.testing.assert_allclose(m.x, expected, atol=1e-4)
+    assert np.abs(made[0].x - made[1].x).max() > 1e-2
+
+
+def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
+    two, consistent, teacher = (open_run(runs / name) for name in ("two", "consistent", "teacher"))
+    levels = two.schedule
+
+    def said(run, name, t, **dials):
+        return doubts(run, plans.named(name, levels, t, "trailing", **dials)[0])
+
+    right = schedule.trailing(levels, 2)
+    assert said(two, "ddim", right) == said(two, "euler", right) == ""
+    for name, t, dials in [
+        ("ddim", schedule.trailing(levels, 4), {}),
+        ("ddim", schedule.leading(levels, 2), {}),
+        ("ddim", right, {"eta": 1.0}),
+        ("dpm_solver_pp_2m", schedule.trailing(levels, 4), {}),
+    ]:
+        assert said(two, name, t, **dials).startswith("was distilled for ddim in 2 steps, trailing: ")
+        assert said(teacher, name, t, **dials) == ""
+    for steps in (1, 2, 4):
+        assert said(consistent, "consistency", schedule.trailing(levels, steps)) == ""
+    for name, t in [("consistency", schedule.trailing(levels, 5)), ("ddim", right)]:
+        assert "consistency at some of 4 levels" in said(consistent, name, t)
+
+
+def chain(runs, teacher="teacher", **options):
+    run = open_run(runs / teacher)
+    given = stages.Options(teacher, "", **{"start": 16, **options})
+    return stages.stages(stages.defaults(given, run), run)
+
+
+def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
+    found = chain(runs, guidance=2.0)
+    assert [stage.name for stage in found] == ["any", "8", "4", "2", "1"]
+    assert [stage.config.distillation.steps for stage in found] == [0, 8, 4, 2, 1]
+    assert [stage.config.train.steps for stage in found] == [2000, 2000, 2000, 4000, 4000]
+    for stage in found:
+        experiment.check(stage.config)
+        assert (stage.config.diffusion.prediction, stage.config.distillation.guidance) == ("v", 2.0)
+        assert stage.config.distillation.teacher == "unet of teacher (ema, step 3)"
+    assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance")] == ["any"]
+    assert [stage.name for stage in chain(runs, "unlabelled", method="consistency")] == ["any", "consistency"]
+    # A student that says v, and is told its scale, may teach without a stage before.
+    assert [stage.name for stage in chain(runs, "two", start=2)] == ["1"]
+
+
+def test_a_teacher_from_diffusers_does_not_tell_its_images(runs, tmp_path):
+    teacher = open_run(runs / "teacher")
+    diffusers.save(tmp_path / "theirs", *teacher.description, teacher.params, "ema", 3)
+    run = open_run(f"hf:{tmp_path / 'theirs'}")
+    options = stages.defaults(stages.Options("hf:theirs", "", guidance=2.0, start=16), run)
+    with pytest.raises(ValueError, match=r"hf:theirs does not tell its images: name them, as with --data.name"):
+        stages.stages(options, run)
+    found = stages.stages(dataclasses.replace(options, data=Data(name="digits")), run)
+    assert [stage.name for stage in found] == ["any", "8", "4", "2", "1"]
+    training = stages.build_training(found[0].config, SHAPE, CLASSES, run)
+    state = jax.eval_shape(training.init, jax.random.key(0), run.params)
+    like = {"image": np.zeros((8, *SHAPE), np.float32), "label": np.zeros(8, int), "index": np.zeros(8, np.uint32)}
+    assert jax.eval_shape(training.eval_step, state.params, like, run.params).shape == ()
+
+
+def test_what_takes_a_whole_network_refuses_a_student(runs, tmp_path):
+    two, consistent, teacher = (open_run(runs / name) for name in ("two", "consistent", "teacher"))
+    check_whole(teacher)
+    for student in (two, consistent):
+        with pytest.raises(ValueError, match="is a student, which knows only its own way to images: name its teacher"):
+            check_whole(student)
+    with pytest.raises(ValueError, match="has no UNet2DModel that is told a guidance scale"):
+        diffusers.save(tmp_path / "theirs", *two.description, two.params, "ema", 3)
+
+
+MISTAKES = [
+    ("--teacher {runs}/gone --workdir {new}", "there is no run folder"),
+    ("--teacher {runs}/teacher --workdir {new} --method magic", "magic"),
+    ("--teacher {runs}/teacher --workdir {new} --start 12", "--start 12 and --end 1: halving once or more"),
+    ("--teacher {runs}/teacher --workdir {new} --start 16 --end 3", "--start 16 and --end 3: halving"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --end 4", "--start 4 and --end 4: halving"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --end 0", "--start 4 and --end 0: halving"),
+    ("--teacher {runs}/teacher --workdir {new}", "--start is 64: use 2 to 20"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --guidance 0.5", "--guidance is 0.5: a student learns"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --guidance nan", "--guidance is nan"),
+    ("--teacher {runs}/unlabelled --workdir {new} --start 4 --guidance 2", "was trained without labels"),
+    ("--teacher {runs}/undropped --workdir {new} --start 4 --guidance 2", "trained with train.label_dropout 0"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --method guidance", "makes one pass of two"),
+    ("--teacher {runs}/two --workdir {new} --start 2 --guidance 2", "is told guidance scales of 1 to 3"),
+    ("--teacher {runs}/two --workdir {new} --start 4", "is a student of 2 steps itself: use --start 2"),
+    ("--teacher {runs}/two --workdir {new} --start 2 --prediction x0", "says v: leave --prediction at that"),
+    ("--teacher {runs}/consistent --workdir {new} --start 4", "is a student of 4 steps itself: use its teacher"),
+    ("--teacher {runs}/teacher --workdir {runs}/teacher --start 4", "is a run folder: name another --workdir"),
+    ("--teacher {runs}/teacher --workdir {runs}/other/notes.txt --start 4", "notes.txt is a file"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --train.steps 0", "train.steps is 0"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
+def test_mistakes_are_one_sentence(runs, in_suite_data, tmp_path, capsys, command, message):
+    check_mistake(train.main, f"distill {command}", message, capsys, runs=runs, new=tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("{runs}/two --guidance 4", "two was distilled for 1 to 3"),
+        ("{runs}/two --guidance 2 --negative 3", "is told its guidance scale, in one pass"),
+        ("{runs}/consistent --guidance 2", "trained with train.label_dropout 0"),
+        ("{runs}/teacher --guidance 2 --worse {runs}/two", "two is a student"),
+    ],
+)
+def test_guidance_that_a_student_cannot_have_is_one_sentence(runs, capsys, command, message):
+    check_mistake(sample.main, command, message, capsys, runs=runs)
+
+
+def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, program, run_program, tmp_path):
+    """Real processes: guidance and two halvings, killed in the middle of the first halving."""
+    options = ["--teacher", runs / "teacher", "--start", 4, "--guidance", 2, "--train.steps", 6]
+    options += ["--train.preview-every", 0, "--train.eval-every", 0, "--train.save-every", 1]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, out, err = run_program("train.py", "distill", *options, "--workdir", whole, flags=QUICK)
+    assert code == 0, err
+    for name, steps in (("any", 6), ("2", 12), ("1", 12)):
+        assert f"training {whole / name} at step 0 of {steps}" in out
+    process = program("train.py", "distill", *options, "--workdir", killed, flags=QUICK)
+    while process.poll() is None and not (killed / "2" / "checkpoints" / "3").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "1").exists()
+    code, out, err = run_program("train.py", "distill", *options, "--workdir", killed, flags=QUICK)
+    assert code == 0, err
+    assert f"{killed / 'any'} has done its 6 steps" in out
+    assert f"resuming {killed / '2'} at step" in out
+    for name in ("any", "2", "1"):
+        for weights in ("raw", "ema"):
+            pair = [open_run(folder / name, weights=weights).params for folder in (whole, killed)]
+            jax.tree.map(np.testing.assert_array_equal, *pair)
+    before, after = (open_run(whole / name).params for name in ("2", "1"))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    # And another teacher, or another chain, does not go on there.
+    code, _, err = run_program("train.py", "distill", *options, "--workdir", whole, "--guidance", 3, flags=QUICK)
+    assert (code, "distillation.guidance is 3.0 but the checkpoint was trained with 2.0" in err) == (2, True)
+
+
+def test_two_processes_of_four_devices_distill_what_one_of_eight_does(runs, program, data_dir, tmp_path):
+    options = ["distill", "--teacher", runs / "teacher", "--start", 4, "--end", 2, "--guidance", 2, "--train.steps", 2]
+    options += ["--train.preview-every", 0, "--train.eval-every", 2, "--data.dir", data_dir, "--workdir"]
+    together = ["--distributed", f"localhost:{free_port()}", "--processes", 2, "--process"]
+    flags = f"{QUICK} --xla_force_host_platform_device_count=4"
+    hosts = [program("train.py", *options, tmp_path / "two", *together, i, flags=flags) for i in range(2)]
+    told = [host.communicate(timeout=400) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], told
+    assert "8 x cpu" in told[0][0]
+    train.main([*map(str, options), str(tmp_path / "one")])
+    for name in ("any", "2"):
+        one, two = (open_run(tmp_path / folder / name, weights="raw").params for folder in ("one", "two"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
