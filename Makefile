@@ -1,5 +1,6 @@
 # make demo: train on real digits and sample from them.   make test: the whole test suite.   make lint: ruff and types.
 # make frontier: quality and latency of every sampler, into README.   make mnist: the same of MNIST, trained on CPUs.
+# make distill: students of few steps, beside their teacher.   make mnist-distill: the same of MNIST.
 # make parity: live against diffusers and torch-fidelity.   make bench: what networks cost, beside diffusers.   make readme: README's tables.
 # make crash: one run killed 25 times, which has to end as if it had not been.
 # Everything is installed into .venv; PYTHON chooses another interpreter of 3.11 or newer.
@@ -10,7 +11,7 @@ RUN ?= runs/digits
 TRAIN ?=
 DEMO ?=
 
-.PHONY: demo readme frontier mnist test crash lint parity bench clean
+.PHONY: demo readme frontier distill mnist mnist-distill test crash lint parity bench clean
 
 demo: .venv/installed
 	$(BIN)/python train.py digits --workdir $(RUN) $(TRAIN)
@@ -46,6 +47,18 @@ frontier: demo
 	sed -i -e '/<!-- frontier -->/,/<!-- \/frontier -->/{//!d}' \
 		-e '/<!-- frontier -->/r $(RUN)/frontier/pareto.md' README.md
 
+# Students of few steps, of both kinds, beside their teacher on its plot.
+STUDENTS = $(RUN)-distilled
+distill: frontier
+	$(BIN)/python train.py distill --teacher $(RUN) --workdir $(STUDENTS) --guidance 2
+	$(BIN)/python train.py distill --teacher $(RUN) --workdir $(STUDENTS) --guidance 2 --method consistency
+	$(BIN)/python -m diffjax.pareto $(foreach n,16 8 4 2 1 consistency,$(STUDENTS)/$(n)) --guidance 1,2 --seeds 0,1,2 \
+		--out $(RUN)/frontier
+	for n in 4 1; do $(BIN)/python sample.py $(STUDENTS)/$$n --guidance 2 --num 30 --out docs/distilled-$$n.png; done
+	cp $(RUN)/frontier/pareto.png docs/frontier.png
+	sed -i -e '/<!-- frontier -->/,/<!-- \/frontier -->/{//!d}' \
+		-e '/<!-- frontier -->/r $(RUN)/frontier/pareto.md' README.md
+
 # MNIST on CPUs. NPZ names a file of x and y; without it tensorflow-datasets downloads its own.
 mnist: .venv/installed
 	$(BIN)/python train.py mnist_small $(if $(NPZ),--data.source npz --data.path $(NPZ)) --workdir runs/mnist-small
@@ -60,6 +73,18 @@ mnist: .venv/installed
 	for name in quality mnist-frontier; do \
 		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" \
 			-e "/<!-- $$name -->/r runs/mnist-small/$$name.md" README.md; done
+
+# The first student halves 16 steps, and stages are short, since each step takes a second.
+mnist-distill: mnist
+	$(BIN)/python train.py distill --teacher runs/mnist-small --workdir runs/mnist-distilled --guidance 2 --start 16 \
+		--train.steps 400 --train.batch 32
+	for n in 4 1; do \
+		$(BIN)/python sample.py runs/mnist-distilled/$$n --guidance 2 --num 30 --out docs/mnist-distilled-$$n.png; done
+	$(BIN)/python -m diffjax.pareto $(foreach n,8 4 2 1,runs/mnist-distilled/$(n)) --guidance 1,2 --num 250 \
+		--out runs/mnist-small/frontier
+	cp runs/mnist-small/frontier/pareto.png docs/mnist-frontier.png
+	sed -i -e '/<!-- mnist-frontier -->/,/<!-- \/mnist-frontier -->/{//!d}' \
+		-e '/<!-- mnist-frontier -->/r runs/mnist-small/frontier/pareto.md' README.md
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(TESTS)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from diffjax import cli, experiment, plans, quality, sampler, schedule
 from diffjax.denoiser import Condition, from_network
-from diffjax.evaluation import likelihood
+from diffjax.evaluation import features, likelihood
 from diffjax.evaluation.record import BitsPerDim, markdown
 from diffjax.run import (
     Generator,
@@ -127,12 +127,11 @@ def of_images(options: Options, run: Run) -> None:
         check_guidance(run, guidance)
         batch = quality.timed_batch(num) if options.batch is None else options.batch
         quality.check_batch(num, batch)
-        folder = output_folder(options.run)
-        out = cli.check_output(folder / "evaluations.jsonl", ".jsonl")
+        out = cli.check_output(output_folder(options.run) / "evaluations.jsonl", ".jsonl")
         config = run.description.config if options.data is None else experiment.named(options.data)
         weights = None if options.inception is None else Path(options.inception)
         reference = quality.read_reference(
-            config, run.description.image_shape, options.features, options.reference, folder, weights
+            config, run.description.image_shape, options.features, options.reference, features.cache_folder(), weights
         )
     if doubt := doubts(run, plan):
         print(f"{run.name} {doubt}")

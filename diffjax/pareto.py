@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from diffjax import cli, picture, plans, quality
-from diffjax.evaluation import frontier, report
+from diffjax.evaluation import features, frontier, report
 from diffjax.evaluation.record import CONTEXT, Quality
 from diffjax.quality import Reference
 from diffjax.run import (
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> None:
         check_same_data(runs)
         config, shape, _ = runs[0].description
         weights = None if options.inception is None else Path(options.inception)
-        cache = Path(options.runs[0]) if Path(options.runs[0]).is_dir() else out.parent
+        cache = features.cache_folder()
         reference = quality.read_reference(config, shape, options.features, options.reference, cache, weights)
     for doubt in dict.fromkeys(f"{c.run.name} {said}" for c in combinations if (said := doubts(c.run, c.plan))):
         print(doubt)

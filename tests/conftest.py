@@ -105,8 +105,9 @@ def digits_run(digits_training):
 
 @pytest.fixture
 def in_suite_data(data_dir, monkeypatch):
-    """Programs of this process find the suite's datasets."""
+    """Programs of this process find the suite's datasets, and leave nothing in the user's cache."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data_dir / "cache"))
 
 
 def check_mistake(main, command, message, capsys, **places):

@@ -209,7 +209,7 @@ def inception(weights: Path | None = None) -> Extractor:
 
 
 def cache_folder() -> Path:
-    """Where what is downloaded is kept: diffjax in $XDG_CACHE_HOME, or in ~/.cache."""
+    """Where what is downloaded or trained once is kept: diffjax in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffjax"
 
 
