@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from PIL.Image import Image
 
-from diffjax import cli, distill, dryrun, experiment, picture, plans, schedule
+from diffjax import cli, dryrun, experiment, picture, plans, schedule, students
 from diffjax.run import (
     Description,
     Generator,
@@ -95,16 +95,16 @@ def dry_run(config: experiment.Config, target: str) -> None:
 def distill_chain(arguments: list[str]) -> None:
     """Parse, and train one student after the other, each the teacher of the next; those that are done stay."""
     program = f"{PROGRAM} distill"
-    options = cli.parse(distill.Options, program, arguments)
+    options = cli.parse(students.Options, program, arguments)
     with cli.one_sentence(program):
         parallel.join(options.hosts)
         teacher = open_run(options.teacher, options.checkpoint, options.weights)
-    options = cli.parse(distill.Options, program, arguments, distill.defaults(options, teacher))
+    options = cli.parse(students.Options, program, arguments, students.defaults(options, teacher))
     with cli.one_sentence(program):
-        workdir, stages = Path(options.workdir), distill.stages(options, teacher)
-        distill.check_workdir(workdir)
+        workdir, stages = Path(options.workdir), students.stages(options, teacher)
+        students.check_workdir(workdir)
     for stage in stages:
-        train(stage.config, workdir / stage.name, options.tensorboard, teacher)
+        train(students.taught(stage.config, teacher), workdir / stage.name, options.tensorboard, teacher)
         with cli.one_sentence(program):
             teacher = open_run(workdir / stage.name)
 
@@ -120,8 +120,8 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
     build: Callable[..., experiment.Training] = experiment.build_training
     frozen: tuple[Any, ...] = ()
     if teacher is not None:
-        build = partial(distill.build_training, teacher=teacher)
-        frozen = (jax.device_put(jax.device_get(teacher.params), parallel.whole(home)),)
+        build = partial(students.build_training, teacher=teacher)
+        frozen = (parallel.held(home, teacher.params),)
     with cli.one_sentence(PROGRAM):
         experiment.check(config)
         if workdir.is_file():
@@ -132,7 +132,8 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
         start = int(found.state.step) if found else 0
         if start >= steps:
             draw_curve(workdir, config)
-            say(f"{workdir} has done its {start} steps: sample from it, or go on with a higher --train.steps")
+            more = "" if teacher else ", or go on with a higher --train.steps"  # whose own students would learn anew
+            say(f"{workdir} has done its {start} steps: sample from it{more}")
             return
         if host > 0:  # host 0 prepares the data, on a disk that the others may share
             multihost_utils.sync_global_devices("data")
@@ -293,12 +294,12 @@ def preview(network: Any, description: Description) -> Callable[[TrainState], Im
     """Draws a grid of samples on the devices of this host: the same seeds every time, from the first average."""
     config, image_shape, classes = description
     levels = experiment.build_schedule(config)
-    (name, steps), largest = usual_sampler(config.distillation, levels), config.distillation.guidance
+    task, (name, steps) = config.distillation, usual_sampler(config.distillation, levels)
     plan, _ = plans.named(name, levels, schedule.trailing(levels, steps), "trailing")
     mesh = parallel.device_mesh(jax.local_devices())
-    generate = Generator(network, experiment.build_prediction(config), image_shape, classes, mesh, told=largest > 1)
+    generate = Generator(network, experiment.build_prediction(config), image_shape, classes, mesh, told=task.told)
     labels = np.arange(PREVIEW_IMAGES, dtype=np.int32) % classes if classes else None
-    scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else largest
+    scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else task.guidance
 
     def draw(state: TrainState) -> Image:
         params, batch = parallel.held(mesh, state.ema[0]), parallel.round_up(PREVIEW_IMAGES, mesh.size)

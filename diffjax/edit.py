@@ -22,7 +22,7 @@ from tqdm import tqdm
 from diffjax import cli, editing, experiment, picture, sampler, schedule
 from diffjax.editing import Editor, Progress, trailing_from
 from diffjax.experiment import suggest
-from diffjax.run import Guidance, Run, check_guidance, check_seed, check_whole, open_run, output_folder, read_labels
+from diffjax.run import Guidance, Run, check_guidance, check_seed, open_run, output_folder, read_labels
 from diffjax.training import data
 
 PROGRAM = "diffjax.edit"
@@ -147,8 +147,7 @@ def main(arguments: list[str]) -> None:
 def open_scene(options: Common) -> Scene:
     """The run, its images and labels; says what was done to files to make them fit."""
     run = open_run(options.run, options.checkpoint, options.weights)
-    check_whole(run)
-    config, shape, classes = run.description
+    editor, (config, shape, classes) = Editor(run), run.description
     check_seed(options.seed)
     if options.images:
         read = [picture.read(Path(name), shape) for name in options.images]
@@ -163,7 +162,7 @@ def open_scene(options: Common) -> Scene:
         labels = read_labels(run, options.labels, len(images))
     elif classes and config.train.label_dropout == 0:
         raise ValueError(f"{run.name} was trained with train.label_dropout 0, so it asks for labels: name --labels")
-    return Scene(run, Editor(run), images, labels)
+    return Scene(run, editor, images, labels)
 
 
 def prepare_reconstruct(scene: Scene, options: Reconstruct) -> Job:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import sampler, schedule, solvers
-from diffjax.run import Generator, Guidance, Run
+from diffjax.run import Generator, Guidance, Run, check_whole
 from diffjax.sampler import Plan
 from diffjax.schedule import Level, Schedule
 from diffjax.training import parallel
@@ -30,7 +30,8 @@ class Editor:
     """Edits by one run's network; compiled programs are kept from edit to edit."""
 
     def __init__(self, run: Run) -> None:
-        """For a run; nothing is compiled yet."""
+        """For a run; nothing is compiled yet. ValueError for a student, which is no denoiser of every level."""
+        check_whole(run)
         self._run = run
         self._generate = Generator.of(run)
 

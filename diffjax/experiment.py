@@ -184,13 +184,18 @@ class Distillation:
     method: Literal["none", "guidance", "progressive", "consistency"] = "none"
     """How; none for a network that was trained on data alone."""
     teacher: str = ""
-    """The first one of its line."""
+    """Whose weights it learned from, and which they were."""
     start: int = 0
     """Steps of the sampler that its line was to shorten."""
     steps: int = 0
     """Steps that it was made for, of consistency the most; 0 for any."""
     guidance: float = 1.0
     """The largest guidance scale that it is told, from 1 on; 1 if it is told none."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the network's condition holds a guidance scale."""
+        return self.guidance > 1
 
 
 @dataclass(frozen=True)
@@ -317,6 +322,11 @@ def check_resume(stored: Config, given: Config) -> list[str]:
     old, new = flat(stored), flat(given)
     changed = [name for name in new if old[name] != new[name]]
     for name in changed:
+        if name.startswith("distillation."):
+            raise ValueError(
+                f"this student was made with {name.removeprefix('distillation.')} {old[name]}, and is now to have"
+                f" {new[name]}: move its folder away, or take another --workdir"
+            )
         if name in BOUND:
             raise ValueError(
                 f"{name} is {new[name]} but the checkpoint was trained with {old[name]}:"
@@ -394,8 +404,8 @@ def build_unet(config: Config, image_shape: tuple[int, int, int], classes: int) 
     """The network, for images of a shape [H, W, C] and a number of classes, 0 for none."""
     options: dict[str, Any] = dataclasses.asdict(config.network) | {"dtype": DTYPES[config.network.dtype]}
     says = image_shape[-1] * (2 if options.pop("learned_variance") else 1)
-    told = int(config.distillation.guidance > 1)  # the scale, beside the label
-    return UNet(**options, out_channels=says, num_classes=classes, condition_width=told)
+    told = config.distillation.told  # the scale, beside the label
+    return UNet(**options, out_channels=says, num_classes=classes, condition_width=int(told))
 
 
 def build_network(config: Config, unet: UNet) -> Callable[..., jax.Array]:

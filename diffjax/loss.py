@@ -6,7 +6,7 @@ over devices.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import Array
 
 from diffjax.denoiser import Condition
 from diffjax.process import Prediction, check_prediction, expand, q_sample
-from diffjax.schedule import Level, Schedule, length, logsnr
+from diffjax.schedule import Level, Schedule, at, length, logsnr
 
 Objective = Callable[[Any, Any, Array], Array]  # (params, batch, key of the step) -> loss per example [B]
 # (params, x_t, t - 1, condition, keys [B] for dropout) -> output
@@ -145,6 +145,32 @@ def squared_error(output: Array, target: Array) -> Array:
     return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
+class Noised(NamedTuple):
+    """What a step draws for the examples of a batch, [B] each."""
+
+    row: Any  # of the table
+    x_t: Array
+    eps: Array
+    for_condition: Array  # keys
+    for_dropout: Array
+
+
+def noised(batch: Any, key: Array, times: TimeSampling, table: Any) -> Noised:
+    """x_t of each image of a batch at a level drawn from a table: leaves [N], or a tree whose first is a Level. `times`
+    draws 1..N, its rows in their order. All is keyed by the global index of an example. ValueError for images that are
+    not floats.
+    """
+    x0, index = batch["image"], batch["index"]
+    if not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise ValueError(f"images are {x0.dtype}: noise is added to floats, of -1 to 1")
+    which = drawn(times, key, index, len(table[0].t)) - 1
+    row = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32)[which], table)
+    keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(example_keys(jax.random.fold_in(key, 1), index))
+    for_eps, for_condition, for_dropout = keys
+    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(for_eps)
+    return Noised(row, q_sample(x0, eps, row[0]), eps, for_condition, for_dropout)
+
+
 def denoising(
     network: TrainingNetwork,
     prediction: Prediction,
@@ -174,21 +200,14 @@ def denoising(
             f"a weighting gives a number of 0 or more for each of the {len(schedule.t)} levels from 0 to T,"
             f" not {table_of_weights.shape} with the least {table_of_weights.min()}"
         )
-    weights = jnp.asarray(table_of_weights, jnp.float32)
-    table = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), schedule)
+    table = at(schedule, np.arange(1, length(schedule) + 1)), table_of_weights[1:]
 
     def objective(params: Any, batch: Any, key: Array) -> Array:
-        x0, condition, index = batch["image"], batch.get("label"), batch["index"]
-        if not jnp.issubdtype(x0.dtype, jnp.floating):
-            raise ValueError(f"images are {x0.dtype}: noise is added to floats, of -1 to 1")
-        t = drawn(times, key, index, length(schedule))
-        keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(example_keys(jax.random.fold_in(key, 1), index))
-        for_eps, for_condition, for_dropout = keys
-        level = jax.tree.map(lambda leaf: leaf[t], table)
-        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(for_eps)
+        (level, weight), x_t, eps, for_condition, for_dropout = noised(batch, key, times, table)
+        condition = batch.get("label")
         if condition is not None and drop_rate > 0:
             condition = drop_condition(for_condition, condition, null, drop_rate)
-        output = network(params, q_sample(x0, eps, level), t - 1, condition, for_dropout)
-        return weights[t] * squared_error(output, prediction.target(x0, eps, level))
+        output = network(params, x_t, level.t - 1, condition, for_dropout)
+        return weight * squared_error(output, prediction.target(batch["image"], eps, level))
 
     return objective

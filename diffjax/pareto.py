@@ -33,6 +33,7 @@ from diffjax.run import (
     check_seed,
     count_parameters,
     describe_devices,
+    describe_weights,
     doubts,
     open_run,
     usual_sampler,
@@ -108,7 +109,7 @@ def main(arguments: list[str]) -> None:
         reference = quality.read_reference(config, shape, options.features, options.reference, cache, weights)
     for doubt in dict.fromkeys(f"{c.run.name} {said}" for c in combinations if (said := doubts(c.run, c.plan))):
         print(doubt)
-    weights_of = {run.name: quality.describe_weights(run) for run in runs}
+    weights_of = {run.name: describe_weights(run) for run in runs}
     known = [row for row in rows if shown(out.parent, row).exists()]  # others are measured again
     missing = [c for c in combinations if not is_there(c, known, options, reference, batch, weights_of[c.run.name])]
     batches = -(-options.num // batch)
@@ -167,7 +168,7 @@ def usual_samplers(run: Run) -> str:
 def usual_scales(run: Run) -> list[float]:
     """The same, of guidance."""
     config = run.description.config
-    if config.distillation.guidance > 1:
+    if config.distillation.told:
         return [1.0, config.distillation.guidance]
     return [1.0, 2.0] if run.description.classes and config.train.label_dropout > 0 else [1.0]
 

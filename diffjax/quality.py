@@ -15,10 +15,9 @@ from diffjax.evaluation.features import Extractor
 from diffjax.evaluation.metrics import Moments
 from diffjax.evaluation.record import LEAST_BATCHES, Quality
 from diffjax.interop import diffusers
-from diffjax.run import Generator, Guidance, Images, Run, count_parameters, describe_devices
+from diffjax.run import Generator, Guidance, Images, Run, count_parameters, describe_devices, describe_weights
 from diffjax.sampler import Plan
 from diffjax.training import parallel
-from diffjax.training.checkpoint import digest
 
 LARGEST_BATCH = 100
 MOST_NEIGHBOURS = 10_000  # images on either side whose neighbours are sought: their distances grow with the square
@@ -112,11 +111,6 @@ def check_batch(num: int, batch: int) -> None:
 def describe_clipping(clip: bool) -> str:
     """What is done to estimates of x0."""
     return "clipped" if clip else "unclipped"
-
-
-def describe_weights(run: Run) -> str:
-    """Which they are, with a digest: a network trained anew in the same folder is another one."""
-    return f"{run.weights}, step {run.step}, sha256:{digest(run.params)[:8]}"
 
 
 def measure(

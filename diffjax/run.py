@@ -23,7 +23,7 @@ from diffjax.process import Prediction, check_prediction
 from diffjax.sampler import Carry, Plan
 from diffjax.schedule import Schedule, length, trailing
 from diffjax.training import parallel
-from diffjax.training.checkpoint import average, open_checkpoint
+from diffjax.training.checkpoint import average, digest, open_checkpoint
 
 
 class Description(NamedTuple):
@@ -100,9 +100,10 @@ def _of_diffusers(folder: Path) -> Run:
     found = diffusers.load(folder)
     config = found.config
     unet = experiment.build_unet(config, found.image_shape, found.classes)
+    params = jax.device_put(jax.device_get(found.params), parallel.whole(parallel.device_mesh()))
     return Run(
         name=f"unet of {config.data}", description=Description(config, found.image_shape, found.classes),
-        network=experiment.build_network(config, unet), params=found.params,
+        network=experiment.build_network(config, unet), params=params,
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
         weights=found.weights, step=found.step, remarks=found.remarks,
     )  # fmt: skip
@@ -139,13 +140,17 @@ class Guidance(NamedTuple):
 def check_guidance(run: Run, guidance: Guidance) -> None:
     """ValueError for guidance that a run cannot serve."""
     scale, interval, classes = guidance.scale, guidance.interval, run.description.classes
-    worse, largest = guidance.worse, run.description.config.distillation.guidance
-    if largest > 1:
+    worse, task = guidance.worse, run.description.config.distillation
+    if task.told:
         if guidance._replace(scale=1.0) != Guidance():
             raise ValueError(f"{run.name} is told its guidance scale, in one pass: all that can be said is --guidance")
-        if not 1 <= scale <= largest:
-            raise ValueError(f"guidance is {scale}: {run.name} was distilled for 1 to {largest:g}")
+        if not 1 <= scale <= task.guidance:
+            raise ValueError(f"guidance is {scale}: {run.name} was distilled for 1 to {task.guidance:g}")
         return
+    if task.method != "none" and guidance != Guidance():
+        raise ValueError(
+            f"{run.name} was distilled without guidance: leave out --guidance, or distill its teacher with --guidance"
+        )
     if not (np.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance is {scale}: use a number of 0 or more")
     if worse is None and guidance != Guidance() and not classes:
@@ -189,7 +194,7 @@ def usual_sampler(task: experiment.Distillation, levels: Schedule) -> tuple[str,
     distilled to be, in two steps where it is consistent.
     """
     if task.method == "consistency":
-        return "consistency", min(2, task.steps)
+        return "consistency", 1 if task.steps % 2 else 2  # the middle of an odd number of levels is none of them
     return "ddim", task.steps or min(50, length(levels))
 
 
@@ -209,7 +214,8 @@ def doubts(run: Run, plan: Plan) -> str:
         return ""
     t = trailing(run.schedule, task.steps)
     if task.method == "consistency":
-        meant, said = np.isin(plan.level.t, t).all(), f"consistency at some of {task.steps} levels"
+        once = (np.diff(plan.level.t) < 0).all()
+        meant, said = once and np.isin(plan.level.t, t).all(), f"consistency at some of {task.steps} levels"
         usual = solvers.consistency(run.schedule, plan.level.t) if meant else None
     else:
         usual, said = sampler.ddim(run.schedule, t), f"ddim in {task.steps} steps"
@@ -224,7 +230,7 @@ def check_whole(run: Run) -> None:
     every level, and what no guidance is.
     """
     task = run.description.config.distillation
-    if task.steps or task.guidance > 1:
+    if task.steps or task.told:
         raise ValueError(f"{run.name} is a student, which knows only its own way to images: name its teacher")
 
 
@@ -244,6 +250,11 @@ def check_seed(seed: int) -> None:
     """ValueError for a seed that JAX would not take as it is."""
     if not 0 <= seed < experiment.SEEDS:
         raise ValueError(f"seed is {seed}: use 0 or more, and less than 2**32")
+
+
+def describe_weights(run: Run) -> str:
+    """Which they are, with a digest: a network trained anew in the same folder is another one."""
+    return f"{run.weights}, step {run.step}, sha256:{digest(run.params)[:8]}"
 
 
 def count_parameters(params: Any) -> int:
@@ -297,7 +308,7 @@ class Generator:
     @staticmethod
     def of(run: Run) -> "Generator":
         """For a run, on all devices."""
-        told = run.description.config.distillation.guidance > 1
+        told = run.description.config.distillation.told
         return Generator(run.network, run.prediction, *run.description[1:], told=told)
 
     def __call__(

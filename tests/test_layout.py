@@ -15,7 +15,7 @@ ROOMS = [
     "evaluation.record", "evaluation.metrics", "evaluation.digits", "evaluation.likelihood",
     "evaluation.features", "evaluation.frontier", "evaluation.report",
     "testing",
-    "experiment", "interop.diffusers", "cpu", "cli", "run", "distill", "quality", "dryrun", "editing",
+    "experiment", "interop.diffusers", "cpu", "cli", "run", "students", "quality", "dryrun", "editing",
     "bench.timing", "bench.subject", "bench.peers", "bench.loop", "bench.guidance", "bench.networks",
     "bench.first_image", "bench.training", "demo", "bench.__main__", "edit", "evaluate", "pareto", "convert",
 ]  # fmt: skip

@@ -110,13 +110,16 @@ def _shared(rows: Sequence[Quality], differ: Sequence[str]) -> str:
 
 def plot(rows: Sequence[Quality], path: Path) -> None:
     """Frechet distance against network evaluations and against milliseconds per image, both on logarithmic axes; what
-    nothing beats is joined, and named with its steps. A colour is a sampler, a marker its guidance; students, each in
-    the steps that it is named by, are one sampler. Contexts that differ are said, each in the legend of its own.
+    nothing beats is joined, and named with its steps. A colour is a sampler of a network, a marker its guidance;
+    students, each in the steps that it is named by, are one network. Contexts that differ are said, each in the legend
+    of its own.
     """
     figure = Figure(figsize=(13, 7), layout="constrained")
     found, differ = points(rows), differing(rows)
     labels = [_label(point.first, differ) for point in found]
-    samplers = list(dict.fromkeys(_family(point.first, differ) for point in found))
+    colours = {}  # by sampler, on the network that it samples where that differs
+    for point in found:
+        colours.setdefault(_family(point.first, differ), f"C{len(colours) % 10}")
     scales = list(dict.fromkeys(point.first.guided for point in found))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, cost, words in (
@@ -124,7 +127,7 @@ def plot(rows: Sequence[Quality], path: Path) -> None:
     ):  # fmt: skip
         for label in dict.fromkeys(labels):
             mine = [point for point, its in zip(found, labels, strict=True) if its == label]
-            colour = f"C{samplers.index(_family(mine[0].first, differ)) % 10}"
+            colour = colours[_family(mine[0].first, differ)]
             marker = _MARKERS[scales.index(mine[0].first.guided) % len(_MARKERS)]
             _draw(axes, mine, cost, label, colour, marker)
         costs = [point.mean(cost) for point in found]
@@ -133,9 +136,11 @@ def plot(rows: Sequence[Quality], path: Path) -> None:
         axes.plot([costs[i] for i in best], [values[i] for i in best], color="black", linewidth=1, zorder=1)
         for n, i in enumerate(best):
             row = found[i].first
-            name = f"{row.sampler.split('(')[0]} {row.steps}" + (f", {_line(row)}" if "network" in differ else "")
+            name, colour = f"{row.sampler.split('(')[0]} {row.steps}", colours[_family(row, differ)]
             place, side = ((6, 6), "left") if n % 2 else ((-6, -12), "right")
-            axes.annotate(name, (costs[i], values[i]), place, textcoords="offset points", fontsize=7, ha=side)
+            axes.annotate(
+                name, (costs[i], values[i]), place, textcoords="offset points", fontsize=7, ha=side, color=colour
+            )
         axes.set(xscale="log", yscale="log", xlabel=words)
         axes.grid(alpha=0.3, which="both")
     left.set_ylabel("Frechet distance")

@@ -4,6 +4,7 @@ nor pickle is needed.
 A folder is flat (config.json beside the weights) or a pipeline's (unet/ and scheduler/).
 """
 
+import dataclasses
 import importlib
 import json
 import re
@@ -19,7 +20,7 @@ from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
 from diffjax import experiment
-from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from diffjax.experiment import Config, Data, Diffusion, Distillation, Network, Train
 
 PREFIX = "hf:"  # of a source that is such a folder, or a repository of the Hugging Face hub
 WEIGHTS = "diffusion_pytorch_model"
@@ -105,6 +106,7 @@ def load(folder: Path) -> Imported:
         network=network,
         diffusion=_diffusion(described, scheduler / "scheduler_config.json"),
         train=Train(label_dropout=0.1 if null_label else 0.0),
+        distillation=Distillation(**json.loads(metadata.get("distillation", "{}"))),
     )
     unet = experiment.build_unet(config, image_shape, classes)
     like = experiment.params_like(unet, image_shape)
@@ -134,6 +136,7 @@ def save(
     process = _scheduler(config)
     tensors = {name: np.ascontiguousarray(value) for name, value in _to_theirs(params, len(config.network.multipliers))}
     told = {"format": "pt", "weights": weights, "step": str(step), "null_label": str(config.network.null_label).lower()}
+    told["distillation"] = json.dumps(dataclasses.asdict(config.distillation))
     save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata=told)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "scheduler_config.json").write_text(json.dumps(process, indent=2) + "\n")
@@ -305,7 +308,7 @@ def _settings(config: Config, image_shape: tuple[int, int, int], classes: int) -
     attending = {n.channels * m for m, size in zip(n.multipliers, sizes, strict=True) if size in n.attention}
     attending |= {n.channels * n.multipliers[-1]} if n.middle_attention else set()
     widths = {n.head_width or w // n.heads for w in attending}
-    if config.distillation.guidance > 1:
+    if config.distillation.told:
         raise ValueError("diffusers has no UNet2DModel that is told a guidance scale, as this student is")
     if n.norm_groups is None:
         raise ValueError(

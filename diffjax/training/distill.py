@@ -16,14 +16,13 @@ import numpy as np
 from jax import Array
 
 from diffjax.denoiser import Denoiser
-from diffjax.loss import Objective, TimeSampling, TrainingNetwork, drawn, example_keys, squared_error
-from diffjax.process import Prediction, eps_from_x0, expand, q_sample, snr_ratio
+from diffjax.loss import Objective, TimeSampling, TrainingNetwork, noised, squared_error
+from diffjax.process import Prediction, eps_from_x0, expand, snr_ratio
 from diffjax.sampler import ddim_step
 from diffjax.schedule import Level, Schedule, at, trailing
 
 Rows = tuple[Any, ...]  # of a table [N]: the Level where the student is called, and what else its target reads
 Target = Callable[..., Any]  # (condition, x_t, *row) -> x0
-Distance = Callable[[Array, Array], Array]  # (output, what it should be) -> loss per example [B]
 
 # ---------------------------------------------------------------------------------------------- which levels
 
@@ -92,16 +91,6 @@ def consistent(student: Denoiser, teacher: Denoiser, x_t: Any, level_t: Level, l
 # ---------------------------------------------------------------------------------------------- the objective
 
 
-def pseudo_huber(output: Array, target: Array) -> Array:
-    """sqrt(d**2 + c**2) - c, d the Euclidean distance of an example's numbers and c = 0.00054*sqrt(how many they are):
-    a loss that grows with the distance and not with its square (arXiv:2310.14189, section 3.3). In float32: [B].
-    """
-    error = output.astype(jnp.float32) - target.astype(jnp.float32)
-    size = error[0].size
-    c = 0.00054 * size**0.5
-    return jnp.sqrt(jnp.sum(error**2, axis=tuple(range(1, error.ndim))) + c**2) - c
-
-
 def imitation(
     network: TrainingNetwork,
     prediction: Prediction,
@@ -110,11 +99,10 @@ def imitation(
     target: Target,
     times: TimeSampling,
     largest: float = 1.0,
-    distance: Distance = squared_error,
 ) -> Objective:
-    """weight * distance(what the student says of x_t, what it would say of the target's x0) per example, at one of the
-    rows [N] that `times` draws: it draws of 1..N what it draws of 1..T else. weights: [N], of the student's prediction,
-    as a weighting of loss.py gives them.
+    """weight * mean of (what the student says of x_t - what it would say of the target's x0)**2 per example, at one of
+    the rows [N] that `times` draws: it draws of 1..N what it draws of 1..T else. weights: [N], of the student's
+    prediction, as a weighting of loss.py gives them.
 
     The batch is that of `loss.denoising`. largest: of the guidance scales that the student is told, uniform from 1 on;
     its condition is then (label [B], scale [B, 1]), and that of the target too. 1 for none. Nothing is learned through
@@ -123,21 +111,16 @@ def imitation(
     N = len(rows[0].t)
     if np.shape(weights) != (N,):
         raise ValueError(f"there are {N} rows and weights of shape {np.shape(weights)}: give one weight per row")
-    table = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (rows, weights))
 
     def objective(params: Any, batch: Any, key: Array) -> Array:
-        x0, condition, index = batch["image"], batch.get("label"), batch["index"]
-        row, weight = jax.tree.map(lambda leaf: leaf[drawn(times, key, index, N) - 1], table)
-        keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(example_keys(jax.random.fold_in(key, 1), index))
-        for_eps, for_scale, for_dropout = keys
-        eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(for_eps)
-        x_t = q_sample(x0, eps, row[0])
+        (level, *rest, weight), x_t, _, for_scale, for_dropout = noised(batch, key, times, (*rows, weights))
+        condition = batch.get("label")
         if largest > 1:
             draw = partial(jax.random.uniform, shape=(1,), minval=1.0, maxval=largest)
             condition = condition, jax.vmap(draw)(for_scale)
-        goal = jax.lax.stop_gradient(target(condition, x_t, *row))
-        output = network(params, x_t, row[0].t - 1, condition, for_dropout)
-        return weight * distance(output, prediction.target(goal, eps_from_x0(x_t, goal, row[0]), row[0]))
+        goal = jax.lax.stop_gradient(target(condition, x_t, level, *rest))
+        output = network(params, x_t, level.t - 1, condition, for_dropout)
+        return weight * squared_error(output, prediction.target(goal, eps_from_x0(x_t, goal, level), level))
 
     return objective
 

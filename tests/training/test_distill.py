@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import signal
 import time
 import typing
@@ -11,19 +12,29 @@ import pytest
 from conftest import QUICK, check_mistake, free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import sample
 import train
-from diffjax import distill as stages
-from diffjax import experiment, loss, plans, process, sampler, schedule, testing
+from diffjax import demo, edit, evaluate, experiment, loss, pareto, plans, process, sampler, schedule, students, testing
 from diffjax.denoiser import clip, condition_on, from_network, guide
 from diffjax.experiment import Config, Data, Diffusion, Network, Train
 from diffjax.interop import diffusers
-from diffjax.run import Description, Generator, Guidance, check_whole, doubts, open_run, usual_sampler
+from diffjax.run import (
+    Description,
+    Generator,
+    Guidance,
+    Run,
+    check_whole,
+    describe_weights,
+    doubts,
+    open_run,
+    usual_sampler,
+)
 from diffjax.schedule import Level
 from diffjax.training import distill, parallel
 from diffjax.training.checkpoint import Checkpoints
-from diffjax.training.step import init_state, make_train_step
+from diffjax.training.step import init_state, make_train_step, step_key
 
 # ---------------------------------------------------------------------------------------------- targets
 
@@ -90,16 +101,6 @@ def test_where_the_path_ends_is_a_fixed_point_of_consistency(grid, seed):
 
     with jax.enable_x64(True):
         testing.assert_consistency(target, curved, levels, steps, x)
-
-
-@given(st.floats(0, 5), st.floats(0, 5))
-def test_pseudo_huber_is_a_square_nearby_and_a_distance_far_away(near, far):
-    c = 0.00054 * 2
-    error = jnp.array([[near * c / 50, 0, 0, 0], [1 + far, 0, 0, 0]])
-    found = distill.pseudo_huber(error, jnp.zeros_like(error))
-    # c is found in float32 of numbers of its size; the second term of each series is the tolerance
-    assert abs(found[0] - error[0, 0] ** 2 / (2 * c)) <= 0.01 * error[0, 0] ** 2 / (2 * c) + 1e-7 * c
-    assert abs(found[1] - error[1, 0]) <= c + 1e-6 * error[1, 0]
 
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -230,7 +231,7 @@ def student_of(method, steps, guidance=1.0):
     task = experiment.Distillation(method, "a teacher", 4, steps, guidance)
     return dataclasses.replace(
         TEACHER, distillation=task, diffusion=dataclasses.replace(TEACHER.diffusion, prediction="v"),
-        train=dataclasses.replace(TEACHER.train, label_dropout=0.0),
+        train=dataclasses.replace(TEACHER.train, label_dropout=0.0, weighting="truncated_snr"),
     )  # fmt: skip
 
 
@@ -242,6 +243,7 @@ def runs(tmp_path_factory):
     undropped = dataclasses.replace(TEACHER, train=dataclasses.replace(TEACHER.train, label_dropout=0.0))
     write_run(home / "teacher", TEACHER)
     write_run(home / "two", student_of("progressive", 2, 3.0))
+    write_run(home / "whole", student_of("guidance", 0, 3.0), seed=5)
     write_run(home / "consistent", student_of("consistency", 4))
     write_run(home / "unlabelled", unlabelled, classes=0)
     write_run(home / "undropped", undropped)
@@ -253,7 +255,7 @@ def runs(tmp_path_factory):
 def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
     """A pass of what will be told the scale is a pass of the teacher, to the rounding of float32."""
     teacher, config = open_run(runs / "teacher"), student_of("guidance", 0, 3.0)
-    training = stages.build_training(config, SHAPE, CLASSES, teacher)
+    training = students.build_training(config, SHAPE, CLASSES, teacher)
     params = training.init(jax.random.key(7), teacher.params).params
     x, t, label = jnp.ones((2, *SHAPE)), jnp.array([3, 12]), jnp.array([1, 7])
     scale = jnp.array([[1.0], [2.5]])
@@ -261,9 +263,78 @@ def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
         training.network(params, x, t, (label, scale)), teacher.network(teacher.params, x, t, label), atol=1e-5
     )
     with pytest.raises(ValueError, match=r"knows images and classes .*name its data with --data"):
-        stages.build_training(config, (8, 8, 3), CLASSES, teacher)
+        students.build_training(config, (8, 8, 3), CLASSES, teacher)
     with pytest.raises(ValueError, match="which the student has not"):
         distill.begun_from({"a": jnp.zeros(3)}, {"a": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize(("method", "steps"), [("guidance", 0), ("progressive", 2), ("consistency", 4)])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told):
+    """Written out with the weights, levels and networks as they are, for a teacher of two passes and of one."""
+    teacher = open_run(runs / ("whole" if told else "teacher"))
+    config, levels = student_of(method, steps, 3.0), teacher.schedule
+    training = students.build_training(config, SHAPE, CLASSES, teacher)
+    own, averaged = (open_run(runs / name).params for name in ("two", "whole"))
+    state = init_state(own, experiment.build_optimizer(config)[0])._replace(ema=(averaged,))
+    images = np.random.default_rng(5).uniform(-1, 1, (16, *SHAPE)).astype(np.float32)
+    batch = {"image": images, "label": np.arange(16) % 10, "index": np.arange(16, dtype=np.uint32)}
+    batches = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
+    found = jax.jit(training.step)(state, batches, teacher.params)[1]["loss"][0]
+
+    t, _ = levels_of(method, levels, steps)
+    drawn = loss.noised(batch, step_key(config.train.seed, 0), loss.uniform, (schedule.at(levels, np.sort(t)),))
+    scale = jax.vmap(lambda key: jax.random.uniform(key, (1,), minval=1.0, maxval=3.0))(drawn.for_condition)
+
+    def says(network, params, x, level, *condition):
+        """x0 of one network, of v."""
+        output = network(params, x, level.t - 1, condition[0] if len(condition) == 1 else condition)
+        return process.expand(level.alpha, x) * x - process.expand(level.sigma, x) * output
+
+    def teaches(x, level):
+        if told:
+            return jnp.clip(says(teacher.network, teacher.params, x, level, batch["label"], scale), -1, 1)
+        conditional = from_network(teacher.network, teacher.params, teacher.prediction)
+        named, unnamed = (conditional(x, level, label) for label in (batch["label"], np.full(16, CLASSES)))
+        return jnp.clip(unnamed + process.expand(scale[:, 0], x) * (named - unnamed), -1, 1)
+
+    def after(level, count):
+        """The levels that many places further on the teacher's way."""
+        _, way = levels_of(method, levels, steps)
+        places = [list(way).index(int(t)) + count for t in level.t]
+        return schedule.at(levels, np.append(way, 0)[places])
+
+    def moved(x, x0, level, to):
+        alpha, sigma, alpha_to, sigma_to = (process.expand(v, x) for v in (level.alpha, level.sigma, *to[1:]))
+        return alpha_to * x0 + sigma_to * (x - alpha * x0) / sigma
+
+    (level,), x = drawn.row, drawn.x_t
+    goal = teaches(x, level)
+    if method == "consistency":
+        to = after(level, 1)
+        there = moved(x, goal, level, to)
+        own_words = jnp.clip(says(training.network, averaged, there, to, batch["label"], scale), -1, 1)
+        goal = jnp.where(process.expand(to.t, x) > 0, own_words, there)
+    elif method == "progressive":
+        middle, to = after(level, 1), after(level, 2)
+        x_m = moved(x, goal, level, middle)
+        x_s = moved(x_m, teaches(x_m, middle), middle, to)
+        alpha, sigma, alpha_s, sigma_s = (process.expand(v, x) for v in (level.alpha, level.sigma, *to[1:]))
+        goal = (x_s - sigma_s / sigma * x) / (alpha_s - sigma_s / sigma * alpha)
+    v = process.expand(level.alpha, x) * (x - process.expand(level.alpha, x) * goal) / process.expand(level.sigma, x)
+    v -= process.expand(level.sigma, x) * goal
+    snr = (level.alpha / level.sigma) ** 2
+    weight = jnp.maximum(snr, 1) / (snr + 1)  # truncated SNR of x0, as it weighs v
+    output = training.network(own, x, level.t - 1, (batch["label"], scale))
+    expected = (weight * ((output - v) ** 2).mean((1, 2, 3))).mean()
+    assert float(found) == pytest.approx(float(expected), rel=2e-4)  # float32
+
+
+def levels_of(method, levels, steps):
+    """Where the student is called, and where its teacher is."""
+    if method == "guidance":
+        return np.arange(1, schedule.length(levels) + 1), None
+    return schedule.trailing(levels, steps), schedule.trailing(levels, steps * (2 if method == "progressive" else 1))
 
 
 def test_a_student_is_sampled_as_it_was_distilled_with_its_scale_in_one_pass(runs):
@@ -303,14 +374,14 @@ def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
         assert said(teacher, name, t, **dials) == ""
     for steps in (1, 2, 4):
         assert said(consistent, "consistency", schedule.trailing(levels, steps)) == ""
-    for name, t in [("consistency", schedule.trailing(levels, 5)), ("ddim", right)]:
+    for name, t in [("consistency", schedule.trailing(levels, 5)), ("ddim", right), ("heun", right)]:
         assert "consistency at some of 4 levels" in said(consistent, name, t)
 
 
 def chain(runs, teacher="teacher", **options):
     run = open_run(runs / teacher)
-    given = stages.Options(teacher, "", **{"start": 16, **options})
-    return stages.stages(stages.defaults(given, run), run)
+    given = students.Options(teacher, "", **{"start": 16, **options})
+    return students.stages(students.defaults(given, run), run)
 
 
 def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
@@ -321,9 +392,9 @@ def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
     for stage in found:
         experiment.check(stage.config)
         assert (stage.config.diffusion.prediction, stage.config.distillation.guidance) == ("v", 2.0)
-        assert stage.config.distillation.teacher == "unet of teacher (ema, step 3)"
     assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance")] == ["any"]
     assert [stage.name for stage in chain(runs, "unlabelled", method="consistency")] == ["any", "consistency"]
+    assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance", start=64)] == ["any"]
     # A student that says v, and is told its scale, may teach without a stage before.
     assert [stage.name for stage in chain(runs, "two", start=2)] == ["1"]
 
@@ -332,12 +403,12 @@ def test_a_teacher_from_diffusers_does_not_tell_its_images(runs, tmp_path):
     teacher = open_run(runs / "teacher")
     diffusers.save(tmp_path / "theirs", *teacher.description, teacher.params, "ema", 3)
     run = open_run(f"hf:{tmp_path / 'theirs'}")
-    options = stages.defaults(stages.Options("hf:theirs", "", guidance=2.0, start=16), run)
+    options = students.defaults(students.Options("hf:theirs", "", guidance=2.0, start=16), run)
     with pytest.raises(ValueError, match=r"hf:theirs does not tell its images: name them, as with --data.name"):
-        stages.stages(options, run)
-    found = stages.stages(dataclasses.replace(options, data=Data(name="digits")), run)
+        students.stages(options, run)
+    found = students.stages(dataclasses.replace(options, data=Data(name="digits")), run)
     assert [stage.name for stage in found] == ["any", "8", "4", "2", "1"]
-    training = stages.build_training(found[0].config, SHAPE, CLASSES, run)
+    training = students.build_training(found[0].config, SHAPE, CLASSES, run)
     state = jax.eval_shape(training.init, jax.random.key(0), run.params)
     like = {"image": np.zeros((8, *SHAPE), np.float32), "label": np.zeros(8, int), "index": np.zeros(8, np.uint32)}
     assert jax.eval_shape(training.eval_step, state.params, like, run.params).shape == ()
@@ -349,6 +420,10 @@ def test_what_takes_a_whole_network_refuses_a_student(runs, tmp_path):
     for student in (two, consistent):
         with pytest.raises(ValueError, match="is a student, which knows only its own way to images: name its teacher"):
             check_whole(student)
+    # What goes to diffusers and back knows its steps.
+    diffusers.save(tmp_path / "few", *consistent.description, consistent.params, "ema", 3)
+    back = open_run(f"hf:{tmp_path / 'few'}")
+    assert back.description.config.distillation == consistent.description.config.distillation
     with pytest.raises(ValueError, match="has no UNet2DModel that is told a guidance scale"):
         diffusers.save(tmp_path / "theirs", *two.description, two.params, "ema", 3)
 
@@ -359,17 +434,23 @@ MISTAKES = [
     ("--teacher {runs}/teacher --workdir {new} --start 12", "--start 12 and --end 1: halving once or more"),
     ("--teacher {runs}/teacher --workdir {new} --start 16 --end 3", "--start 16 and --end 3: halving"),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --end 4", "--start 4 and --end 4: halving"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --end 2 --method consistency", "--end belongs to"),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --end 0", "--start 4 and --end 0: halving"),
     ("--teacher {runs}/teacher --workdir {new}", "--start is 64: use 2 to 20"),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --guidance 0.5", "--guidance is 0.5: a student learns"),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --guidance nan", "--guidance is nan"),
     ("--teacher {runs}/unlabelled --workdir {new} --start 4 --guidance 2", "was trained without labels"),
     ("--teacher {runs}/undropped --workdir {new} --start 4 --guidance 2", "trained with train.label_dropout 0"),
-    ("--teacher {runs}/teacher --workdir {new} --start 4 --method guidance", "makes one pass of two"),
+    (
+        "--teacher {runs}/teacher --workdir {new} --method guidance",
+        "teacher is to have none: name a --guidance above 1",
+    ),
+    ("--teacher {runs}/two --workdir {new} --method guidance", "two is told its scale in one already"),
+    ("--teacher {runs}/teacher --workdir {new} --start 4 --train.label-dropout 0.1", "students learn with every label"),
     ("--teacher {runs}/two --workdir {new} --start 2 --guidance 2", "is told guidance scales of 1 to 3"),
     ("--teacher {runs}/two --workdir {new} --start 4", "is a student of 2 steps itself: use --start 2"),
-    ("--teacher {runs}/two --workdir {new} --start 2 --prediction x0", "says v: leave --prediction at that"),
-    ("--teacher {runs}/consistent --workdir {new} --start 4", "is a student of 4 steps itself: use its teacher"),
+    ("--teacher {runs}/two --workdir {new} --start 2 --prediction x0", "two says v, which its own students say too"),
+    ("--teacher {runs}/consistent --workdir {new} --start 4", "consistent says where a path ends"),
     ("--teacher {runs}/teacher --workdir {runs}/teacher --start 4", "is a run folder: name another --workdir"),
     ("--teacher {runs}/teacher --workdir {runs}/other/notes.txt --start 4", "notes.txt is a file"),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --train.steps 0", "train.steps is 0"),
@@ -386,7 +467,8 @@ def test_mistakes_are_one_sentence(runs, in_suite_data, tmp_path, capsys, comman
     [
         ("{runs}/two --guidance 4", "two was distilled for 1 to 3"),
         ("{runs}/two --guidance 2 --negative 3", "is told its guidance scale, in one pass"),
-        ("{runs}/consistent --guidance 2", "trained with train.label_dropout 0"),
+        ("{runs}/consistent --guidance 2", "consistent was distilled without guidance: leave out --guidance, or"),
+        ("{runs}/consistent --guidance 2 --worse {runs}/teacher", "was distilled without guidance"),
         ("{runs}/teacher --guidance 2 --worse {runs}/two", "two is a student"),
     ],
 )
@@ -394,7 +476,59 @@ def test_guidance_that_a_student_cannot_have_is_one_sentence(runs, capsys, comma
     check_mistake(sample.main, command, message, capsys, runs=runs)
 
 
-def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, program, run_program, tmp_path):
+@pytest.mark.parametrize(
+    ("main", "command"),
+    [
+        (edit.main, "reconstruct {runs}/two"),
+        (demo.main, "{runs}/two"),
+        (evaluate.main, "{runs}/consistent --bits-per-dim"),
+    ],
+)
+def test_programs_that_need_every_level_say_so(runs, in_suite_data, capsys, main, command):
+    check_mistake(main, command, "is a student, which knows only its own way to images", capsys, runs=runs)
+
+
+def test_programs_say_what_a_student_was_not_distilled_for(runs, in_suite_data, tmp_path, capsys):
+    said = "/two was distilled for ddim in 2 steps, trailing: another plan asks it for what it has not learned"
+    few = ["--features", "pixels", "--num", "40", "--batch", "8"]
+    for steps, told in (("2", 0), ("3", 1)):
+        sample.main([str(runs / "two"), "--num", "8", "--steps", steps, "--out", str(tmp_path / "a.png")])
+        assert capsys.readouterr().out.count(said) == told
+        evaluate.main([str(runs / "two"), "--steps", steps, *few])
+        assert capsys.readouterr().out.count(said) == told
+    pareto.main([str(runs / "two"), "--samplers", "ddim:3", "--guidance", "1,3", *few, "--out", str(tmp_path)])
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_a_sweep_takes_students_as_they_were_made(runs):
+    names = ("teacher", "two", "consistent")
+    options = pareto.Options(names, steps="2,20", samplers=None)
+    alone = pareto.combine(options, [open_run(runs / name) for name in names[1:]])
+    assert [(c.run.name.split("/")[1], c.sampler, c.plan.steps, c.scale) for c in alone] == [
+        ("two", "ddim(eta=0, trailing)", 2, 1.0), ("consistent", "consistency(trailing)", 2, 1.0),
+        ("two", "ddim(eta=0, trailing)", 2, 3.0),
+    ]  # fmt: skip
+    asked = pareto.combine(dataclasses.replace(options, samplers="ddim"), [open_run(runs / name) for name in names])
+    assert {(c.run.name, c.plan.steps) for c in asked} == {(open_run(runs / n).name, k) for n in names for k in (2, 20)}
+
+
+def test_the_usual_plan_of_a_student_raises_no_doubt():
+    levels = schedule.linear(1000)
+    for method, steps in itertools.product(("progressive", "consistency"), range(1, 65)):
+        config = student_of(method, steps)
+        name, many = usual_sampler(config.distillation, levels)
+        run = open_fake(config, levels)
+        assert doubts(run, plans.named(name, levels, schedule.trailing(levels, many), "trailing")[0]) == ""
+
+
+def open_fake(config, levels):
+    """A run without a network, of which only the task and the schedule are asked."""
+    return Run(
+        "", Description(config, SHAPE, CLASSES), lambda *_: None, None, process.PREDICTIONS["v"], levels, "ema", 3
+    )
+
+
+def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, program, run_program, tmp_path, capsys):
     """Real processes: guidance and two halvings, killed in the middle of the first halving."""
     options = ["--teacher", runs / "teacher", "--start", 4, "--guidance", 2, "--train.steps", 6]
     options += ["--train.preview-every", 0, "--train.eval-every", 0, "--train.save-every", 1]
@@ -414,27 +548,45 @@ def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, progra
     assert code == 0, err
     assert f"{killed / 'any'} has done its 6 steps" in out
     assert f"resuming {killed / '2'} at step" in out
+    taught = [open_run(whole / name).description.config.distillation.teacher for name in ("2", "1")]
+    assert taught == [f"{run.name}, {describe_weights(run)}" for run in map(open_run, (whole / "any", whole / "2"))]
     for name in ("any", "2", "1"):
         for weights in ("raw", "ema"):
             pair = [open_run(folder / name, weights=weights).params for folder in (whole, killed)]
             jax.tree.map(np.testing.assert_array_equal, *pair)
     before, after = (open_run(whole / name).params for name in ("2", "1"))
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
-    # And another teacher, or another chain, does not go on there.
-    code, _, err = run_program("train.py", "distill", *options, "--workdir", whole, "--guidance", 3, flags=QUICK)
-    assert (code, "distillation.guidance is 3.0 but the checkpoint was trained with 2.0" in err) == (2, True)
+    # Another chain does not go on there.
+    command = f"distill --teacher {runs / 'teacher'} --start 4 --guidance 3 --train.steps 6 --workdir {whole}"
+    said = "this student was made with guidance 2.0, and is now to have 3.0: move its folder away"
+    check_mistake(train.main, command, said, capsys)
+
+
+def test_a_student_does_not_go_on_with_another_teacher(runs):
+    """One that has learned more since, or stands in its place."""
+    first, second = (open_run(runs / name) for name in ("teacher", "undropped"))
+    config = student_of("progressive", 2)
+    ours = students.taught(config, first)
+    assert experiment.check_resume(ours, students.taught(config, open_run(runs / "teacher"))) == []
+    more = first._replace(params=jax.tree.map(lambda leaf: leaf + 1, first.params))
+    for other in (second, more, first._replace(step=4)):
+        with pytest.raises(ValueError, match="this student was made with teacher unet of teacher, ema, step 3, sha256"):
+            experiment.check_resume(ours, students.taught(config, other))
 
 
 def test_two_processes_of_four_devices_distill_what_one_of_eight_does(runs, program, data_dir, tmp_path):
-    options = ["distill", "--teacher", runs / "teacher", "--start", 4, "--end", 2, "--guidance", 2, "--train.steps", 2]
-    options += ["--train.preview-every", 0, "--train.eval-every", 2, "--data.dir", data_dir, "--workdir"]
+    """Guidance in one pass and, from it, consistency, with a picture of each."""
+    options = ["distill", "--teacher", runs / "teacher", "--method", "consistency", "--start", 4, "--guidance", 2]
+    options += ["--train.steps", 2, "--train.preview-every", 2, "--train.eval-every", 0, "--data.dir", data_dir]
     together = ["--distributed", f"localhost:{free_port()}", "--processes", 2, "--process"]
     flags = f"{QUICK} --xla_force_host_platform_device_count=4"
-    hosts = [program("train.py", *options, tmp_path / "two", *together, i, flags=flags) for i in range(2)]
+    hosts = [program("train.py", *options, "--workdir", tmp_path / "two", *together, i, flags=flags) for i in range(2)]
     told = [host.communicate(timeout=400) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], told
     assert "8 x cpu" in told[0][0]
-    train.main([*map(str, options), str(tmp_path / "one")])
-    for name in ("any", "2"):
+    train.main([*map(str, options), "--workdir", str(tmp_path / "one")])
+    for name in ("any", "consistency"):
         one, two = (open_run(tmp_path / folder / name, weights="raw").params for folder in ("one", "two"))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
+        pictures = [Image.open(tmp_path / folder / name / "previews" / "0000002.png") for folder in ("one", "two")]
+        assert np.abs(np.subtract(*(np.asarray(picture, int) for picture in pictures))).max() <= 2

@@ -22,13 +22,18 @@ from diffjax.denoiser import Denoiser, clip, condition_on, from_network, guide
 from diffjax.experiment import Config, Data, Distillation, Train, Training
 from diffjax.interop import diffusers
 from diffjax.loss import Objective, quarters
-from diffjax.run import Guidance, Run, check_guidance
+from diffjax.run import Guidance, Run, check_guidance, describe_weights
 from diffjax.schedule import Level
 from diffjax.training import distill, parallel
 from diffjax.training.checkpoint import FOLDER
-from diffjax.training.step import TrainState, init_state, make_eval_step, make_train_step, several
+from diffjax.training.step import QUARTERS, TrainState, init_state, make_eval_step, make_train_step, several
 
 ANY, CONSISTENCY = "any", "consistency"  # names of stages; the others are named by their steps
+FOREIGN_RATE = 1e-4  # of learning, for a network from elsewhere, which does not tell its own
+OWN: dict[str, Any] = {  # of training, where students differ from their teacher
+    "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr", "label_dropout": 0.0, "ema": (0.999,),
+    "eval_every": 1000, "preview_every": 1000, "save_every": 200,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,15 @@ class Options:
     """Folder of the students, each a run folder in it: any (of any number of steps), 32, 16, ..., 1, or consistency."""
     method: Literal["progressive", "guidance", "consistency"] = "progressive"
     """Halve the steps of DDIM again and again; only make one pass of the two of guidance; or learn where the teacher's
-    path ends, for consistency sampling."""
+    path ends, for consistency sampling, from the student's own moving average."""
     guidance: float | None = None
     """Largest guidance scale of the students, which are told any from 1 on; None for none, or that of the teacher."""
     start: int = 64
     """Steps of DDIM that the first student halves, or whose path ends where a consistent one says."""
     end: int = 1
     """Steps of the last student of progressive distillation."""
-    prediction: Literal["v", "x0"] = "v"
-    """What the students say."""
+    prediction: Literal["v", "x0"] | None = None
+    """What the students say; None for v, or x0 where the teacher says it."""
     weights: str = "ema"
     """Of the teacher: the moving average (of several the first, or one by its decay), or raw."""
     checkpoint: int | None = None
@@ -58,7 +63,10 @@ class Options:
     """Also write the metrics and previews of each student for TensorBoard."""
     hosts: Annotated[parallel.Hosts, tyro.conf.arg(name="")] = field(default_factory=parallel.Hosts)
     data: Data = field(default_factory=Data)
-    train: Train = field(default_factory=Train)
+    """Those of the teacher, where it tells them."""
+    train: Train = field(default_factory=lambda: Train(**OWN))
+    """Of each student, with twice the steps for those of 2 and 1 and for consistency. The learning rate is a third of
+    the teacher's, and batch, seed and others are the teacher's, where not told."""
 
 
 class Stage(NamedTuple):
@@ -69,76 +77,91 @@ class Stage(NamedTuple):
 
 
 def defaults(options: Options, teacher: Run) -> Options:
-    """The options with the teacher's data and training, and what distillation does otherwise, where not told."""
+    """The options with the teacher's data, and of its training what is not done otherwise here."""
     config = teacher.description.config
-    train = dataclasses.replace(
-        config.train, steps=2000, learning_rate=config.train.learning_rate / 3, warmup=50, decay="cosine",
-        weighting="truncated_snr", label_dropout=0.0, ema=(0.999,), eval_every=1000, preview_every=1000, save_every=200,
-    )  # fmt: skip
+    rate = config.train.learning_rate / (3 if config.distillation.method == "none" else 1)
+    if diffusers.is_source(str(config.data)):
+        rate = FOREIGN_RATE
+    train: Any = dataclasses.replace(config.train, **OWN | {"learning_rate": rate})
     return dataclasses.replace(options, data=config.data, train=train)
 
 
 def stages(options: Options, teacher: Run) -> list[Stage]:
     """The students, each the teacher of the next. ValueError for what the teacher cannot teach."""
     config = teacher.description.config
-    before, T = config.distillation, schedule.length(teacher.schedule)
-    largest = options.guidance if options.guidance is not None else before.guidance
-    told = before.guidance > 1
-    if told and largest != before.guidance:
+    task, T = config.distillation, schedule.length(teacher.schedule)
+    largest = task.guidance if options.guidance is None else options.guidance
+    said = config.diffusion.prediction
+    says = options.prediction or ("x0" if said == "x0" else "v")
+    if task.told and largest != task.guidance:
         raise ValueError(
-            f"{teacher.name} is told guidance scales of 1 to {before.guidance:g}: leave out --guidance, or name its own"
+            f"{teacher.name} is told guidance scales of 1 to {task.guidance:g}: leave out --guidance, or name its own"
             " teacher"
         )
     if not 1 <= largest < np.inf:
         raise ValueError(f"--guidance is {largest:g}: a student learns the scales from 1 to it, use more than 1")
-    if not told:
+    if not task.told:
         check_guidance(teacher, Guidance(largest))
-    if options.method == "guidance" and (told or largest == 1):
-        raise ValueError("--method guidance makes one pass of two: name a --guidance above 1, of a teacher of two")
     if diffusers.is_source(str(options.data)):
         raise ValueError(f"{options.teacher} does not tell its images: name them, as with --data.name cifar10")
-    if not 2 <= options.start <= T:
-        raise ValueError(f"--start is {options.start}: use 2 to {T}, the levels of {teacher.name}")
-    if before.steps not in (0, options.start) or before.method == "consistency":
-        raise ValueError(
-            f"{teacher.name} is a student of {before.steps} steps itself: "
-            + ("use its teacher" if before.method == "consistency" else f"use --start {before.steps}, or its teacher")
-        )
+    if options.method != "progressive" and options.end != 1:
+        raise ValueError(f"--end belongs to --method progressive, and not to {options.method}: leave it out")
+    if options.train.label_dropout:
+        raise ValueError("students learn with every label: leave out --train.label-dropout")
+    if task.method == "consistency":
+        raise ValueError(f"{teacher.name} says where a path ends, and not where it goes: use its teacher")
+    if task.steps and said != says:
+        raise ValueError(f"{teacher.name} says {said}, which its own students say too: leave out --prediction")
 
-    def stage(name: str, method: Any, start: int = 0, steps: int = 0) -> Stage:
-        line = before.teacher or f"{teacher.name} ({teacher.weights}, step {teacher.step})"
+    def stage(name: str, method: Any, start: int = 0, visited: int = 0) -> Stage:
+        # The last two halvings are the hardest, and are given twice the time (2202.00512, appendix); and so is
+        # consistency, which learns all of the way at once.
+        steps = options.train.steps * (2 if visited in (1, 2) or method == "consistency" else 1)
         return Stage(
             name,
             Config(
                 data=options.data,
                 network=dataclasses.replace(config.network, dropout=0.0),
-                diffusion=dataclasses.replace(config.diffusion, prediction=options.prediction),
-                # The last two halvings are the hardest, and are given twice the time (2202.00512, appendix).
-                train=dataclasses.replace(
-                    options.train, label_dropout=0.0, steps=options.train.steps * (2 if steps in (1, 2) else 1)
-                ),
-                distillation=Distillation(method, line, start, steps, largest),
+                diffusion=dataclasses.replace(config.diffusion, prediction=says),
+                train=dataclasses.replace(options.train, steps=steps),
+                distillation=Distillation(method, "", start, visited, largest),
             ),
         )
 
-    found = []
-    if config.diffusion.prediction != options.prediction or (largest > 1 and not told):
-        if before.steps:
-            raise ValueError(f"{teacher.name} says {config.diffusion.prediction}: leave --prediction at that")
-        found.append(stage(ANY, "guidance"))
-    if options.method == "consistency":
-        found.append(stage(CONSISTENCY, "consistency", options.start, options.start))
-    elif options.method == "progressive":
-        steps, rest = options.end, options.start
-        while rest % 2 == 0 and rest > steps >= 1:
-            rest //= 2
-            found.append(stage(str(rest), "progressive", options.start, rest))
-        if rest != steps or rest == options.start:
+    start, visited = options.start, options.start
+    found = [stage(ANY, "guidance")] if said != says or (largest > 1 and not task.told) else []
+    if options.method == "guidance":
+        if task.told or largest == 1:
             raise ValueError(
-                f"--start {options.start} and --end {options.end}: halving once or more leads from one to the other,"
-                " as from 64 to 1"
+                f"--method guidance makes one pass of guidance of two, and {teacher.name} is "
+                + ("told its scale in one already" if task.told else "to have none: name a --guidance above 1")
             )
+        return found
+    if not 2 <= start <= T:
+        raise ValueError(f"--start is {start}: use 2 to {T}, the levels of {teacher.name}")
+    if task.steps not in (0, start):
+        raise ValueError(
+            f"{teacher.name} is a student of {task.steps} steps itself: use --start {task.steps}, or its teacher"
+        )
+    if options.method == "consistency":
+        return [*found, stage(CONSISTENCY, "consistency", start, start)]
+    while visited % 2 == 0 and visited > options.end >= 1:
+        visited //= 2
+        found.append(stage(str(visited), "progressive", start, visited))
+    if visited != options.end or visited == start:
+        raise ValueError(
+            f"--start {start} and --end {options.end}: halving once or more leads from one to the other, as from 64 to"
+            " 1"
+        )
     return found
+
+
+def taught(config: Config, teacher: Run) -> Config:
+    """A student's configuration once its teacher is trained: one with other weights is another teacher, and a student
+    that had begun to learn from it does not go on.
+    """
+    name = f"{teacher.name}, {describe_weights(teacher)}"
+    return dataclasses.replace(config, distillation=dataclasses.replace(config.distillation, teacher=name))
 
 
 def check_workdir(workdir: Path) -> None:
@@ -151,7 +174,7 @@ def check_workdir(workdir: Path) -> None:
 
 def build_training(config: Config, image_shape: tuple[int, int, int], classes: int, teacher: Run) -> Training:
     """The steps of one device that train one student: as of `experiment.build_training`, but all of them take the
-    teacher's parameters as their last argument, frozen. ValueError for parts, or a teacher, that do not fit.
+    teacher's parameters, which they only read, after the batch. ValueError for parts, or a teacher, that do not fit.
     """
     if (image_shape, classes) != teacher.description[1:]:
         raise ValueError(
@@ -162,7 +185,7 @@ def build_training(config: Config, image_shape: tuple[int, int, int], classes: i
     prediction, times = experiment.build_prediction(config), experiment.build_times(config)
     unet = experiment.build_unet(config, image_shape, classes)
     network, (optimizer, rate) = experiment.build_network(config, unet), experiment.build_optimizer(config)
-    told = teacher.description.config.distillation.guidance > 1
+    teacher_told = teacher.description.config.distillation.told
     rows: Any = {
         "guidance": distill.everywhere, "progressive": distill.halving, "consistency": distill.successive
     }[task.method](levels, *(task.steps,) * (task.steps > 0))  # fmt: skip
@@ -172,7 +195,7 @@ def build_training(config: Config, image_shape: tuple[int, int, int], classes: i
         conditional = from_network(teacher.network, frozen, teacher.prediction)
 
         def teaching(condition: Any) -> Denoiser:
-            if task.guidance > 1 and not told:
+            if task.told and not teacher_told:
                 label, scale = condition
                 return clip(guide(conditional, label, classes, scale[:, 0]))
             return clip(condition_on(conditional, condition))
@@ -187,10 +210,12 @@ def build_training(config: Config, image_shape: tuple[int, int, int], classes: i
 
         return distill.imitation(network, prediction, rows, weights, target, times, task.guidance)
 
+    count = len(rows[0].t)
+
     def step(state: TrainState, batch: Any, frozen: Any, axis_name: str | None = None) -> Any:
         one = make_train_step(
-            objective(frozen, state.ema[-1]), optimizer, train.ema, train.seed,
-            accumulate=train.accumulate, rate=rate, quarters=quarters(times, len(rows[0].t)),
+            objective(frozen, state.ema[0]), optimizer, train.ema, train.seed, accumulate=train.accumulate, rate=rate,
+            quarters=quarters(times, count) if count >= len(QUARTERS) else None,
         )  # fmt: skip
         return one(state, batch, axis_name)
 
