@@ -54,6 +54,9 @@ distill: frontier
 	$(BIN)/python train.py distill --teacher $(RUN) --workdir $(STUDENTS) --guidance 2 --method consistency
 	$(BIN)/python -m diffjax.pareto $(foreach n,16 8 4 2 1 consistency,$(STUDENTS)/$(n)) --guidance 1,2 --seeds 0,1,2 \
 		--out $(RUN)/frontier
+	$(BIN)/python -m diffjax.pareto $(STUDENTS)/any --samplers ddim --steps 4,8,20,50 --guidance 2 --seeds 0,1,2 \
+		--out $(RUN)/frontier
+	$(BIN)/python sample.py $(RUN) --guidance 2 --num 30 --out docs/distilled-teacher.png
 	for n in 4 1; do $(BIN)/python sample.py $(STUDENTS)/$$n --guidance 2 --num 30 --out docs/distilled-$$n.png; done
 	cp $(RUN)/frontier/pareto.png docs/frontier.png
 	sed -i -e '/<!-- frontier -->/,/<!-- \/frontier -->/{//!d}' \

@@ -42,6 +42,7 @@ from diffjax.training.sources import UnreadableError
 from diffjax.training.step import TrainState
 
 PROGRAM = "train.py"
+CURVE = "curve.png"
 HELD_OUT_BATCHES = 10  # at most, per evaluation
 PREVIEW_SCALE, PREVIEW_SEED, PREVIEW_IMAGES = 2.0, 0, 40
 
@@ -131,7 +132,8 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
         found = resume(checkpoints, config, mesh, build, frozen) if checkpoints else None
         start = int(found.state.step) if found else 0
         if start >= steps:
-            draw_curve(workdir, config)
+            if not (workdir / CURVE).exists():  # it may be in a folder that is not to be written to
+                draw_curve(workdir, config)
             more = "" if teacher else ", or go on with a higher --train.steps"  # whose own students would learn anew
             say(f"{workdir} has done its {start} steps: sample from it{more}")
             return
@@ -232,7 +234,7 @@ def draw_curve(workdir: Path, config: experiment.Config) -> None:
     """Draw the losses of a run, from its metrics."""
     if jax.process_index() == 0 and (workdir / "metrics.jsonl").exists():
         with cli.one_sentence(PROGRAM):
-            curve.draw(workdir / "metrics.jsonl", workdir / "curve.png", f"{workdir.name}: {config.data}")
+            curve.draw(workdir / "metrics.jsonl", workdir / CURVE, f"{workdir.name}: {config.data}")
 
 
 def say(text: str) -> None:

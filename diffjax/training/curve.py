@@ -29,11 +29,13 @@ def draw(metrics: Path, path: Path, title: str = "") -> None:
     left.plot(step, held_out, color="C1", marker="o", label="held-out images, first average")
     for i, name in enumerate(QUARTERS):
         step, loss = series(name)
-        right.plot(step, smoothed(loss), label=f"levels of quarter {i + 1}")
+        if len(step):  # a student of fewer levels has no quarters
+            right.plot(step, smoothed(loss), label=f"levels of quarter {i + 1}")
     for axes in (left, right):
         axes.set(xlabel="step", yscale="log")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     left.set(ylabel="loss", title=title)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=90, format="png")

@@ -25,5 +25,8 @@ def test_the_curve_is_drawn_of_whatever_was_logged(tmp_path):
     curve.draw(metrics, tmp_path / "curve.png", "x")
     assert Image.open(tmp_path / "curve.png").size[0] > 400
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "metrics.jsonl"]
+    metrics.unlink()
+    loop.MetricsFile(metrics, 0).write(1, loss=0.5)  # of a student of few levels, which has no quarters
+    curve.draw(metrics, tmp_path / "curve.png")
     with pytest.raises(OSError, match="nowhere"):
         curve.draw(tmp_path / "nowhere", tmp_path / "curve.png")
