@@ -65,8 +65,8 @@ class Options:
     data: Data = field(default_factory=Data)
     """Those of the teacher, where it tells them."""
     train: Train = field(default_factory=lambda: Train(**OWN))
-    """Of each student, with twice the steps for those of 2 and 1 and for consistency. The learning rate is a third of
-    the teacher's, and batch, seed and others are the teacher's, where not told."""
+    """Of each student, with twice the steps for those of 2 and 1. The learning rate is a third of the teacher's, and
+    batch, seed and others are the teacher's, where not told."""
 
 
 class Stage(NamedTuple):
@@ -114,9 +114,8 @@ def stages(options: Options, teacher: Run) -> list[Stage]:
         raise ValueError(f"{teacher.name} says {said}, which its own students say too: leave out --prediction")
 
     def stage(name: str, method: Any, start: int = 0, visited: int = 0) -> Stage:
-        # The last two halvings are the hardest, and are given twice the time (2202.00512, appendix); and so is
-        # consistency, which learns all of the way at once.
-        steps = options.train.steps * (2 if visited in (1, 2) or method == "consistency" else 1)
+        # The last two halvings are the hardest, and are given twice the time (2202.00512, appendix).
+        steps = options.train.steps * (2 if visited in (1, 2) else 1)
         return Stage(
             name,
             Config(
