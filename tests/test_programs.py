@@ -395,4 +395,5 @@ def test_help_shows_every_option(command, run_program):
         ],
     }
     assert code == 0
-    assert [word for word in expected[command] if word not in out] == []
+    # What a student was distilled for is written by `train.py distill`, and no option.
+    assert [word for word in expected[command] if (word in out) == word.startswith("distillation.")] == []
