@@ -11,6 +11,9 @@ RUN ?= runs/digits
 TRAIN ?=
 DEMO ?=
 
+# $(call insert,NAME,FILE): put a file between the marks of this name in README.
+insert = sed -i -e "/<!-- $(1) -->/,/<!-- \/$(1) -->/{//!d}" -e "/<!-- $(1) -->/r $(2)" README.md
+
 .PHONY: demo readme frontier distill mnist mnist-distill test crash lint parity bench clean
 
 demo: .venv/installed
@@ -31,8 +34,7 @@ readme: demo .venv/installed-test
 	$(BIN)/python -m diffjax.bench training > $(RUN)/training.md
 	{ echo '```'; $(BIN)/python -c 'from diffjax import sampler, schedule; levels = schedule.linear(1000); \
 		print(sampler.ddim(levels, schedule.trailing(levels, 4), eta=0.5))'; echo '```'; } > $(RUN)/plan.md
-	for name in demo plan orders bench training reconstruct bits; do \
-		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" -e "/<!-- $$name -->/r $(RUN)/$$name.md" README.md; done
+	for name in demo plan orders bench training reconstruct bits; do $(call insert,$$name,$(RUN)/$$name.md); done
 
 # The first command is the one that README tells; the others add what its claims need.
 frontier: demo
@@ -44,8 +46,7 @@ frontier: demo
 		--guidance 1 --seeds 0,1,2 --out $(RUN)/frontier
 	$(BIN)/python -m diffjax.pareto $(RUN) --samplers ddim:50 --guidance 3,4 --seeds 0,1,2 --out $(RUN)/frontier
 	mkdir -p docs && cp $(RUN)/frontier/pareto.png docs/frontier.png
-	sed -i -e '/<!-- frontier -->/,/<!-- \/frontier -->/{//!d}' \
-		-e '/<!-- frontier -->/r $(RUN)/frontier/pareto.md' README.md
+	$(call insert,frontier,$(RUN)/frontier/pareto.md)
 
 # Students of few steps, of both kinds, beside their teacher on its plot.
 STUDENTS = $(RUN)-distilled
@@ -59,8 +60,7 @@ distill: frontier
 	$(BIN)/python sample.py $(RUN) --guidance 2 --num 30 --out docs/distilled-teacher.png
 	for n in 4 1; do $(BIN)/python sample.py $(STUDENTS)/$$n --guidance 2 --num 30 --out docs/distilled-$$n.png; done
 	cp $(RUN)/frontier/pareto.png docs/frontier.png
-	sed -i -e '/<!-- frontier -->/,/<!-- \/frontier -->/{//!d}' \
-		-e '/<!-- frontier -->/r $(RUN)/frontier/pareto.md' README.md
+	$(call insert,frontier,$(RUN)/frontier/pareto.md)
 
 # MNIST on CPUs. NPZ names a file of x and y; without it tensorflow-datasets downloads its own.
 mnist: .venv/installed
@@ -72,10 +72,8 @@ mnist: .venv/installed
 	$(BIN)/python -m diffjax.pareto runs/mnist-small --samplers ddim,dpm_solver_pp_2m --steps 4,10,50 --guidance 1,2 \
 		--num 250 --out runs/mnist-small/frontier
 	cp runs/mnist-small/frontier/pareto.png docs/mnist-frontier.png
-	cp runs/mnist-small/frontier/pareto.md runs/mnist-small/mnist-frontier.md
-	for name in quality mnist-frontier; do \
-		sed -i -e "/<!-- $$name -->/,/<!-- \/$$name -->/{//!d}" \
-			-e "/<!-- $$name -->/r runs/mnist-small/$$name.md" README.md; done
+	$(call insert,quality,runs/mnist-small/quality.md)
+	$(call insert,mnist-frontier,runs/mnist-small/frontier/pareto.md)
 
 # The first student halves 16 steps, and stages are short, since each step takes a second.
 mnist-distill: mnist
@@ -86,8 +84,7 @@ mnist-distill: mnist
 	$(BIN)/python -m diffjax.pareto $(foreach n,8 4 2 1,runs/mnist-distilled/$(n)) --guidance 1,2 --num 250 \
 		--out runs/mnist-small/frontier
 	cp runs/mnist-small/frontier/pareto.png docs/mnist-frontier.png
-	sed -i -e '/<!-- mnist-frontier -->/,/<!-- \/mnist-frontier -->/{//!d}' \
-		-e '/<!-- mnist-frontier -->/r runs/mnist-small/frontier/pareto.md' README.md
+	$(call insert,mnist-frontier,runs/mnist-small/frontier/pareto.md)
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(TESTS)
@@ -106,7 +103,7 @@ parity: .venv/installed-parity .venv/installed-test
 bench: .venv/installed-parity
 	$(BIN)/python -m diffjax.bench --out runs/bench
 	mkdir -p docs && cp runs/bench/bench.png docs/
-	sed -i -e '/<!-- networks -->/,/<!-- \/networks -->/{//!d}' -e '/<!-- networks -->/r runs/bench/bench.md' README.md
+	$(call insert,networks,runs/bench/bench.md)
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis .ruff_cache

@@ -212,7 +212,6 @@ class Config:
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
 BOUND = ("data.source", "data.name", "data.size", "data.pad", "data.grey", "data.labels")
 BOUND += ("diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr", "diffusion.T", "diffusion.prediction")
-BOUND += tuple(f"distillation.{f.name}" for f in dataclasses.fields(Distillation))
 BOUND += tuple(f"network.{f.name}" for f in dataclasses.fields(Network) if f.name not in ("dropout", "dtype", "remat"))
 SEEDS = 2**32  # JAX would take a larger seed modulo this
 

@@ -164,9 +164,9 @@ def noised(batch: Any, key: Array, times: TimeSampling, table: Any) -> Noised:
     if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"images are {x0.dtype}: noise is added to floats, of -1 to 1")
     which = drawn(times, key, index, len(table[0].t)) - 1
-    # Of whole numbers t stays one: a network may look it up.
-    kept = lambda leaf: jnp.asarray(leaf, jnp.int32 if np.asarray(leaf).dtype.kind in "iu" else jnp.float32)  # noqa: E731
-    row = jax.tree.map(lambda leaf: kept(leaf)[which], table)
+    # A whole number t stays one: a network may look it up.
+    types = {"i": jnp.int32, "f": jnp.float32}
+    row = jax.tree.map(lambda leaf: jnp.asarray(leaf, types[leaf.dtype.kind])[which], table)
     keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(example_keys(jax.random.fold_in(key, 1), index))
     for_eps, for_condition, for_dropout = keys
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(for_eps)

@@ -7,6 +7,7 @@ x0) what the teacher says, guided if asked for, at any scale, in one pass; the o
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,23 @@ import numpy as np
 import tyro
 
 from diffjax import experiment, schedule
-from diffjax.denoiser import Denoiser, clip, condition_on, from_network, guide
+from diffjax.denoiser import ConditionalDenoiser, Denoiser, clip, condition_on, from_network, guide
 from diffjax.experiment import Config, Data, Distillation, Train, Training
 from diffjax.interop import diffusers
 from diffjax.loss import Objective, quarters
 from diffjax.run import Guidance, Run, check_guidance, describe_weights
-from diffjax.schedule import Level
 from diffjax.training import distill, parallel
 from diffjax.training.checkpoint import FOLDER
 from diffjax.training.step import QUARTERS, TrainState, init_state, make_eval_step, make_train_step, several
 
 ANY, CONSISTENCY = "any", "consistency"  # names of stages; the others are named by their steps
 FOREIGN_RATE = 1e-4  # of learning, for a network from elsewhere, which does not tell its own
+METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    # (schedule, steps) -> rows, and (student, teacher, x_t, *row) -> x0 that the student is to say there
+    "guidance": (lambda levels, _: distill.everywhere(levels), lambda _, teacher, x_t, level: teacher(x_t, level)),
+    "progressive": (distill.halving, lambda _, teacher, x_t, *row: distill.two_steps(teacher, x_t, *row)),
+    "consistency": (distill.successive, distill.consistent),
+}
 OWN: dict[str, Any] = {  # of training, where students differ from their teacher
     "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr", "label_dropout": 0.0, "ema": (0.999,),
     "eval_every": 1000, "preview_every": 1000, "save_every": 200,
@@ -184,28 +190,22 @@ def build_training(config: Config, image_shape: tuple[int, int, int], classes: i
     prediction, times = experiment.build_prediction(config), experiment.build_times(config)
     unet = experiment.build_unet(config, image_shape, classes)
     network, (optimizer, rate) = experiment.build_network(config, unet), experiment.build_optimizer(config)
-    teacher_told = teacher.description.config.distillation.told
-    rows: Any = {
-        "guidance": distill.everywhere, "progressive": distill.halving, "consistency": distill.successive
-    }[task.method](levels, *(task.steps,) * (task.steps > 0))  # fmt: skip
+    make_rows, says = METHODS[task.method]
+    rows = make_rows(levels, task.steps)
     weights = experiment.build_weighting(config)(levels, prediction)[rows[0].t]
+
+    def guided(conditional: ConditionalDenoiser, condition: Any) -> Denoiser:
+        label, scale = condition
+        return guide(conditional, label, classes, scale[:, 0])
+
+    teach = guided if task.told and not teacher.description.config.distillation.told else condition_on
 
     def objective(frozen: Any, averaged: Any) -> Objective:
         conditional = from_network(teacher.network, frozen, teacher.prediction)
+        own = from_network(network, averaged, prediction)
 
-        def teaching(condition: Any) -> Denoiser:
-            if task.told and not teacher_told:
-                label, scale = condition
-                return clip(guide(conditional, label, classes, scale[:, 0]))
-            return clip(condition_on(conditional, condition))
-
-        def target(condition: Any, x_t: Any, level: Level, *rest: Any) -> Any:
-            if task.method == "guidance":
-                return teaching(condition)(x_t, level)
-            if task.method == "progressive":
-                return distill.two_steps(teaching(condition), x_t, level, *rest)
-            student = clip(condition_on(from_network(network, averaged, prediction), condition))
-            return distill.consistent(student, teaching(condition), x_t, level, *rest)
+        def target(condition: Any, x_t: Any, *row: Any) -> Any:
+            return says(clip(condition_on(own, condition)), clip(teach(conditional, condition)), x_t, *row)
 
         return distill.imitation(network, prediction, rows, weights, target, times, task.guidance)
 

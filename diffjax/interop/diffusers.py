@@ -106,7 +106,7 @@ def load(folder: Path) -> Imported:
         network=network,
         diffusion=_diffusion(described, scheduler / "scheduler_config.json"),
         train=Train(label_dropout=0.1 if null_label else 0.0),
-        distillation=Distillation(**json.loads(metadata.get("distillation", "{}"))),
+        distillation=experiment.from_dict(json.loads(metadata.get("distillation", "{}")), Distillation),
     )
     unet = experiment.build_unet(config, image_shape, classes)
     like = experiment.params_like(unet, image_shape)

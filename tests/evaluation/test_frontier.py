@@ -129,7 +129,7 @@ def test_students_each_in_its_own_steps_are_one_curve(tmp_path):
     frontier.plot([ROW, *apart], tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     assert "guidance 2, unet of y -->" in drawn
-    assert "ddim 1" in drawn  # named on the frontier
+    assert "<!-- ddim 1 -->" in drawn  # named on the frontier
     assert "/4" not in drawn
 
 
