@@ -100,16 +100,18 @@ def test_eps_is_what_x0_implies_also_after_clipping(levels, data, seed):
 
 @given(pairs(), st.integers(0, 99))
 def test_posterior_is_bayes_product_of_two_gaussians(levels, seed):
-    """q(x_s | x_t, x0) is proportional to q(x_t | x_s) q(x_s | x0): precisions add."""
+    """q(x_s | x_t, x0) is proportional to q(x_t | x_s) q(x_s | x0): precisions add. Of data, it is x0 itself."""
     level_t, level_s = levels
-    if level_s.sigma == 0:
-        return
     x_t, x0 = draw(seed)
+    found_mean, found_std = process.q_posterior(x_t, x0, level_t, level_s)
+    if level_s.sigma == 0:
+        assert (found_mean == x0).all()
+        assert found_std == 0
+        return
     forward = level_t.alpha / level_s.alpha
     noise = level_t.sigma**2 - forward**2 * level_s.sigma**2
     precision = forward**2 / noise + 1 / level_s.sigma**2
     mean = (forward * x_t / noise + level_s.alpha * x0 / level_s.sigma**2) / precision
-    found_mean, found_std = process.q_posterior(x_t, x0, level_t, level_s)
     np.testing.assert_allclose(found_mean, mean, atol=1e-9)
     np.testing.assert_allclose(found_std**2 * precision, 1, rtol=1e-9)
 

@@ -43,6 +43,7 @@ def test_cosine_is_its_formula_where_no_beta_is_cut(T):
     t = np.arange(T + 1) / T
     f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     uncut = np.concatenate([[True], np.cumprod(1 - f[1:] / f[:-1] < 0.999).astype(bool)])
+    assert uncut.sum() == T  # all but the last
     np.testing.assert_allclose(schedule.cosine(T).alpha[uncut] ** 2, (f / f[0])[uncut], rtol=1e-10)
 
 
