@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naming import naming
 
 from diffjax import denoiser, process, schedule
 from diffjax.schedule import Level
@@ -176,15 +177,15 @@ def test_thresholding_leaves_images_in_range_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "words"),
     [
-        (lambda d: denoiser.threshold(d, 0.0), "quantile is 0.0"),
-        (lambda d: denoiser.threshold(d, 1.1), "quantile is 1.1"),
-        (lambda d: denoiser.autoguide(d, d, 2.0, -0.1)(jnp.ones((1, 2)), schedule.at(LEVELS, 5)), "rescale is -0.1"),
+        (lambda d: denoiser.threshold(d, 0.0), "quantile 0"),
+        (lambda d: denoiser.threshold(d, 1.1), "quantile 1.1"),
+        (lambda d: denoiser.autoguide(d, d, 2.0, -0.1)(jnp.ones((1, 2)), schedule.at(LEVELS, 5)), "rescale -0.1"),
     ],
 )
-def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_input_is_named(make, words):
+    with pytest.raises(ValueError, match=naming(*words.split())):
         make(lambda x, level: x)
 
 
@@ -213,15 +214,24 @@ def test_a_guided_denoiser_obeys_the_laws_of_denoisers():
     assert_denoiser(guided, x, LEVELS)
 
 
-@pytest.mark.parametrize("broken", [lambda x, level: x - x.mean(0), lambda x, level: x[:, :1], lambda x, level: x / 0])
-def test_a_denoiser_that_breaks_a_law_is_told(broken):
-    with np.errstate(all="ignore"), pytest.raises(AssertionError):
-        assert_denoiser(broken, np.arange(12.0).reshape(4, 3), LEVELS)
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (lambda x, level: x - x.mean(0), ""),  # no law but that of the batch
+        (lambda x, level: x[:, :1], "(4, 1) (4, 3)"),
+        (lambda x, level: x / 0, "level"),
+    ],
+)
+def test_a_denoiser_that_breaks_a_law_is_told(broken, words):
+    x = np.arange(12.0).reshape(4, 3)
+    assert_denoiser(lambda x, level: x, x, LEVELS)
+    with np.errstate(all="ignore"), pytest.raises(AssertionError, match=naming(*words.split())):
+        assert_denoiser(broken, x, LEVELS)
 
 
 def test_a_network_with_learned_variance_is_named():
     denoise = denoiser.from_network(lambda p, x, t, c: jnp.concatenate([x, x], -1), None, process.PREDICTIONS["eps"])
-    with pytest.raises(ValueError, match=r"says \(2, 4, 4, 6\) of samples \(2, 4, 4, 3\).* learned variance"):
+    with pytest.raises(ValueError, match=naming("(2, 4, 4, 6)", "(2, 4, 4, 3)", "fixed_variance")):
         jax.eval_shape(denoiser.condition_on(denoise, None), jnp.zeros((2, 4, 4, 3)), schedule.at(LEVELS, 5))
 
 
@@ -267,9 +277,9 @@ def test_an_interval_as_a_scale_is_scale_one_outside(low, width):
 def test_guidance_outside_its_interval_is_told():
     x, labels, _ = inputs()
     plain = denoiser.condition_on(conditional("v"), labels)
-    with pytest.raises(AssertionError, match="outside"):
+    with pytest.raises(AssertionError, match=naming("sigma/alpha")):
         assert_interval(denoiser.guide(conditional("v"), labels, NULL, 3.0), plain, x, LEVELS, 0.5, 2.0)
-    with pytest.raises(AssertionError, match="nothing is guided"):
+    with pytest.raises(AssertionError):  # outside, the two are one
         assert_interval(plain, plain, x, LEVELS, 0.5, 2.0)
 
 
@@ -283,8 +293,8 @@ def test_clipping_and_thresholding_are_bounded(quantile, size):
 
     assert_bounded(denoiser.threshold(wild, quantile), x, LEVELS)
     assert_bounded(denoiser.clip(wild, -0.5, 0.25), x, LEVELS, -0.5, 0.25)
-    with pytest.raises(AssertionError, match="an estimate of"):
-        assert_bounded(lambda x_t, level: 1.1 + 0 * x_t, x, LEVELS)
+    with pytest.raises(AssertionError, match=naming("1.125")):
+        assert_bounded(lambda x_t, level: 1.125 + 0 * x_t, x, LEVELS)
 
 
 @settings(max_examples=20)
@@ -301,9 +311,11 @@ def test_inpainting_that_changes_a_pixel_is_told():
     x, labels, _ = inputs()
     plain = denoiser.condition_on(conditional("x0"), labels)
     mask = jnp.zeros((3, 2)).at[0].set(1)
-    for wrong in (denoiser.inpaint(plain, x + 1e-6, mask), denoiser.inpaint(plain, x, 0 * mask + 1)):
-        with pytest.raises(AssertionError, match=r"known pixels change|made otherwise"):
-            assert_inpainting(wrong, plain, x, mask, x, LEVELS)
+    assert_inpainting(denoiser.inpaint(plain, x, mask), plain, x, mask, x, LEVELS)
+    with pytest.raises(AssertionError, match=naming("known", "level")):
+        assert_inpainting(denoiser.inpaint(plain, x + 1e-6, mask), plain, x, mask, x, LEVELS)
+    with pytest.raises(AssertionError, match=naming("level")):
+        assert_inpainting(denoiser.inpaint(plain, x, 0 * mask + 1), plain, x, mask, x, LEVELS)
 
 
 def test_a_soft_mask_blends():
@@ -314,7 +326,7 @@ def test_a_soft_mask_blends():
 
 
 def test_a_mask_that_does_not_fit_is_named():
-    with pytest.raises(ValueError, match=r"the mask has shape \(7, 3, 2\), and images have \(6, 3, 2\)"):
+    with pytest.raises(ValueError, match=naming("mask", "(7, 3, 2)", "(6, 3, 2)")):
         denoiser.inpaint(lambda x, level: x, jnp.zeros((6, 3, 2)), jnp.zeros((7, 3, 2)))
-    with pytest.raises(ValueError, match=r"the mask has shape \(6, 3, 2\), and images have \(1, 3, 2\)"):
+    with pytest.raises(ValueError, match=naming("mask", "(6, 3, 2)", "(1, 3, 2)")):
         denoiser.inpaint(lambda x, level: x, jnp.zeros((1, 3, 2)), jnp.zeros((6, 3, 2)))

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from naming import naming
 from PIL import Image, ImageSequence
 
 from diffjax import picture
@@ -29,7 +30,7 @@ def test_a_grid_holds_every_image_where_it_belongs(channels):
 
 
 def test_a_picture_has_one_or_three_channels():
-    with pytest.raises(ValueError, match="2 channels"):
+    with pytest.raises(ValueError, match=naming("channels", "2", "1", "3")):
         picture.grid(np.zeros((1, 4, 4, 2), np.uint8))
 
 
@@ -78,15 +79,17 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
 
 def test_files_that_are_no_images_are_named(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"a.png is not an image that can be read: use a PNG or JPEG file"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "a.png", "PNG", "JPEG")):
         picture.read(tmp_path / "a.png", (8, 8, 1))
     path = written(tmp_path, Image.new("RGB", (99, 99), "red"), "b.png")
     path.write_bytes(path.read_bytes()[:80])
-    with pytest.raises(ValueError, match=r"b\.png cannot be read as an image \(.*runcated"):
+    with pytest.raises(ValueError, match=naming(path, "PNG", "JPEG")) as raised:
         picture.read(path, (8, 8, 1))
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        picture.read(written(tmp_path, Image.fromarray(np.full((8, 8), 40000, np.uint16)), "c.png"), (8, 8, 1))
-    with pytest.raises(FileNotFoundError):
+    assert str(raised.value.__cause__) in str(raised.value)  # the reason, as the decoder has it
+    path = written(tmp_path, Image.fromarray(np.full((8, 8), 40000, np.uint16)), "c.png")
+    with pytest.raises(ValueError, match=naming(path, "8", "I;16")):
+        picture.read(path, (8, 8, 1))
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "none.png")):
         picture.read(tmp_path / "none.png", (8, 8, 1))
 
 

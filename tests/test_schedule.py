@@ -1,10 +1,10 @@
-import re
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from naming import naming
 
 from diffjax import schedule
 from diffjax.testing import assert_schedule, schedules
@@ -216,59 +216,59 @@ def test_karras_on_edm_is_the_grid_of_edm():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "words"),
     [
-        (lambda s: schedule.from_betas([0.1, 1.0]), "beta_2 is 1.0"),
-        (lambda s: schedule.from_betas([0.0]), "beta_1 is 0.0"),
-        (lambda s: schedule.from_betas([0.1, np.nan]), "beta_2 is nan"),
-        (lambda s: schedule.from_betas([]), "at least one"),
-        (lambda s: schedule.from_betas([0.5, 1e-17]), "logsnr does not decrease from level 1 to level 2"),
-        (lambda s: schedule.from_betas([0.999] * 700), "every alpha is above 0"),
-        (lambda s: schedule.cosine(2.5), "a whole number of them, got T = 2.5"),
-        (lambda s: schedule.rescaled_linear(1), "beta_1 is 20.0"),
-        (lambda s: schedule.trailing(s, 5.5), "steps is 5.5"),
-        (lambda s: schedule.linspace(s, "5"), "steps is 5"),
-        (lambda s: schedule.karras(s, 5, np.inf), "rho is inf"),
+        (lambda s: schedule.from_betas([0.1, 1.0]), "beta_2 1"),
+        (lambda s: schedule.from_betas([0.0]), "beta_1 0"),
+        (lambda s: schedule.from_betas([0.1, np.nan]), "beta_2 nan"),
+        (lambda s: schedule.from_betas([]), "betas (0,)"),
+        (lambda s: schedule.from_betas([0.5, 1e-17]), "logsnr 1 2"),
+        (lambda s: schedule.from_betas([0.999] * 700), "alpha_216 0"),
+        (lambda s: schedule.cosine(2.5), "T 2.5"),
+        (lambda s: schedule.rescaled_linear(1), "beta_1 20"),
+        (lambda s: schedule.trailing(s, 5.5), "steps 5.5"),
+        (lambda s: schedule.linspace(s, "5"), "steps 5"),
+        (lambda s: schedule.karras(s, 5, np.inf), "rho inf"),
+        (lambda s: schedule.check_levels(schedule.Level(*(leaf[1:] for leaf in s)), [9, 3]), "0 alpha sigma"),
+        (lambda s: schedule.linear(0), "T 0"),
+        (lambda s: schedule.trailing(s, 0), "steps 0 1 100"),
+        (lambda s: schedule.linspace(s, 101), "steps 101"),
+        (lambda s: schedule.quadratic(s, 82), "quadratic 81 100 82"),
+        (lambda s: schedule.at(s, 101), "level 101 0 100"),
+        (lambda s: schedule.at(s, -1), "level -1"),
+        (lambda s: schedule.at(s, "two"), "two 0 100"),
+        (lambda s: schedule.at(s, np.nan), "level nan"),
+        (lambda s: schedule.at(s, [2, 0.5]), "level 0.5 logsnr"),
+        (lambda s: schedule.at(schedule.zero_terminal_snr(s), 99.5), "level 99.5 logsnr"),
+        (lambda s: schedule.karras(schedule.zero_terminal_snr(s), 5), "level 100 logsnr"),
+        (lambda s: schedule.uniform_logsnr(schedule.zero_terminal_snr(s), 5), "level 100 trailing"),
+        (lambda s: schedule.karras(s, 0), "steps 0"),
+        (lambda s: schedule.karras(s, 5, -1.0), "rho -1"),
+        (lambda s: schedule.from_alphas([0.9, np.nan]), "alpha_2 nan"),
+        (lambda s: schedule.from_alphas([1.1]), "alpha_1 1.1 0 1"),
+        (lambda s: schedule.from_alphas([0.9, 0.9]), "logsnr 1 2"),
+        (lambda s: schedule.from_alphas([0.5, 0.0, 0.0]), "alpha_2 0"),
+        (lambda s: schedule.from_alphas([0.9], [0.0]), "sigma_1 0"),
+        (lambda s: schedule.from_alphas([0.9, 0.5], [0.1, np.inf]), "sigma_2 inf"),
+        (lambda s: schedule.from_alphas([0.9, 0.8], [0.1]), "alphas 2 sigmas (1,)"),
+        (lambda s: schedule.from_alphas([]), "alphas (0,)"),
+        (lambda s: schedule.from_logsnr(lambda u: np.where(u < 1, -u, -np.inf), 5), "logsnr_5 -inf"),
+        (lambda s: schedule.from_logsnr(lambda u: u, 5), "logsnr 1 2"),
+        (lambda s: schedule.sigmoid(10, 3.0, -3.0), "start 3 end -3"),
+        (lambda s: schedule.edm(10, 80.0, 0.002), "smallest 80 largest 0.002"),
+        (lambda s: schedule.rescaled_linear(20), "beta_20 1"),
+        (lambda s: schedule.zero_terminal_snr(schedule.edm(10)), "zero_terminal_snr alpha**2 + sigma**2 6401 10"),
+        (lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])), "zero_terminal_snr 1"),
         (
-            lambda s: schedule.check_levels(schedule.Level(*(leaf[1:] for leaf in s)), [9, 3]),
-            "row 0 of a schedule is data",
+            lambda s: schedule.check_variance_preserving(s._replace(alpha=s.alpha * 1.00001), "this_test"),
+            "this_test alpha**2 + sigma**2 1.00002",
         ),
-        (lambda s: schedule.linear(0), "at least one noisy level, a whole number of them, got T = 0"),
-        (lambda s: schedule.trailing(s, 0), "steps is 0: this schedule takes 1 to 100"),
-        (lambda s: schedule.linspace(s, 101), "steps is 101"),
-        (lambda s: schedule.quadratic(s, 82), "room for 81 of 100 levels, not for 82 steps"),
-        (lambda s: schedule.at(s, 101), "level 101 is not on the schedule: use 0..100"),
-        (lambda s: schedule.at(s, -1), "level -1 is not on the schedule"),
-        (lambda s: schedule.at(s, "two"), "levels are numbers 0..100"),
-        (lambda s: schedule.at(s, np.nan), "level nan is not on the schedule"),
-        (lambda s: schedule.at(s, [2, 0.5]), "level 0.5 has an end without a finite logsnr"),
-        (lambda s: schedule.at(schedule.zero_terminal_snr(s), 99.5), "level 99.5 has an end without a finite logsnr"),
-        (lambda s: schedule.karras(schedule.zero_terminal_snr(s), 5), "level 100 has no signal"),
-        (lambda s: schedule.uniform_logsnr(schedule.zero_terminal_snr(s), 5), "use trailing spacing"),
-        (lambda s: schedule.karras(s, 0), "steps is 0"),
-        (lambda s: schedule.karras(s, 5, -1.0), "rho is -1.0"),
-        (lambda s: schedule.from_alphas([0.9, np.nan]), "alpha_2 is nan"),
-        (lambda s: schedule.from_alphas([1.1]), "alpha_1 is 1.1: every alpha is 0 or more and below 1"),
-        (lambda s: schedule.from_alphas([0.9, 0.9]), "logsnr does not decrease from level 1 to level 2"),
-        (lambda s: schedule.from_alphas([0.5, 0.0, 0.0]), "alpha_2 is 0.0: every alpha is above 0"),
-        (lambda s: schedule.from_alphas([0.9], [0.0]), "sigma_1 is 0.0"),
-        (lambda s: schedule.from_alphas([0.9, 0.5], [0.1, np.inf]), "sigma_2 is inf"),
-        (lambda s: schedule.from_alphas([0.9, 0.8], [0.1]), "one sigma per alpha"),
-        (lambda s: schedule.from_alphas([]), "at least one"),
-        (lambda s: schedule.from_logsnr(lambda u: np.where(u < 1, -u, -np.inf), 5), "logsnr_5 is -inf"),
-        (lambda s: schedule.from_logsnr(lambda u: u, 5), "logsnr does not decrease"),
-        (lambda s: schedule.sigmoid(10, 3.0, -3.0), "end must be above start"),
-        (lambda s: schedule.edm(10, 80.0, 0.002), "use 0 < smallest < largest"),
-        (lambda s: schedule.rescaled_linear(20), "beta_20 is 1.0"),
-        (lambda s: schedule.zero_terminal_snr(schedule.edm(10)), "alpha**2 + sigma**2 is 6401 at level 10"),
-        (lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])), "two levels or more"),
-        (lambda s: schedule.check_variance_preserving(s._replace(alpha=s.alpha * 1.00001), "it"), "it is defined for"),
-        (lambda s: schedule.variance_exploding(schedule.zero_terminal_snr(s)), "has no variance-exploding form"),
-        (lambda s: schedule.check_levels(s, [5, 5, 1]), "got 5 before 5"),
-        (lambda s: schedule.check_levels(s, [1, 0]), "level 0 is data"),
-        (lambda s: schedule.check_levels(s, []), "at least one level"),
+        (lambda s: schedule.variance_exploding(schedule.zero_terminal_snr(s)), "sigma"),
+        (lambda s: schedule.check_levels(s, [5, 5, 1]), "5"),
+        (lambda s: schedule.check_levels(s, [1, 0]), "level 0"),
+        (lambda s: schedule.check_levels(s, []), "(0,)"),
     ],
 )
-def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_bad_input_is_named(make, words):
+    with pytest.raises(ValueError, match=naming(*words.split())):
         make(schedule.linear(100))

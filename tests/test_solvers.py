@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from naming import naming
 
 from diffjax import sampler, schedule, solvers
 from diffjax.schedule import Level
@@ -297,7 +298,7 @@ def test_solvers_converge_at_their_order(name):
 
 
 def test_a_measured_order_can_be_missed():
-    with pytest.raises(AssertionError, match="the measured order is"):
+    with pytest.raises(AssertionError, match=naming("order", 2)):
         assert_order(sampler.ddim, 2)
 
 
@@ -347,18 +348,18 @@ def test_solvers_reach_gaussian_data_in_few_steps():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "words"),
     [
-        (lambda s: solvers.dpm_solver_pp_2m(s, [5, 1], 1.5), "eta is 1.5"),
-        (lambda s: solvers.edm(s, [5, 1], -1.0), "churn is -1.0"),
-        (lambda s: solvers.edm(s, [5, 1], inflation=0.0), "inflation 0.0"),
-        (lambda s: solvers.heun(s, [5, 5]), "got 5 before 5"),
-        (lambda s: solvers.unipc_2(s, []), "at least one level"),
-        (lambda s: solvers.edm(schedule.zero_terminal_snr(s), [10, 1]), "level 10 has no signal"),
+        (lambda s: solvers.dpm_solver_pp_2m(s, [5, 1], 1.5), "eta 1.5"),
+        (lambda s: solvers.edm(s, [5, 1], -1.0), "churn -1"),
+        (lambda s: solvers.edm(s, [5, 1], inflation=0.0), "inflation 0"),
+        (lambda s: solvers.heun(s, [5, 5]), "5"),
+        (lambda s: solvers.unipc_2(s, []), "(0,)"),
+        (lambda s: solvers.edm(schedule.zero_terminal_snr(s), [10, 1]), "level 10"),
     ],
 )
-def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_input_is_named(make, words):
+    with pytest.raises(ValueError, match=naming(*words.split())):
         make(schedule.linear(10))
 
 
@@ -400,7 +401,7 @@ def test_churn_keeps_to_its_range_with_both_ends():
 
 @pytest.mark.parametrize("order", [1, 3])
 def test_an_order_is_missed_from_above_and_below(order):
-    with pytest.raises(AssertionError, match="the measured order is"):
+    with pytest.raises(AssertionError, match=naming("order", order)):
         assert_order(MAKERS["heun"], order)
 
 
@@ -464,15 +465,15 @@ def test_resampling_brings_what_is_made_to_what_is_known(eta):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "words"),
     [
-        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 0), "takes 1 rows 0 times: use 1 or more"),
-        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 2, 0), "takes 0 rows 2 times: use 1 or more"),
-        (lambda: solvers.resample(solvers.heun(LEVELS, [9, 5]), 2), "one row a level and without history"),
-        (lambda: solvers.resample(solvers.dpm_solver_pp_2m(LEVELS, [9, 5, 2]), 2), "without history"),
-        (lambda: solvers.resample(sampler.encode(LEVELS, [9, 5]), 2), "one row a level"),
+        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 0), "times 0"),
+        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 2, 0), "0 2"),
+        (lambda: solvers.resample(solvers.heun(LEVELS, [9, 5]), 2), "ddim ddpm"),
+        (lambda: solvers.resample(solvers.dpm_solver_pp_2m(LEVELS, [9, 5, 2]), 2), "ddim ddpm"),
+        (lambda: solvers.resample(sampler.encode(LEVELS, [9, 5]), 2), "ddim ddpm"),
     ],
 )
-def test_what_cannot_be_resampled_is_named(make, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_resampled_is_named(make, words):
+    with pytest.raises(ValueError, match=naming(*words.split())):
         make()

@@ -1,4 +1,5 @@
 import http.server
+import importlib.util
 import re
 import threading
 from hashlib import sha256
@@ -7,6 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from naming import naming
 from safetensors.numpy import load, load_file, save_file
 from sklearn.datasets import load_digits
 
@@ -92,19 +94,19 @@ def test_what_was_trained_is_read_again_unless_it_is_damaged_or_foreign(digits, 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "words"),
     [
-        ({0: lambda x: x / 255.0}, r"images are float64 \[150, 8, 8, 1\]: use uint8"),
-        ({2: lambda x: x[:, :4]}, "images are 4x8x1 where the classifier was trained on 8x8x1"),
-        ({2: lambda x: x[:0], 3: lambda y: y[:0]}, "one or more"),
-        ({1: lambda y: y[:-1]}, "the labels of 150 images are 149: use one whole number each"),
-        ({1: lambda y: y + 1}, "the labels of images are of 1 to 10: use 0 to 9"),
-        ({3: lambda y: y - 1}, "the labels of held-out images are of -1 to 8: use 0 to 9"),
+        ({0: lambda x: x / 255.0}, "images float64 [150, 8, 8, 1] uint8"),
+        ({2: lambda x: x[:, :4]}, "images 4x8x1 8x8x1"),
+        ({2: lambda x: x[:0], 3: lambda y: y[:0]}, "images [0, 8, 8, 1]"),
+        ({1: lambda y: y[:-1]}, "labels 150 149"),
+        ({1: lambda y: y + 1}, "labels 1 10 0 9"),
+        ({3: lambda y: y - 1}, "labels -1 8 0 9"),
     ],
 )
-def test_bad_images_and_labels_are_told_in_a_sentence(digits, tmp_path, change, message):
+def test_bad_images_and_labels_are_told_in_a_sentence(digits, tmp_path, change, words):
     parts = [change.get(i, lambda x: x)(part[:150]) for i, part in enumerate(digits)]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*words.split())):
         features.small_cnn(*parts, 10, tmp_path, 0)
 
 
@@ -134,10 +136,10 @@ def test_weights_are_downloaded_once_and_checked(site, tmp_path):
     address, folder = site
     right, path = b"x" * 3_000_000, tmp_path / "cache" / "weights.pth"
     url, digest = f"{address}/weights.pth", sha256(right).hexdigest()
-    with pytest.raises(ValueError, match=rf"{path} is not there, and {url} cannot be had \(404 .*put it at {path}"):
+    with pytest.raises(ValueError, match=naming(path, url, "404")):
         features.fetch(url, digest, path)
     (folder / "weights.pth").write_bytes(b"something else")
-    with pytest.raises(ValueError, match=rf"what {url} sent is not the file of sha256 {digest}"):
+    with pytest.raises(ValueError, match=naming(url, digest)):
         features.fetch(url, digest, path)
     assert not list(path.parent.iterdir())  # nothing half done
     path.write_bytes(b"damaged")
@@ -153,28 +155,28 @@ def test_without_network_or_weights_a_sentence_says_where_to_put_them(tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(features, "URL", "http://127.0.0.1:9/weights-of-2015.pth")  # where nobody listens
     place = tmp_path / "diffjax" / "weights-of-2015"
-    with pytest.raises(ValueError, match=rf"{place}.(pth is not there.*put it at {place}.pth|safetensors, and torch)"):
+    torch = importlib.util.find_spec("torch") is not None
+    missing = naming(f"{place}.pth", features.URL) if torch else naming(f"{place}.safetensors", "torch")
+    with pytest.raises(ValueError, match=missing):
         features.inception()
-    with pytest.raises(ValueError, match=f"there is no file {tmp_path / 'none.pth'}"):
+    with pytest.raises(ValueError, match=naming(tmp_path / "none.pth")):
         features.inception(tmp_path / "none.pth")
 
 
 def test_weights_that_are_none_are_told(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=f"{path} cannot be used: it is damaged, or no safetensors file"):
+    with pytest.raises(ValueError, match=naming(path)):
         features.inception(path)
     save_file({"conv1.weight": np.zeros((3, 3))}, path)
-    with pytest.raises(ValueError, match=r"there is no tensor Conv2d_1a_3x3.bn.weight: these are not the weights"):
+    with pytest.raises(ValueError, match=naming(path, "Conv2d_1a_3x3.bn.weight")):
         features.inception(path)
     save_file({"Conv2d_1a_3x3.bn.weight": np.zeros(31)}, path)
-    with pytest.raises(ValueError, match=r"tensor Conv2d_1a_3x3.bn.weight is \[31\] where \[32\] belongs"):
+    with pytest.raises(ValueError, match=naming(path, "Conv2d_1a_3x3.bn.weight", "[31]", "[32]")):
         features.inception(path)
     other = tmp_path / "weights.pth"
     other.write_bytes(b"no weights")
-    with pytest.raises(
-        ValueError, match=f"{other} cannot be used: (it is damaged, or no file of weights|torch, which)"
-    ):
+    with pytest.raises(ValueError, match=naming(other)):
         features.inception(other)
 
 

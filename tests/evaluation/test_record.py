@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from naming import naming
 
 from diffjax.evaluation.record import Sampling, as_dict, markdown
 
@@ -15,7 +16,7 @@ ROW = Sampling(
 def test_a_row_without_its_context_cannot_be_built():
     values = dataclasses.asdict(ROW)
     for name in values:
-        with pytest.raises(TypeError, match=name):
+        with pytest.raises(TypeError, match=naming(name)):
             Sampling(**{key: value for key, value in values.items() if key != name})
 
 
