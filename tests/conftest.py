@@ -1,37 +1,22 @@
 """Eight fake CPU devices stand for a pod, whatever started the tests."""
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
-# Most of the suite's time is compiling: the compiler may be quick rather than good.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_parallel_codegen_split_count=2"
-)
+from helpers import QUICK, ROOT
+
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 # XLA sizes its thread pool by the cores it sees; with fewer threads than devices a collective waits for ever.
 os.environ["NPROC"] = "32"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import jax
+import pytest
+from hypothesis import settings
 
 settings.register_profile("diffjax", deadline=None, derandomize=True, max_examples=60, print_blob=True)
 settings.load_profile("diffjax")
-
-ROOT = Path(__file__).parent.parent
-QUIET = ("--train.preview-every=0", "--train.eval-every=0")
-TINY = (
-    "--network.channels=4",
-    "--network.norm-groups=1",
-    "--network.multipliers=1",
-    "--network.attention",
-    "--network.heads=1",
-)
 
 
 @pytest.fixture
@@ -74,13 +59,6 @@ def run_program(program):
     return run
 
 
-def free_port():
-    """A port of this machine that nothing listens at."""
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def digits_training(request, tmp_path_factory, program):
     """A run of the real configuration, cut to a fifth, started before the first test so that it trains beside the
@@ -108,15 +86,3 @@ def in_suite_data(data_dir, monkeypatch):
     """Programs of this process find the suite's datasets, and leave nothing in the user's cache."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     monkeypatch.setenv("XDG_CACHE_HOME", str(data_dir / "cache"))
-
-
-def check_mistake(main, command, message, capsys, **places):
-    """A command ends with exit code 2 and one sentence that holds the message."""
-    arguments = [word.format(**places) for word in command.split()]
-    with pytest.raises(SystemExit) as end:
-        main(arguments)
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 2
-    assert message in said
-    assert len(said.splitlines()) == 1
-    assert "Traceback" not in said

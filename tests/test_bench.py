@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import check_mistake
+from helpers import check_mistake
 
 from diffjax import experiment
 from diffjax.bench import __main__ as bench
@@ -52,10 +52,7 @@ def test_comparisons_take_turns():
 
 
 def test_bad_input_is_named(capsys):
-    with pytest.raises(SystemExit) as end:
-        bench.main(["sampler", "--pairs", "0"])
-    assert end.value.code == 2
-    assert "--pairs is 0: measure once or more" in capsys.readouterr().err
+    check_mistake(bench.main, "sampler --pairs 0", ("pairs", "0"), capsys)
 
 
 def test_what_training_costs_is_measured_with_its_context(tmp_path, capsys, monkeypatch, in_suite_data):
@@ -70,7 +67,7 @@ def test_what_training_costs_is_measured_with_its_context(tmp_path, capsys, monk
     monkeypatch.setattr(bench, "trainers", lambda npz: [random])
     bench.main(["training", "--pairs", "2"])
     head, _, *table = capsys.readouterr().out.splitlines()
-    assert re.search(r"8 x cpu \(\d+ cores\), float32, jax [\d.]+, medians of 2 turns of 2 steps", head)
+    assert re.search(r"8 x cpu \(\d+ cores\), float32, jax [\d.]+\D+\b2\b\D+\b2\b", head)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
     for network, batch, images, _, value, spread, _ in rows:
         assert re.fullmatch(r"mnist_small, [\d,]+ parameters", network)
@@ -87,8 +84,8 @@ def test_what_training_costs_is_measured_with_its_context(tmp_path, capsys, monk
 
 
 def test_a_file_that_cannot_be_trained_on_is_named(tmp_path, capsys, in_suite_data):
-    check_mistake(bench.main, "training --npz {tmp}/gone.npz", "there is no file", capsys, tmp=tmp_path)
-    check_mistake(bench.main, "sampler --npz x.npz", "--npz belongs to training", capsys)
+    check_mistake(bench.main, "training --npz {tmp}/gone.npz", "{tmp}/gone.npz", capsys, tmp=tmp_path)
+    check_mistake(bench.main, "sampler --npz x.npz", ("npz", "training", "sampler"), capsys)
 
 
 def test_networks_are_timed_with_their_context(tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, QUIET, TINY, free_port
+from helpers import QUICK, QUIET, TINY, check_told, free_port, naming, of_steps
 
 import train
 from diffjax.run import Description, open_run
@@ -77,12 +77,12 @@ def killed(uninterrupted, program, run_program, arguments):
         out, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err  # it was still training
         if out:
-            assert f"at step {before} of" in out  # no checkpoint was lost
-        assert "damaged" not in out
+            assert re.search(of_steps(folder, before, STEPS), out)  # no checkpoint was lost
+        assert not (folder / "damaged").exists()
     before = max(steps_of(folder))
     code, out, err = run_program(*arguments, "--workdir", folder, flags=QUICK)
     assert code == 0, err
-    assert f"resuming {folder} at step {before} of {STEPS}" in out
+    assert re.search(of_steps(folder, before, STEPS), out)
     return folder
 
 
@@ -103,12 +103,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(killed, uninte
         content[len(content) // 2] ^= 1
         payload.write_bytes(content)
     shutil.rmtree(before / "ema")
-    with pytest.raises(ValueError, match=f"checkpoint .*/{STEPS} "):
+    with pytest.raises(ValueError, match=naming(last)):
         open_run(killed, weights="raw")
     code, out, err = run_program(*arguments, "--workdir", killed, flags=QUICK)
     assert code == 0, err
     for step in (STEPS, STEPS - 1):
-        assert f"checkpoint {step} is damaged, and is now {killed / 'damaged' / str(step)}: step {STEPS - 2} is" in out
+        aside = killed / "damaged" / str(step)
+        assert aside.is_dir()
+        assert any(re.search(naming(step, aside, STEPS - 2), line) for line in out.splitlines())
     assert "Traceback" not in err
     assert_same_run(killed, uninterrupted)
 
@@ -119,9 +121,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(killed, tmp_path, run_p
     for step in steps_of(tmp_path / "run"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step) / "rest")
     code, _, err = run_program(*arguments, "--workdir", tmp_path / "run", "--train.steps", STEPS + 1, flags=QUICK)
-    assert code == 2
-    assert len(err.strip().splitlines()) == 1
-    assert f"checkpoint {tmp_path / 'run' / 'checkpoints' / str(STEPS)} does not fit" in err
+    check_told(code, err, str(tmp_path / "run" / "checkpoints" / str(STEPS)))
     assert steps_of(tmp_path / "run") == steps_of(killed)
 
 
@@ -136,8 +136,7 @@ def test_a_signal_leaves_a_run_that_goes_on(number, code, program, tmp_path):
     assert process.returncode == code, err
     said = err.strip().splitlines()[-1]
     assert "Traceback" not in err
-    assert "interrupted: the same command goes on from step" in said
-    assert open_run(tmp_path).step == int(said.split()[-1])
+    assert re.search(naming(open_run(tmp_path).step), said)
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(small_disk, run_program):
+def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(small_disk, run_program):
     arguments = [
         "train.py",
         "digits",
@@ -169,17 +168,12 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_the_last_checkpoint(small_d
             file.write(bytes(4096))
     os.truncate(filler, filler.stat().st_size - 16384)  # room for metrics, and for the start of a checkpoint
     code, _, err = run_program(*arguments, "--train.steps", 40, flags=QUICK)
-    assert code == 2, err
-    assert "Traceback" not in err
-    said = err.strip().splitlines()[-1]
-    assert re.search(
-        r"could not be written to .*/run/checkpoints \(.*: put it right, and the same command goes on", said
-    )
+    check_told(code, err, str(small_disk / "run" / "checkpoints"), after_progress=True)
     filler.unlink()
     assert open_run(small_disk / "run").step == 2
     code, out, err = run_program(*arguments, "--train.steps", 4, flags=QUICK)
     assert code == 0, err
-    assert "at step 2 of 4" in out
+    assert re.search(of_steps(small_disk / "run", 2, 4), out)
 
 
 HOSTS = ["digits", *SHORT, "--train.decay", "none", "--train.warmup", 2]
@@ -231,12 +225,10 @@ def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_pa
         for host in hosts:
             host.kill()
     assert [host.returncode for host in hosts] == [143, 143], told
-    assert all(f"interrupted: the same command goes on from step {max(steps_of(tmp_path))}" in said for said in told)
+    assert all(re.search(naming(max(steps_of(tmp_path))), said) for said in told)
     assert open_run(tmp_path).step == max(steps_of(tmp_path)) < 2 * far
 
 
 def test_hosts_that_cannot_be_found_are_asked_for(run_program, tmp_path):
     code, _, err = run_program("train.py", "digits", "--workdir", tmp_path / "x", "--distributed", "auto", flags=QUICK)
-    assert code == 2
-    assert "finds neither a TPU pod nor SLURM, Open MPI or Kubernetes here: name the HOST:PORT" in err
-    assert len(err.strip().splitlines()) == 1
+    check_told(code, err, ("distributed", "auto", "HOST:PORT", "processes", "process"))

@@ -1,8 +1,10 @@
 """Edits of real digits by a trained run, as functions and as commands."""
 
+import re
+
 import numpy as np
 import pytest
-from conftest import check_mistake
+from helpers import check_mistake, naming
 from PIL import Image
 
 from diffjax import edit, editing, picture, sampler, schedule
@@ -119,29 +121,29 @@ def test_progress_is_told_of_every_batch(editor, digits, monkeypatch):
 
 
 def test_images_of_another_size_are_named(editor):
-    with pytest.raises(ValueError, match=r"images are \(2, 9, 8, 1\): this run knows \[N, 8, 8, 1\]"):
+    with pytest.raises(ValueError, match=naming("images", (2, 9, 8, 1), 8)):
         editor.encode(np.zeros((2, 9, 8, 1)), None, 2)
 
 
 def test_levels_start_where_they_are_asked_to():
     levels = schedule.linear(1000)
     assert editing.trailing_from(levels, 300, 3).tolist() == [300, 200, 100]
-    with pytest.raises(ValueError, match="the level to start from is 1001: use 1"):
+    with pytest.raises(ValueError, match=naming("level", 1001, 1000)):
         editing.trailing_from(levels, 1001, 3)
 
 
 @pytest.mark.parametrize(
-    ("mask", "message"),
+    ("mask", "names"),
     [
-        (np.ones((8, 8)), "says that all is known"),
-        (np.zeros((8, 8)), "says that nothing is known"),
-        (np.full((8, 8), 2), "holds 2 to 2"),
-        (np.full((8, 8), np.nan), "holds nan to nan"),
-        (np.ones((7, 8)), r"has shape \(7, 8, 1\), and the images \(3, 8, 8, 1\)"),
+        (np.ones((8, 8)), ["white"]),  # where there is to be some of what is made anew
+        (np.zeros((8, 8)), ["black"]),
+        (np.full((8, 8), 2), [2]),
+        (np.full((8, 8), np.nan), ["nan"]),
+        (np.ones((7, 8)), [(7, 8, 1), (3, 8, 8, 1)]),
     ],
 )
-def test_a_mask_that_cannot_be_is_named(mask, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_mask_that_cannot_be_is_named(mask, names):
+    with pytest.raises(ValueError, match=naming("mask", *names)):
         editing.check_mask(mask, (3, 8, 8, 1))
 
 
@@ -152,12 +154,12 @@ def test_a_mask_that_cannot_be_is_named(mask, message):
 @pytest.mark.parametrize(
     ("command", "said", "size"),
     [
-        ("reconstruct {run} --steps 5,20 --num 3", ["| 5 |", "| 20 |", "| 0.0065 |", "3 images of 8x8x1"], 3),
-        ("interpolate {run} --num 4 --steps 10 --between 2", ["2 pairs of 4 images", "in 10 steps"], 2),
-        ("vary {run} --num 3 --levels 100,900 --steps 10 --labels 4,5 --guidance 2", ["in [1, 9] steps"], 3),
+        ("reconstruct {run} --steps 5,20 --num 3", ["| 5 |", "| 20 |", "| 0.0065 |", "3", "8x8x1"], 3),
+        ("interpolate {run} --num 4 --steps 10 --between 2", ["2", "4", "10"], 2),
+        ("vary {run} --num 3 --levels 100,900 --steps 10 --labels 4,5 --guidance 2", ["[1, 9]"], 3),
         (
             "inpaint {run} --images {photo} {photo} --mask {mask} --steps 5 --resample 2",
-            ["640x480 RGB: cut to its middle, resized to 8x8, made grey", "0 of 96 known pixels changed"],
+            ["640x480", "RGB", "8x8", "0", "96"],
             3,
         ),
     ],
@@ -170,8 +172,7 @@ def test_a_command_leaves_its_picture_and_says_what_it_did(digits_run, tmp_path,
     places = {"run": digits_run, "photo": photo, "mask": mask}
     edit.main([word.format(**places) for word in command.split()] + ["--out", str(out)])
     told = capsys.readouterr().out
-    for words in (*said, f"wrote {out}"):
-        assert words in told
+    assert [word for word in (*said, out) if not re.search(naming(word), told)] == [], told
     height = np.asarray(Image.open(out)).shape[0]
     assert height == size * 52 + 4
 
@@ -193,41 +194,41 @@ def test_the_commands_are_listed(capsys):
 
 
 BAD = {
-    "inpant {run}": "there is no command 'inpant': did you mean 'inpaint'?",
-    "inpaint {tmp}/nowhere": "there is no run folder",
-    "inpaint {run} --mask lefft": "--mask is 'lefft': name an image file, or one of left, right, top, bottom, center",
-    "inpaint {run} --mask {tmp}/file": "is not an image that can be read",
-    "inpaint {run} --mask {tmp}/white.png": "the mask says that nothing is known",
-    "inpaint {run} --mask {tmp}/black.png": "the mask says that all is known",
-    "inpaint {run} --resample 0": "--resample is 0: take every step once or more",
-    "inpaint {run} --eta 2": "eta is 2.0",
-    "inpaint {run} --steps 0": "steps is 0: this schedule takes 1 to 1000",
-    "inpaint {run} --guidance 2": "without a label there is nothing to lead to: name --labels",
-    "inpaint {run} --guidance nan --labels 3": "guidance is nan",
-    "inpaint {run} --labels 10": "name labels of 0 to 9",
-    "inpaint {run} --images {tmp}/none.png": "No such file or directory",
-    "inpaint {run} --images {tmp}/file": "is not an image that can be read",
-    "inpaint {run} --images {tmp}": "Is a directory",
-    "inpaint {run} --out {tmp}/a.jpg": "is to be a .png file",
-    "inpaint {run} --seed=-1": "seed is -1",
-    "vary {run} --levels 0": "the level to start from is 0: use 1",
-    "vary {run} --levels 1001": "the level to start from is 1001",
-    "vary {run} --levels high": "--levels is 'high': write whole numbers",
-    "vary {run} --num 0": "0 images are asked for: this split holds 297",
-    "reconstruct {run} --steps 10,1001": "steps is 1001",
-    "reconstruct {run} --steps ten": "--steps is 'ten': write whole numbers",
-    "reconstruct {run} --num 1000": "1000 images are asked for: this split holds 297",
-    "reconstruct {run} --stepps 10": "there is no option '--stepps': did you mean '--steps'?",
-    "interpolate {run} --num 2 --labels 3,8": "both images of a pair are asked about under one label",
-    "inpaint {run} --mask {tmp}/clear.png": "clear.png is transparent in parts: a mask is white",
-    "interpolate {run} --num 3": "there are 3 images: interpolation takes pairs",
-    "interpolate {run} --between 0": "--between is 0",
+    "inpant {run}": ("inpant", "inpaint"),
+    "inpaint {tmp}/nowhere": "{tmp}/nowhere",
+    "inpaint {run} --mask lefft": ("mask", "lefft", "left", "center"),
+    "inpaint {run} --mask {tmp}/file": "{tmp}/file",
+    "inpaint {run} --mask {tmp}/white.png": ("mask", "black"),
+    "inpaint {run} --mask {tmp}/black.png": ("mask", "white"),
+    "inpaint {run} --resample 0": ("resample", "0"),
+    "inpaint {run} --eta 2": ("eta", "2"),
+    "inpaint {run} --steps 0": ("steps", "0", "1000"),
+    "inpaint {run} --guidance 2": ("guidance", "2", "labels"),
+    "inpaint {run} --guidance nan --labels 3": ("guidance", "nan"),
+    "inpaint {run} --labels 10": ("labels", "10", "9"),
+    "inpaint {run} --images {tmp}/none.png": "{tmp}/none.png",
+    "inpaint {run} --images {tmp}/file": "{tmp}/file",
+    "inpaint {run} --images {tmp}": "{tmp}",
+    "inpaint {run} --out {tmp}/a.jpg": ("{tmp}/a.jpg", ".png"),
+    "inpaint {run} --seed=-1": ("seed", "-1"),
+    "vary {run} --levels 0": ("level", "0", "1000"),
+    "vary {run} --levels 1001": ("level", "1001", "1000"),
+    "vary {run} --levels high": ("levels", "high"),
+    "vary {run} --num 0": ("0", "297"),
+    "reconstruct {run} --steps 10,1001": ("steps", "1001", "1000"),
+    "reconstruct {run} --steps ten": ("steps", "ten"),
+    "reconstruct {run} --num 1000": ("1000", "297"),
+    "reconstruct {run} --stepps 10": ("stepps", "steps"),
+    "interpolate {run} --num 2 --labels 3,8": ("labels", "3,8"),
+    "inpaint {run} --mask {tmp}/clear.png": "{tmp}/clear.png",
+    "interpolate {run} --num 3": ("images", "3"),
+    "interpolate {run} --between 0": ("between", "0"),
 }
 
 
 @pytest.mark.usefixtures("in_suite_data")
 @pytest.mark.parametrize("command", BAD)
-def test_a_mistake_in_editing_is_one_sentence(command, digits_run, tmp_path, capsys):
+def test_a_mistake_in_editing_is_named_in_one_line(command, digits_run, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for name in ("white", "black"):
         Image.new("L", (8, 8), name).save(tmp_path / f"{name}.png")

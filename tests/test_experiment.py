@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tyro
+from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,18 +57,18 @@ def test_the_recipes_are_those_of_their_papers():
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "names"),
     [
-        (Data(source="folder", size=8), "data.path is None: say with --data.path where the folder of images is"),
-        (Data(source="npz"), "data.path is None: say with --data.path where the npz of images is"),
-        (Data(path="images"), "data.path belongs to the sources folder and npz"),
-        (Data(source="folder", path="images"), "data.size is None: files are of many sizes"),
-        (Data(size=0), "data.size is 0"),
-        (Data(pad=-1), "data.pad is -1"),
+        (Data(source="folder", size=8), ["data.path", "folder"]),
+        (Data(source="npz"), ["data.path", "npz"]),
+        (Data(path="images"), ["data.path", "folder", "npz"]),
+        (Data(source="folder", path="images"), ["data.size"]),
+        (Data(size=0), ["data.size", 0]),
+        (Data(pad=-1), ["data.pad", -1]),
     ],
 )
-def test_data_that_cannot_be_is_named(data, message):
-    with pytest.raises(ValueError, match=message):
+def test_data_that_cannot_be_is_named(data, names):
+    with pytest.raises(ValueError, match=naming(*names)):
         experiment.check(Config(data=data))
 
 
@@ -79,7 +80,7 @@ def test_a_configuration_survives_json(train, multipliers, folder):
 
 def test_a_stored_configuration_of_another_version():
     assert experiment.from_dict({"train": {"steps": 7}}).train == Train(steps=7)
-    with pytest.raises(ValueError, match="unknown field 'flavour': it is from another version"):
+    with pytest.raises(ValueError, match=naming("flavour")):
         experiment.from_dict({"train": {"flavour": 1}})
 
 
@@ -87,7 +88,7 @@ def test_resuming_may_change_the_training_but_not_the_network():
     stored = Config()
     assert experiment.check_resume(stored, Config(train=Train(steps=9))) == ["train.steps: 1000 -> 9"]
     assert experiment.check_resume(stored, stored) == []
-    with pytest.raises(ValueError, match=r"network.blocks is 3 but the checkpoint was trained with 1: take another"):
+    with pytest.raises(ValueError, match=naming("network.blocks", 3, 1)):
         experiment.check_resume(stored, Config(network=Network(blocks=3)))
 
 
@@ -139,5 +140,5 @@ def test_levels_are_drawn_as_asked(name):
 
 
 def test_antithetic_pairs_need_an_even_batch():
-    with pytest.raises(ValueError, match=r"train.batch is 7: antithetic levels come in pairs"):
+    with pytest.raises(ValueError, match=naming("batch", 7, "antithetic")):
         experiment.build_times(Config(train=Train(times="antithetic", batch=7)))

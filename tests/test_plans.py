@@ -1,10 +1,10 @@
 import json
-import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,52 +57,46 @@ def test_a_dial_reaches_its_sampler():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "names"),
     [
-        (lambda t: plans.named("ddmi", LEVELS, t, ""), "there is no sampler 'ddmi': choose from ddpm, "),
-        (lambda t: plans.named("heun", LEVELS, t, "", eta=0.5), "--eta belongs to ddim and dpm_solver_pp_2m"),
-        (lambda t: plans.named("heun", LEVELS, t, "", rho=7), "--rho belongs to no sampler"),
-        (lambda t: plans.named("ddpm", LEVELS, t, "", variance="large"), "variance is 'large': use fixed_small"),
-        (lambda t: plans.named("ddpm", LEVELS, t, "", variance="1.5"), "v is 1.5"),
-        (
-            lambda t: plans.check_fits(sampler.ddim(schedule.cosine(), t), LEVELS),
-            "the plan belongs to another schedule",
-        ),
-        (lambda t: plans.check_fits(sampler.ddim(schedule.linear(1000, 1e-4, 0.0201), t), LEVELS), "another schedule"),
-        (
-            lambda t: plans.check_fits(sampler.ddim(LEVELS, t), schedule.linear(100)),
-            "level 1000 is not on the schedule",
-        ),
+        (lambda t: plans.named("ddmi", LEVELS, t, ""), ["ddmi", *plans.SAMPLERS]),
+        (lambda t: plans.named("heun", LEVELS, t, "", eta=0.5), ["eta", "heun", "ddim", "dpm_solver_pp_2m"]),
+        (lambda t: plans.named("heun", LEVELS, t, "", rho=7), ["rho", "heun"]),
+        (lambda t: plans.named("ddpm", LEVELS, t, "", variance="large"), ["variance", "large", "fixed_small"]),
+        (lambda t: plans.named("ddpm", LEVELS, t, "", variance="1.5"), ["1.5", "fixed_small", "fixed_large"]),
+        (lambda t: plans.check_fits(sampler.ddim(schedule.cosine(), t), LEVELS), ["alpha", 1000]),
+        (lambda t: plans.check_fits(sampler.ddim(schedule.linear(1000, 1e-4, 0.0201), t), LEVELS), ["alpha", 1000]),
+        (lambda t: plans.check_fits(sampler.ddim(LEVELS, t), schedule.linear(100)), ["level", 1000, 100]),
     ],
 )
-def test_bad_input_is_named(make, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_bad_input_is_named(make, names):
+    with pytest.raises(ValueError, match=naming(*names)):
         make(schedule.trailing(LEVELS, 5))
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "names"),
     [
-        (lambda plan: "{", "is not JSON"),
-        (lambda plan: "[1]", "is not a plan: it needs the columns t, alpha"),
-        (lambda plan: json.dumps(plan | {"e": 1}), "and no others"),
-        (lambda plan: json.dumps(plan | {"a": "many"}), "is not a plan: could not convert"),
-        (lambda plan: json.dumps(plan | {"a": [[1], [2, 3]]}), "is not a plan"),
-        (lambda plan: json.dumps(plan | {"b": [float("nan")] * 3}), "column b of the plan is nan in row 1"),
-        (lambda plan: json.dumps(plan | {"c": [0, 0, 0]}), "column c of the plan has shape (3,)"),
-        (lambda plan: json.dumps(plan | {"a": None}), "is not a plan"),
-        (lambda plan: json.dumps(plan | {"a": 1.0}), "is not a plan"),
-        (lambda plan: json.dumps({name: [] for name in plan} | {"d": None}), "at least one row"),
-        (lambda plan: json.dumps(plan | {"d": [0, -1, 0]}), "a standard deviation is 0 or more"),
-        (lambda plan: json.dumps(plan | {"number": [1, 1, 2]}), "different integers from 1 on"),
-        (lambda plan: json.dumps(plan | {"number": [0, 1, 2]}), "different integers from 1 on"),
-        (lambda plan: json.dumps(plan | {"number": [1.5, 2, 3]}), "different integers from 1 on"),
-        (lambda plan: json.dumps(plan | {"d": [0, 0]}), "column d of the plan has shape (2,)"),
+        (lambda plan: "{", ["JSON"]),
+        (lambda plan: "[1]", ["t", "alpha", "sigma", "a", "b", "c", "d", "number"]),
+        (lambda plan: json.dumps(plan | {"e": 1}), ["t", "alpha", "sigma", "a", "b", "c", "d", "number"]),
+        (lambda plan: json.dumps(plan | {"a": "many"}), ["many"]),
+        (lambda plan: json.dumps(plan | {"a": [[1], [2, 3]]}), []),
+        (lambda plan: json.dumps(plan | {"b": [float("nan")] * 3}), ["b", "nan", 1]),
+        (lambda plan: json.dumps(plan | {"c": [0, 0, 0]}), ["c", (3,), (3, 2)]),
+        (lambda plan: json.dumps(plan | {"a": None}), []),
+        (lambda plan: json.dumps(plan | {"a": 1.0}), []),
+        (lambda plan: json.dumps({name: [] for name in plan} | {"d": None}), ["row"]),
+        (lambda plan: json.dumps(plan | {"d": [0, -1, 0]}), ["d", -1]),
+        (lambda plan: json.dumps(plan | {"number": [1, 1, 2]}), ["number", 1]),
+        (lambda plan: json.dumps(plan | {"number": [0, 1, 2]}), ["number", 1]),
+        (lambda plan: json.dumps(plan | {"number": [1.5, 2, 3]}), ["number", 1]),
+        (lambda plan: json.dumps(plan | {"d": [0, 0]}), ["d", (2,), (3,)]),
     ],
 )
-def test_a_file_that_is_no_plan_is_named(change, message, tmp_path):
+def test_a_file_that_is_no_plan_is_named(change, names, tmp_path):
     file = tmp_path / "plan.json"
     plans.save(file, sampler.ddim(LEVELS, [1000, 500, 1]))
     file.write_text(change(json.loads(file.read_text())))
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=naming(file, *names)):
         plans.load(file)

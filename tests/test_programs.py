@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
-from conftest import QUICK, QUIET, TINY, check_mistake
+from helpers import QUICK, QUIET, TINY, check_mistake, check_told, naming
 from PIL import Image
 
 import sample
@@ -35,7 +36,8 @@ def test_training_learns_and_leaves_what_it_says(digits_run):
 def test_the_same_command_again_says_that_it_has_finished(digits_run, run_program):
     before = (digits_run / "metrics.jsonl").read_bytes()
     code, out, _ = run_program("train.py", "digits", "--workdir", digits_run, "--train.steps", 220)
-    assert (code, "has done its 220 steps" in out) == (0, True)
+    assert code == 0
+    assert re.search(rf"{re.escape(str(digits_run))}\D+\b220\b", out)
     assert (digits_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -46,7 +48,7 @@ def test_guided_ddim_draws_the_digits_that_were_asked_for(digits_run, run_progra
         "--seed", 0, "--out", tmp_path / "grid.png", "--save", tmp_path / "samples.npz",
     )  # fmt: skip
     assert code == 0, err
-    for word in ("ddim(eta=0, trailing)", "| 50 ", "| 100 ", "426,961 parameters", "1 x cpu", "float32", "compile s"):
+    for word in ("ddim(eta=0, trailing)", "| 50 ", "| 100 ", "426,961", "1 x cpu", "float32", "compile s"):
         assert word in out
     samples = np.load(tmp_path / "samples.npz")
     assert (samples["images"].shape, samples["images"].dtype) == ((100, 8, 8, 1), np.uint8)
@@ -216,116 +218,136 @@ def test_each_of_several_averages_can_be_sampled(unconditional_run):
 
 # ------------------------------------------------------------------------------------------- mistakes
 
+SENTENCES = {
+    "digitz --workdir x": "train.py: there is no configuration 'digitz': did you mean 'digits'?",
+    "digits --workdir x --train.stepz 5": (
+        "train.py digits: there is no option '--train.stepz': did you mean '--train.steps'?"
+    ),
+    "digits --workdir x --train.steps 0": "train.py: train.steps is 0: use a number above 0",
+    "digits --workdir x --train.batch 12": (
+        "train.py: train.batch is 12, which 8 devices cannot share equally: use a multiple of 8"
+    ),
+}
+
+
+@pytest.mark.parametrize("command", SENTENCES)
+def test_a_mistake_is_told_like_this(command, capsys):
+    """Examples of the sentences, word by word. All other tests of errors leave their wording free."""
+    with pytest.raises(SystemExit):
+        train.main(command.split())
+    assert capsys.readouterr().err == SENTENCES[command] + "\n"
+
+
 BAD_TRAIN = {
-    "digitz --workdir {tmp}/x": "there is no configuration 'digitz': did you mean 'digits'?",
-    "digits --workdir {tmp}/x --train.stepz 5": "there is no option '--train.stepz': did you mean '--train.steps'?",
-    "digits --workdir {tmp}/x --train.steps many": "Error parsing --train.steps",
-    "digits --workdir {tmp}/x --diffusion.schedule cosin": "'cosin'",
-    "digits": "--workdir",
-    "digits --workdir {tmp}/x extra": "there is no option 'extra'",
-    "digits --workdir {tmp}/file/x": "Not a directory",
-    "digits --workdir {tmp}/x --train.steps 0": "train.steps is 0: use a number above 0",
-    "digits --workdir {tmp}/x --train.label-dropout 1.5": "train.label_dropout is 1.5",
-    "digits --workdir {tmp}/x --train.learning-rate -1": "train.learning_rate is -1",
-    "digits --workdir {tmp}/x --train.learning-rate nan": "train.learning_rate is nan",
-    "digits --workdir {tmp}/x --train.clip inf": "train.clip is inf",
-    "digits --workdir {tmp}/x --train.seed 4294967296": "train.seed is 4294967296: use less than 2**32",
-    "digits --workdir {tmp}/x --diffusion.T 20": "beta_20 is 1.0: every beta lies strictly between 0 and 1",
-    "digits --workdir {tmp}/x --diffusion.zero-terminal-snr": "level 1000 has no signal",
-    "digits --workdir {tmp}/x --train.weighting snr": "'snr'",
-    "digits --workdir {tmp}/x --network.attention 5": "attention at (5,) never happens: this network sees sizes [8, 4]",
-    "digits --workdir {tmp}/x --data.name lfw": "dataset 'lfw'",
-    "digits --workdir {tmp}/x --data.name mnist:9.9.9": "dataset 'mnist:9.9.9' cannot be used",
-    "digits --workdir {tmp}/x --train.save-every 0": "train.save_every is 0",
-    "digits --workdir {tmp}/x --train.accumulate 0": "train.accumulate is 0: use a number above 0",
-    "digits --workdir {tmp}/x --train.accumulate 3": "which 8 devices, in 3 parts each, cannot share",
-    "digits --workdir {tmp}/x --train.steps-per-dispatch 0": "train.steps_per_dispatch is 0: use a number above 0",
-    "digits --workdir {tmp}/x --train.max-skipped 0": "train.max_skipped is 0: use a number above 0",
-    "digits --workdir {tmp}/x --train.ema": "train.ema is (): name at least one decay",
-    "digits --workdir {tmp}/x --train.ema 0.9 1.0": "train.ema is (0.9, 1.0): name at least one decay, each 0 or more",
-    "digits --workdir {tmp}/x --train.ema many": "'many'",
-    "digits --workdir {tmp}/x --parallel pmpa": "'pmpa'",
-    "digits --workdir {tmp}/x --train.parallel gspmd": "'gspmd'",
-    "digits --workdir {tmp}/x --distributed here": "--distributed is 'here': write auto, or the HOST:PORT of process 0",
-    "digits --workdir {tmp}/x --distributed localhost:1": "--processes is None and --process is None: say how many",
-    "digits --workdir {tmp}/x --distributed localhost:1 --processes 2 --process 2": "--process is 2: say how many",
-    "digits --workdir {tmp}/x --distributed auto --processes 2": "leave out --processes and --process",
-    "digits --workdir {tmp}/x --process 1": "--processes and --process belong to --distributed: leave them out",
-    "digits --workdir {run} --train.ema 0.9 0.99": "but the checkpoint holds the averages (0.999,)",
-    "digits --workdir {broken} --train.steps 40": "is incomplete: remove it",
-    "digits --workdir {file}": "/file is a file: name a folder as --workdir",
-    "digits --workdir {tmp}/x --network.channels 7": "network.channels is 7: use an even number",
-    "digits --workdir {tmp}/x --network.heads 5": "heads is 5: it must divide every width where there is",
-    "digits --workdir {tmp}/x --network.multipliers 1 1 1 1 1": "8x8 cannot be halved 4 times",
-    "digits --workdir {tmp}/x --train.batch 12": "which 8 devices cannot share equally",
-    "digits --workdir {tmp}/x --train.batch 4000": "a batch of 4000 is more than the 1500 images",
-    "digits --workdir {tmp}/x --data.name cifar1": "no dataset 'cifar1': did you mean 'cifar10'?",
-    "digits --workdir {run} --network.channels 32": "network.channels is 32 but the checkpoint was trained with 24",
-    "digits --workdir {run} --diffusion.T 500": "diffusion.T is 500 but the checkpoint was trained with 1000",
+    "digitz --workdir {tmp}/x": ("digitz", "digits"),
+    "digits --workdir {tmp}/x --train.stepz 5": ("train.stepz", "train.steps"),
+    "digits --workdir {tmp}/x --train.steps many": ("steps", "many"),
+    "digits --workdir {tmp}/x --diffusion.schedule cosin": ("schedule", "cosin"),
+    "digits": "workdir",
+    "digits --workdir {tmp}/x extra": "extra",
+    "digits --workdir {tmp}/file/x": "{tmp}/file/x",
+    "digits --workdir {tmp}/x --train.steps 0": ("steps", "0"),
+    "digits --workdir {tmp}/x --train.label-dropout 1.5": ("label_dropout", "1.5"),
+    "digits --workdir {tmp}/x --train.learning-rate -1": ("learning_rate", "-1"),
+    "digits --workdir {tmp}/x --train.learning-rate nan": ("learning_rate", "nan"),
+    "digits --workdir {tmp}/x --train.clip inf": ("clip", "inf"),
+    "digits --workdir {tmp}/x --train.seed 4294967296": ("seed", "4294967296"),
+    "digits --workdir {tmp}/x --diffusion.T 20": ("beta_20", "1"),
+    "digits --workdir {tmp}/x --diffusion.zero-terminal-snr": ("1000", "alpha", "eps"),
+    "digits --workdir {tmp}/x --train.weighting snr": ("weighting", "snr"),
+    "digits --workdir {tmp}/x --network.attention 5": ("attention", "5", "8", "4"),
+    "digits --workdir {tmp}/x --data.name lfw": "lfw",
+    "digits --workdir {tmp}/x --data.name mnist:9.9.9": "mnist:9.9.9",
+    "digits --workdir {tmp}/x --train.save-every 0": ("save_every", "0"),
+    "digits --workdir {tmp}/x --train.accumulate 0": ("accumulate", "0"),
+    "digits --workdir {tmp}/x --train.accumulate 3": ("batch", "64", "8", "3", "24"),
+    "digits --workdir {tmp}/x --train.steps-per-dispatch 0": ("steps_per_dispatch", "0"),
+    "digits --workdir {tmp}/x --train.max-skipped 0": ("max_skipped", "0"),
+    "digits --workdir {tmp}/x --train.ema": "train.ema",
+    "digits --workdir {tmp}/x --train.ema 0.9 1.0": ("ema", "0.9", "1"),
+    "digits --workdir {tmp}/x --train.ema many": ("ema", "many"),
+    "digits --workdir {tmp}/x --parallel pmpa": ("parallel", "pmpa"),
+    "digits --workdir {tmp}/x --train.parallel gspmd": ("parallel", "gspmd"),
+    "digits --workdir {tmp}/x --distributed here": ("distributed", "here"),
+    "digits --workdir {tmp}/x --distributed localhost:1": ("processes", "process"),
+    "digits --workdir {tmp}/x --distributed localhost:1 --processes 2 --process 2": ("processes", "process", "2"),
+    "digits --workdir {tmp}/x --distributed auto --processes 2": ("distributed", "auto", "processes", "process"),
+    "digits --workdir {tmp}/x --process 1": ("distributed", "processes", "process"),
+    "digits --workdir {run} --train.ema 0.9 0.99": ("ema", "0.9", "0.99", "0.999"),
+    "digits --workdir {broken} --train.steps 40": "{broken}/checkpoints/30",
+    "digits --workdir {file}": ("{file}", "workdir"),
+    "digits --workdir {tmp}/x --network.channels 7": ("channels", "7"),
+    "digits --workdir {tmp}/x --network.heads 5": ("heads", "5", "48"),
+    "digits --workdir {tmp}/x --network.multipliers 1 1 1 1 1": ("multipliers", "8x8", "16"),
+    "digits --workdir {tmp}/x --train.batch 12": ("batch", "12", "8"),
+    "digits --workdir {tmp}/x --train.batch 4000": ("batch", "4000", "1500"),
+    "digits --workdir {tmp}/x --data.name cifar1": ("cifar1", "cifar10"),
+    "digits --workdir {run} --network.channels 32": ("channels", "32", "24"),
+    "digits --workdir {run} --diffusion.T 500": ("diffusion.T", "500", "1000"),
 }
 
 BAD_SAMPLE = {
-    "{tmp}/nowhere": "there is no run folder",
-    "{tmp}": "holds no checkpoint",
-    "{run} --checkpoint 7": "holds no checkpoint of step 7: it has 200, 220",
-    "{run} --sampler ddmi": "'ddmi'",
-    "{run} --weights best": "weights are 'best': use ema, raw, or the decay of an average, 0.999",
-    "{run} --stepps 5": "there is no option '--stepps': did you mean '--steps'?",
-    "{run} --steps 0": "steps is 0: this schedule takes 1 to 1000",
-    "{run} --steps 1001": "steps is 1001: this schedule takes 1 to 1000",
-    "{run} --steps 900 --spacing quadratic": "room for 801 of 1000 levels",
-    "{run} --eta 1.5": "eta is 1.5",
-    "{run} --sampler ddpm --eta 0.5": "--eta belongs to ddim",
-    "{run} --variance fixed_large": "--variance belongs to ddpm",
-    "{run} --sampler ddpm --variance big": "variance is 'big': use fixed_small, fixed_large, or a number",
-    "{run} --sampler heun --eta 0": "--eta belongs to ddim and dpm_solver_pp_2m: the dials of heun are none",
-    "{run} --sampler edm --churn=-1": "churn is -1.0",
-    "{run} --levels 1000,ten": "--levels is '1000,ten': write numbers, separated by commas",
-    "{run} --levels 5,10": "levels must decrease strictly, got 5.0 before 10.0",
-    "{run} --levels 1000,0": "level 0 is data",
-    "{run} --levels 1000,0.5": "level 0.5 has an end without a finite logsnr",
-    "{run} --levels 1000,1 --steps 3": "leave out --steps",
-    "{run} --plan {tmp}/no.json": "No such file",
-    "{run} --plan {tmp}/file": "is not JSON",
-    "{run} --plan {tmp}/file --eta 1": "--plan says all of the sampler: leave out --eta",
-    "{run} --save-plan {tmp}/plan.txt": "is to be a .json or .png file",
-    "{run} --labels 3,10": "name labels of 0 to 9",
-    "{run} --labels two": "name labels of 0 to 9",
-    "{run} --labels=-1": "name labels of 0 to 9",
-    "{run} --num 0": "--num is 0",
-    "{run} --seed=-1": "seed is -1",
-    "{run} --seed 9223372036854775808": "seed is 9223372036854775808",
-    "{run} --guidance nan": "guidance is nan",
-    "{run} --guidance=-2": "guidance is -2",
-    "{run} --interval 0.3 5": "has the scale 1, which is not guided",
-    "{run} --guidance 2 --interval 5 0.3": "the interval is 5 to 0.3 of sigma/alpha",
-    "{run} --guidance 2 --interval=-1 0.3": "the interval is -1 to 0.3",
-    "{run} --guidance 2 --rescale 1.5": "rescale is 1.5",
-    "{run} --guidance 2 --negative 10": "the label to be led away from is 10: use 0 to 9",
-    "{run} --threshold 0": "--threshold is 0.0: use more than 0",
-    "{unconditional} --guidance 1 --negative 2": "was trained without labels: leave out --guidance",
-    "{run} --worse {run}": "has the scale 1, which is not guided",
-    "{run} --worse-checkpoint 5": "--worse-checkpoint belongs to --worse",
-    "{run} --guidance 2 --worse {tmp}/nowhere": "there is no run folder",
-    "{run} --guidance 2 --worse {run} --worse-checkpoint 7": "holds no checkpoint of step 7",
-    "{run} --guidance 2 --worse {unconditional}": "autoguidance takes two networks of the same data",
-    "{run} --guidance 2 --worse {run} --two-passes": "leave out --negative and --two-passes",
-    "{run} --animate {tmp}/a.png": "is to be a .gif file",
-    "{run} --batch 12": "--batch is 12, which 8 devices cannot share equally: use a multiple of 8",
-    "{broken}": "is incomplete: remove it",
-    "{run} --out {tmp}/file/grid.png": "cannot be written",
-    "{run} --out {tmp}/grid.jpg": "is to be a .png file",
-    "{run} --save {tmp}/samples.npy": "is to be a .npz file",
-    "{run} --save {tmp}": "is to be a .npz file",
-    "{unconditional} --guidance 2": "was trained without labels: leave out --guidance",
-    "{unconditional} --labels 1": "was trained without labels: leave out --labels",
+    "{tmp}/nowhere": "{tmp}/nowhere",
+    "{tmp}": "{tmp}",
+    "{run} --checkpoint 7": ("{run}", "7", "200", "220"),
+    "{run} --sampler ddmi": ("sampler", "ddmi"),
+    "{run} --weights best": ("weights", "best", "0.999"),
+    "{run} --stepps 5": ("stepps", "steps"),
+    "{run} --steps 0": ("steps", "0", "1000"),
+    "{run} --steps 1001": ("steps", "1001", "1000"),
+    "{run} --steps 900 --spacing quadratic": ("quadratic", "900", "801"),
+    "{run} --eta 1.5": ("eta", "1.5"),
+    "{run} --sampler ddpm --eta 0.5": ("eta", "ddim", "ddpm"),
+    "{run} --variance fixed_large": ("variance", "ddpm", "ddim"),
+    "{run} --sampler ddpm --variance big": ("variance", "big"),
+    "{run} --sampler heun --eta 0": ("eta", "heun"),
+    "{run} --sampler edm --churn=-1": ("churn", "-1"),
+    "{run} --levels 1000,ten": ("levels", "1000,ten"),
+    "{run} --levels 5,10": ("levels", "5", "10"),
+    "{run} --levels 1000,0": ("level", "0"),
+    "{run} --levels 1000,0.5": ("level", "0.5"),
+    "{run} --levels 1000,1 --steps 3": ("levels", "steps"),
+    "{run} --plan {tmp}/no.json": "{tmp}/no.json",
+    "{run} --plan {tmp}/file": ("{tmp}/file", "JSON"),
+    "{run} --plan {tmp}/file --eta 1": ("plan", "eta"),
+    "{run} --save-plan {tmp}/plan.txt": ("{tmp}/plan.txt", ".json", ".png"),
+    "{run} --labels 3,10": ("labels", "3,10", "9"),
+    "{run} --labels two": ("labels", "two", "9"),
+    "{run} --labels=-1": ("labels", "-1", "9"),
+    "{run} --num 0": ("num", "0"),
+    "{run} --seed=-1": ("seed", "-1"),
+    "{run} --seed 9223372036854775808": ("seed", "9223372036854775808"),
+    "{run} --guidance nan": ("guidance", "nan"),
+    "{run} --guidance=-2": ("guidance", "-2"),
+    "{run} --interval 0.3 5": ("guidance", "1", "0.3", "5"),
+    "{run} --guidance 2 --interval 5 0.3": ("interval", "5", "0.3"),
+    "{run} --guidance 2 --interval=-1 0.3": ("interval", "-1", "0.3"),
+    "{run} --guidance 2 --rescale 1.5": ("rescale", "1.5"),
+    "{run} --guidance 2 --negative 10": ("10", "9"),
+    "{run} --threshold 0": ("threshold", "0"),
+    "{unconditional} --guidance 1 --negative 2": ("unconditional", "guidance"),
+    "{run} --worse {run}": ("guidance", "1", "digits"),
+    "{run} --worse-checkpoint 5": ("worse_checkpoint", "worse"),
+    "{run} --guidance 2 --worse {tmp}/nowhere": "{tmp}/nowhere",
+    "{run} --guidance 2 --worse {run} --worse-checkpoint 7": ("{run}", "7", "200", "220"),
+    "{run} --guidance 2 --worse {unconditional}": ("unconditional", "digits", "0", "10"),
+    "{run} --guidance 2 --worse {run} --two-passes": ("worse", "negative", "two_passes"),
+    "{run} --animate {tmp}/a.png": ("{tmp}/a.png", ".gif"),
+    "{run} --batch 12": ("batch", "12", "8"),
+    "{broken}": "{broken}/checkpoints/30",
+    "{run} --out {tmp}/file/grid.png": "{tmp}/file/grid.png",
+    "{run} --out {tmp}/grid.jpg": ("{tmp}/grid.jpg", ".png"),
+    "{run} --save {tmp}/samples.npy": ("{tmp}/samples.npy", ".npz"),
+    "{run} --save {tmp}": ("{tmp}", ".npz"),
+    "{unconditional} --guidance 2": ("unconditional", "guidance"),
+    "{unconditional} --labels 1": ("unconditional", "labels"),
 }
 
 
 BAD_DEMO = {
-    "{tmp}/nowhere": "there is no run folder",
-    "{unconditional}": "is not a run of the configuration 'digits'",
-    "{run} --num 3": "--num is 3: ask for ten images or more",
+    "{tmp}/nowhere": "{tmp}/nowhere",
+    "{unconditional}": ("{unconditional}", "digits"),
+    "{run} --num 3": ("num", "3"),
 }
 
 
@@ -338,7 +360,7 @@ def places(tmp_path, data_dir, digits_run, unconditional_run):
 
 
 @pytest.mark.parametrize("command", BAD_TRAIN)
-def test_a_mistake_in_training_is_one_sentence(command, places, capsys):
+def test_a_mistake_in_training_is_named_in_one_line(command, places, capsys):
     # Where the command gets as far as the data, they are those of the suite.
     with_data = command + " --data.dir {data}" if "--workdir" in command and "extra" not in command else command
     check_mistake(train.main, with_data, BAD_TRAIN[command], capsys, **places)
@@ -346,13 +368,13 @@ def test_a_mistake_in_training_is_one_sentence(command, places, capsys):
 
 
 @pytest.mark.parametrize("command", BAD_SAMPLE)
-def test_a_mistake_in_sampling_is_one_sentence(command, places, capsys):
+def test_a_mistake_in_sampling_is_named_in_one_line(command, places, capsys):
     check_mistake(sample.main, command, BAD_SAMPLE[command], capsys, **places)
     assert sorted(path.name for path in places["tmp"].iterdir()) == ["broken", "file"]
 
 
 @pytest.mark.parametrize("command", BAD_DEMO)
-def test_a_mistake_in_the_demo_is_one_sentence(command, places, capsys):
+def test_a_mistake_in_the_demo_is_named_in_one_line(command, places, capsys):
     check_mistake(demo.main, command, BAD_DEMO[command], capsys, **places)
 
 
@@ -360,12 +382,7 @@ def test_steps_that_are_no_numbers_end_the_run_with_what_was_seen(run_program, t
     arguments = ["--train.learning-rate", 1e30, "--train.warmup", 0, "--train.clip", 1e30, "--train.save-every", 1]
     arguments += ["--train.max-skipped", 3, "--workdir", tmp_path]
     code, _, err = run_program("train.py", "digits", *TINY, *QUIET, *arguments, flags=QUICK)
-    assert code == 2
-    assert "Traceback" not in err
-    said = err.splitlines()[-1]
-    assert "the gradients of 3 steps in a row, to step " in said
-    assert " at learning rate 1e+30, were not numbers, and the last losses " in said
-    assert "start again from the last checkpoint with a lower --train.learning-rate" in said
+    check_told(code, err, ("3", "learning_rate", "1e+30"), after_progress=True)
     for leaf in jax.tree.leaves(open_run(tmp_path, weights="raw").params):
         assert np.isfinite(leaf).all()  # what was saved is from before
 
@@ -375,9 +392,7 @@ def test_guidance_needs_label_dropout(digits_run):
     config = run.description.config
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, label_dropout=0.0))
     run = run._replace(description=run.description._replace(config=config))
-    with pytest.raises(
-        ValueError, match=r"trained with train.label_dropout 0, so it does not know images without a label"
-    ):
+    with pytest.raises(ValueError, match=naming("label_dropout", 0)):
         sample.make_labels(sample.Options(run="x"), run, Guidance(2.0))
     assert sample.make_labels(sample.Options(run="x", num=3), run, Guidance(2.0, negative=5)).tolist() == [0, 1, 2]
     assert sample.make_labels(sample.Options(run="x", num=3), run, Guidance()).tolist() == [0, 1, 2]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import check_mistake
+from helpers import check_mistake, naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -93,42 +93,42 @@ def theirs(tmp_path):
 
 
 MISTAKES = [
-    ("config.json", {"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel: only UNet2DModel"),
-    ("config.json", {"sample_size": None}, "sample_size None: write the size of its images there"),
-    ("config.json", {"time_embedding_type": "fourier"}, "has time_embedding_type 'fourier': the UNet here knows"),
-    ("config.json", {"out_channels": 5}, "has out_channels 5: as many as in_channels"),
-    ("config.json", {"block_out_channels": [8, 12]}, "the UNet here knows multiples of the first width"),
-    ("config.json", {"down_block_types": ["SkipDownBlock2D"] * 2}, "the UNet here knows one of DownBlock2D"),
-    ("config.json", {"up_block_types": ["UpBlock2D"] * 2}, "attends at the same resolutions on both ways"),
-    ("config.json", {"layers_per_block": 2}, "has no layer down_blocks.0.resnets.1."),
-    ("config.json", {"block_out_channels": [16, 32]}, "layer conv_in.bias of (8,): its config.json describes (16,)"),
-    ("config.json", {"num_class_embeds": None}, "has a layer class_embedding.weight, which its config.json does not"),
-    ("scheduler_config.json", {"beta_schedule": "sigmoid"}, "has beta_schedule 'sigmoid': only linear"),
-    ("scheduler_config.json", {"prediction_type": "flow"}, "has prediction_type 'flow': only epsilon"),
-    ("scheduler_config.json", {"trained_betas": [0.1]}, "has trained_betas"),
-    ("scheduler_config.json", {"sigma_max": 80}, "is of another process than DDPM's"),
+    ("config.json", {"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel", "UNet2DModel"]),
+    ("config.json", {"sample_size": None}, ["sample_size", "None"]),
+    ("config.json", {"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier", "positional"]),
+    ("config.json", {"out_channels": 5}, ["out_channels", 5, "in_channels"]),
+    ("config.json", {"block_out_channels": [8, 12]}, ["block_out_channels", [8, 12]]),
+    ("config.json", {"down_block_types": ["SkipDownBlock2D"] * 2}, ["down_block_types", "SkipDownBlock2D"]),
+    ("config.json", {"up_block_types": ["UpBlock2D"] * 2}, ["up_block_types", "UpBlock2D"]),
+    ("config.json", {"layers_per_block": 2}, [WEIGHTS, "down_blocks.0.resnets.1"]),
+    ("config.json", {"block_out_channels": [16, 32]}, [WEIGHTS, "conv_in.bias", (8,), (16,)]),
+    ("config.json", {"num_class_embeds": None}, [WEIGHTS, "class_embedding.weight"]),
+    ("scheduler_config.json", {"beta_schedule": "sigmoid"}, ["beta_schedule", "sigmoid", "linear"]),
+    ("scheduler_config.json", {"prediction_type": "flow"}, ["prediction_type", "flow", "epsilon"]),
+    ("scheduler_config.json", {"trained_betas": [0.1]}, ["trained_betas"]),
+    ("scheduler_config.json", {"sigma_max": 80}, ["DDPMScheduler", "beta_schedule"]),
 ]
 
 
-@pytest.mark.parametrize(("name", "fields", "message"), MISTAKES)
-def test_what_does_not_fit_is_named(theirs, name, fields, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+@pytest.mark.parametrize(("name", "fields", "names"), MISTAKES)
+def test_what_does_not_fit_is_named(theirs, name, fields, names):
+    with pytest.raises(ValueError, match=naming(name, *names)):
         diffusers.load(theirs(name, **fields))
 
 
 def test_files_that_cannot_be_used_are_named(theirs):
     folder = theirs("config.json")
     (folder / WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"cannot be read as safetensors"):
+    with pytest.raises(ValueError, match=naming(folder / WEIGHTS)):
         diffusers.load(folder)
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds only pickled weights \(diffusion_pytorch_model.bin\)"):
+    with pytest.raises(ValueError, match=naming(folder, "diffusion_pytorch_model.bin")):
         diffusers.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=naming(folder / "config.json", "JSON")):
         diffusers.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"holds no config.json"):
+    with pytest.raises(ValueError, match=naming(folder, "config.json", "UNet2DModel")):
         diffusers.load(folder)
 
 
@@ -145,7 +145,7 @@ def test_a_pipeline_with_old_names_and_unknown_weights_is_read(theirs, tmp_path)
     save_file(tensors, tmp_path / "pipeline" / "unet" / WEIGHTS, metadata={"format": "pt"})
     found = diffusers.load(tmp_path / "pipeline")
     assert found.weights == "unknown"
-    assert "whether the weights are a moving average, the source does not tell" in found.remarks
+    assert all(any(re.search(naming(word), remark) for remark in found.remarks) for word in ("weights", 4))
     assert (found.classes, found.config.network.null_label, found.config.train.label_dropout) == (4, False, 0)
     jax.tree.map(np.testing.assert_array_equal, found.params, params_of(CONFIG, 3))
 
@@ -181,26 +181,26 @@ def test_a_repository_is_downloaded(theirs, monkeypatch):
         raise ConnectionError("no network\nand more")
 
     monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"cannot be downloaded from the hub \(no network\)"):
+    with pytest.raises(ValueError, match=naming("someone/digits", "no network")):
         open_run("hf:someone/digits")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"pip install 'diffjax\[hub\]'"):
+    with pytest.raises(ValueError, match=naming("someone/digits", "diffjax[hub]")):
         open_run("hf:someone/digits")
 
 
 @pytest.mark.parametrize(
-    ("network", "diffusion", "message"),
+    ("network", "diffusion", "names"),
     [
-        ({"norm_groups": None}, {}, "train with --network.norm-groups"),
-        ({"heads": 2, "attention": (8, 4)}, {}, "heads of one width"),
-        ({"scale_shift": False, "middle_attention_norm": False}, {}, "always normalises"),
-        ({}, {"schedule": "edm"}, "diffusers has no schedule edm"),
+        ({"norm_groups": None}, {}, ["norm_groups"]),
+        ({"heads": 2, "attention": (8, 4)}, {}, [[4, 8], "head_width"]),
+        ({"scale_shift": False, "middle_attention_norm": False}, {}, ["attention"]),
+        ({}, {"schedule": "edm"}, ["edm", "cosine"]),
     ],
 )
-def test_what_diffusers_does_not_have_is_not_written(tmp_path, network, diffusion, message):
+def test_what_diffusers_does_not_have_is_not_written(tmp_path, network, diffusion, names):
     options = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "norm_groups": 4} | network
     config = Config(network=Network(**options), diffusion=Diffusion(**diffusion), train=Train())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming("diffusers", *names)):
         diffusers.save(tmp_path, config, SHAPE, 3, params_of(config, 3), "ema", 0)
 
 
@@ -211,7 +211,7 @@ def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(theirs, tmp_
     options = ["--steps", "3", "--num", "8", "--labels", "0,1,2", "--seed", "4", "--guidance", "2"]
     sample.main([source, *options, "--save", "a.npz"])
     said = capsys.readouterr().out
-    assert "unet of hf:theirs: the weights are a moving average" in said
+    assert all(remark in said for remark in open_run(source).remarks)
     assert (tmp_path / "runs" / "theirs" / "samples").is_dir()
     convert.main([source, "runs/mine", "--data", "digits"])
     sample.main(["runs/mine", *options, "--save", "b.npz"])
@@ -224,20 +224,20 @@ def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(theirs, tmp_
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("command", "names"),
     [
-        ("runs/a runs/b", "one of the two is to be a folder of diffusers"),
-        ("hf:a hf:b", "one of the two is to be a folder of diffusers"),
-        ("hf:{tmp}/nowhere runs/x", "there is no folder"),
-        ("runs/a hf:b --data mnist", "--data belongs to a network from diffusers"),
-        ("{tmp} hf:b", "holds no checkpoint"),
-        ("hf:{theirs} hf:{theirs}/x --checkpoint 3", "one of the two"),
-        ("hf:{theirs} {tmp}/new --checkpoint 3", "holds one set of weights"),
+        ("runs/a runs/b", "hf:"),
+        ("hf:a hf:b", "hf:"),
+        ("hf:{tmp}/nowhere runs/x", "{tmp}/nowhere"),
+        ("runs/a hf:b --data mnist", ("data", "diffusers")),
+        ("{tmp} hf:b", "{tmp}"),
+        ("hf:{theirs} hf:{theirs}/x --checkpoint 3", "hf:"),
+        ("hf:{theirs} {tmp}/new --checkpoint 3", ("hf:{theirs}", "checkpoint")),
     ],
 )
-def test_a_conversion_that_cannot_be_says_so(theirs, tmp_path, capsys, command, message):
+def test_a_conversion_that_cannot_be_says_so(theirs, tmp_path, capsys, command, names):
     places = {"tmp": tmp_path, "theirs": theirs("config.json")}
-    check_mistake(convert.main, command, message, capsys, **places)
+    check_mistake(convert.main, command, names, capsys, **places)
 
 
 # ---------------------------------------------------------------------------------------------- live

@@ -1,3 +1,4 @@
+import re
 import shutil
 from functools import partial
 
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import naming
 
 from diffjax.training.checkpoint import Checkpoints, SaveError, average, open_checkpoint, quiet
 from diffjax.training.parallel import device_mesh, whole
@@ -70,14 +72,14 @@ def test_the_latest_are_kept_and_a_second_save_of_a_step_does_nothing(tmp_path):
 
 
 def test_what_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no run folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "nowhere")):
         open_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path)):
         open_checkpoint(tmp_path)
     saved = Checkpoints(tmp_path)
     saved.save(state(4), {})
     saved.close()
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint of step 5: it has 4"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path, 5, 4)):
         open_checkpoint(tmp_path, 5)
 
 
@@ -114,7 +116,7 @@ def test_damage_to_any_file_is_found_or_does_no_harm(whole_checkpoint, tmp_path,
         checkpoints.close()
     assert any("ocdbt.process_0" in str(path) for path in found)
     assert any("config" in str(path) for path in found)
-    assert all(f"checkpoint {run / 'checkpoints' / '7'} " in sentence for sentence in told)
+    assert all(re.search(naming(run / "checkpoints" / "7"), sentence) for sentence in told)
 
 
 def test_a_save_that_fails_is_told_and_the_one_before_it_kept(tmp_path):
@@ -124,7 +126,7 @@ def test_a_save_that_fails_is_told_and_the_one_before_it_kept(tmp_path):
     saved = Checkpoints(tmp_path, keep=1)
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
     (tmp_path / "checkpoints").write_text("no folder")
-    with pytest.raises(SaveError, match=r"a checkpoint could not be written to .*checkpoints \("):
+    with pytest.raises(SaveError, match=naming(tmp_path / "checkpoints")):
         saved.save(state(2), {}) or saved.close()
     (tmp_path / "checkpoints").unlink()
     (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")

@@ -2,6 +2,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import naming
 
 from diffjax.picture import to_uint8
 from diffjax.training import data, sources
@@ -61,7 +62,7 @@ def test_held_out_batches_are_always_the_same(digits, batch, multiple, sizes):
 
 
 def test_a_batch_larger_than_the_data_is_named(digits):
-    with pytest.raises(ValueError, match="a batch of 1600 is more than the 1500 images"):
+    with pytest.raises(ValueError, match=naming("batch", 1600, 1500)):
         data.batches(digits.train, 1600, seed=0)
 
 
@@ -133,5 +134,5 @@ def test_the_stream_reads_ahead_of_who_takes_from_it():
 
 
 def test_hosts_that_cannot_share_a_batch_are_named(digits):
-    with pytest.raises(ValueError, match="a batch of 64 cannot be shared equally by 3 hosts: use a multiple of 3"):
+    with pytest.raises(ValueError, match=naming("batch", 64, 3)):
         data.batches(digits.train, 64, seed=0, hosts=3)

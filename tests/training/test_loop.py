@@ -5,6 +5,7 @@ import struct
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import naming
 from tensorboardX.proto import event_pb2
 
 from diffjax.training.loop import Every, MetricsFile, TensorBoard, fit
@@ -41,8 +42,7 @@ def test_every_step_is_logged_with_its_own_metrics_and_actions_follow(per_dispat
 def test_skipped_steps_in_a_row_stop_the_training(per_dispatch):
     fine, bad = 1.0, float("nan")
     losses = [fine, bad, bad, fine, 2.0, bad, bad, bad, fine, fine]
-    told = r"the gradients of 3 steps in a row, to step 8 at learning rate 0.25, were .* the last losses nan, nan, nan"
-    with pytest.raises(FloatingPointError, match=told):
+    with pytest.raises(FloatingPointError, match=naming(3, 8, 0.25, "nan")):
         fit(count, state(), iter(losses), 10, lambda *_, **__: None, 1, per_dispatch=per_dispatch, max_skipped=3)
     end = fit(count, state(), iter(losses), 10, lambda *_, **__: None, 1, per_dispatch=per_dispatch, max_skipped=4)
     assert (int(end.step), int(end.skipped)) == (10, 5)

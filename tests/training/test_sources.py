@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from helpers import naming
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -118,32 +119,29 @@ def test_a_download_that_is_not_what_it_should_be_is_named(tmp_path, monkeypatch
     names = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     serve(monkeypatch, mnist.MNIST, folder, url, dict.fromkeys(names, b"not an archive"))
     monkeypatch.setattr(mnist.MNIST, "URL", url)
-    with pytest.raises(
-        ValueError, match=r"'mnist' could not be prepared in .*extracting.*; where TensorFlow is installed"
-    ):
+    with pytest.raises(ValueError, match=naming("mnist", tmp_path / "data", "TensorFlow")):
         sources.load_tfds("mnist", str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "names"),
     [
-        ("cifar1", "no dataset 'cifar1': did you mean 'cifar10'"),
-        ("imagenet2012", "different sizes"),
-        ("ag_news_subset", "has no feature 'image': choose an image dataset"),
+        ("cifar1", ["cifar10"]),
+        ("imagenet2012", ["size"]),
+        ("ag_news_subset", ["image"]),
     ],
 )
-def test_a_dataset_that_cannot_be_used_is_named(tmp_path, name, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_dataset_that_cannot_be_used_is_named(tmp_path, name, names):
+    with pytest.raises(ValueError, match=naming(name, *names)):
         sources.load_tfds(name, str(tmp_path))
 
 
 def test_no_network_is_said_at_once(tmp_path, monkeypatch):
     """A port where nothing listens, in place of the download site: refused like any site that is out of reach."""
     builder = tfds.builder("cifar10", data_dir=tmp_path, file_format="array_record")
-    monkeypatch.setattr(type(builder), "url_infos", {"http://127.0.0.1:9/cifar.tar.gz": None})
-    with pytest.raises(
-        ValueError, match=r"'cifar10' .*127.0.0.1:9.* cannot be reached, .* point --data.dir at the copy"
-    ):
+    url = "http://127.0.0.1:9/cifar.tar.gz"
+    monkeypatch.setattr(type(builder), "url_infos", {url: None})
+    with pytest.raises(ValueError, match=naming("cifar10", url, tmp_path)):
         sources.load_tfds("cifar10", str(tmp_path))
 
 
@@ -219,10 +217,10 @@ def test_files_are_decoded_when_they_are_asked_for_and_the_damaged_one_is_named(
     found = sources.load_folder(photos, 8)
     names = [path for path, _ in found.train._source]
     assert found.train[names.index(bad) - 1]["image"].shape == (8, 8, 3)
-    with pytest.raises(sources.UnreadableError, match=rf"{bad.name} cannot be read as an image .*, or remove it"):
+    with pytest.raises(sources.UnreadableError, match=naming(bad)):
         found.train[names.index(bad)]
     bad.unlink()
-    with pytest.raises(sources.UnreadableError, match=rf"{bad.name} cannot be read \(No such file"):
+    with pytest.raises(sources.UnreadableError, match=naming(bad)):
         found.train[names.index(bad)]
 
 
@@ -249,7 +247,7 @@ def test_a_folder_beside_train_is_held_out(photos, name):
     (photos / "train").mkdir()
     for label in ("ant", "zebra"):
         (photos / label).rename(photos / "train" / label)
-    with pytest.raises(ValueError, match="beside train put one of test, validation, val, and nothing else"):
+    with pytest.raises(ValueError, match=naming(photos, "train", "test", "validation", "val")):
         sources.load_folder(photos, 8)
     shutil.copytree(photos / "train", photos / name)
     found = sources.load_folder(photos, 8)
@@ -309,7 +307,7 @@ class Sizes(tfds.core.GeneratorBasedBuilder):
 
 def test_a_tfds_dataset_of_many_sizes_is_given_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_builder", lambda *a: Sizes(data_dir=tmp_path, file_format="array_record"))
-    with pytest.raises(ValueError, match=r"give one to all with --data\.size"):
+    with pytest.raises(ValueError, match=naming("sizes", "size")):
         sources.load_tfds("sizes")
     found = sources.load_tfds("sizes", size=8)
     assert (found.image_shape, len(found.train), len(found.held_out)) == ((8, 8, 3), 18, 2)
@@ -337,51 +335,46 @@ def cut_short(path):
 
 
 IMAGES = np.zeros((20, 4, 4), np.uint8)
-BAD_NPZ = {
-    "cannot be read as an .npz file": not_an_npz,
-    "cannot be read as an .npz file (Bad CRC-32": flipped_byte,
-    "cannot be read as an .npz file (File is not a zip": cut_short,
-    "holds a, b: name its images x (or images)": {"a": IMAGES, "b": IMAGES},
-    "holds nothing": {},
-    "are float64 (20, 4, 4, 1): use uint8": {"x": IMAGES / 255},
-    "are uint8 (20, 4, 4, 4): use uint8": {"x": np.zeros((20, 4, 4, 4), np.uint8)},
-    "are int64 (19,): use 20 whole numbers": {"x": IMAGES, "y": np.arange(19)},
-    "are float64 (20,): use 20 whole numbers": {"x": IMAGES, "y": np.zeros(20)},
-    "begin at -2: count classes from 0": {"x": IMAGES, "y": np.arange(20) - 2},
-    "holds 7 images, of which a tenth is held out": {"x": IMAGES[:7]},
-    "are object (20,)": {"x": np.array([None] * 20)},
-}
+BAD_NPZ = [
+    (not_an_npz, []),
+    (flipped_byte, ["x.npy"]),
+    (cut_short, []),
+    ({"a": IMAGES, "b": IMAGES}, ["b", "x", "images"]),
+    ({}, ["x", "images"]),
+    ({"x": IMAGES / 255}, ["float64", (20, 4, 4, 1), "uint8"]),
+    ({"x": np.zeros((20, 4, 4, 4), np.uint8)}, ["uint8", (20, 4, 4, 4)]),
+    ({"x": IMAGES, "y": np.arange(19)}, ["labels", "int64", (19,), 20]),
+    ({"x": IMAGES, "y": np.zeros(20)}, ["labels", "float64", (20,)]),
+    ({"x": IMAGES, "y": np.arange(20) - 2}, ["labels", -2]),
+    ({"x": IMAGES[:7]}, [7, 10]),
+    ({"x": np.array([None] * 20)}, []),
+]
 
 
-@pytest.mark.parametrize("message", BAD_NPZ)
-def test_an_npz_that_cannot_be_used_is_named(tmp_path, message):
-    content, path = BAD_NPZ[message], tmp_path / "a.npz"
+@pytest.mark.parametrize(("content", "names"), BAD_NPZ)
+def test_an_npz_that_cannot_be_used_is_named(tmp_path, content, names):
+    path = tmp_path / "a.npz"
     np.savez(path, **content) if isinstance(content, dict) else content(path)
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+    with pytest.raises(ValueError, match=naming(path, *names)):
         sources.load_npz(path)
-    if message.startswith("are object"):
-        message = "cannot be read as an .npz file (Object arrays"
-    assert message in str(error.value)
-    assert str(path) in str(error.value)
 
 
-BAD_FOLDERS = {
-    "there is no folder of images": [],
-    "holds no images: put PNG, JPEG or WebP files into it": ["notes.txt"],
-    "holds a.png beside sub-folders: put every image into one, or none": ["a.png", "cats/b.png"],
-    "cats holds no images, and a sub-folder is a class": ["cats/notes.txt", "dogs/a.png"],
-    "holds 3 images, of which a tenth is held out: use 10 or more": ["a.png", "b.png", "c.png"],
-    "class 'dogs' is in one of": ["train/cats/a.png", "train/dogs/a.png", "test/cats/a.png"],
-    "is not an image that can be read": [f"{i}.txt.png" for i in range(10)],
-}
+BAD_FOLDERS = [
+    ([], ["{folder}"]),
+    (["notes.txt"], ["{folder}", "PNG", "JPEG", "WebP"]),
+    (["a.png", "cats/b.png"], ["{folder}", "a.png"]),
+    (["cats/notes.txt", "dogs/a.png"], ["{folder}/cats"]),
+    (["a.png", "b.png", "c.png"], ["{folder}", "3", "10"]),
+    (["train/cats/a.png", "train/dogs/a.png", "test/cats/a.png"], ["dogs", "{folder}/train", "{folder}/test"]),
+    ([f"{i}.txt.png" for i in range(10)], ["{folder}/0.txt.png"]),
+]
 
 
-@pytest.mark.parametrize("message", BAD_FOLDERS)
-def test_a_folder_that_cannot_be_used_is_named(tmp_path, message):
+@pytest.mark.parametrize(("files", "names"), BAD_FOLDERS)
+def test_a_folder_that_cannot_be_used_is_named(tmp_path, files, names):
     folder = tmp_path / "images"
-    for name in BAD_FOLDERS[message]:
+    for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("no image") if ".txt" in name else paint(folder / name, "red")
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=naming(*(name.format(folder=folder) for name in names))):
         sources.load_folder(folder, 8)
-    assert "images" in str(error.value)
