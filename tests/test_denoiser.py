@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import denoiser, process, schedule
 from diffjax.schedule import Level

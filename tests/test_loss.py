@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import loss, process, schedule
 from diffjax.testing import schedules

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from naming import naming
+from helpers import naming
 from PIL import Image, ImageSequence
 
 from diffjax import picture

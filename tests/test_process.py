@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import process, schedule
 from diffjax.schedule import Level

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import denoiser, process, sampler, schedule, solvers
 from diffjax.models.unet import UNet

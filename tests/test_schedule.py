@@ -2,9 +2,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import schedule
 from diffjax.testing import assert_schedule, schedules

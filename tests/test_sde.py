@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import process, sampler, schedule, sde
 from diffjax.testing import (

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import sampler, schedule, solvers
 from diffjax.schedule import Level

@@ -8,7 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from naming import naming
+from helpers import naming
 from safetensors.numpy import load, load_file, save_file
 from sklearn.datasets import load_digits
 

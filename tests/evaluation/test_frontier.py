@@ -6,9 +6,9 @@ import subprocess
 
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax import picture
 from diffjax.evaluation import frontier, report

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from naming import naming
+from helpers import naming
 from scipy.stats import norm
 
 from diffjax import sampler, schedule

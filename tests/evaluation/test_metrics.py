@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax.evaluation import metrics
 

@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from naming import naming
+from helpers import naming
 
 from diffjax.evaluation.record import Sampling, as_dict, markdown
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naming import naming
 
 from diffjax.models.layers import Conv, GroupNorm, convolve, downsample, time_features, upsample
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from naming import naming
+from helpers import naming
 
 from diffjax import experiment
 from diffjax.loss import example_keys
