@@ -21,18 +21,18 @@ from tqdm import tqdm
 from diffjax import cli, picture, plans, sampler, schedule
 from diffjax.evaluation.record import markdown
 from diffjax.run import (
-    Generator,
+    Pipeline,
     Guidance,
-    Run,
+    TrainedModel,
     check_guidance,
     check_seed,
-    doubts,
-    open_run,
+    distillation_warning,
+    load_model,
     output_folder,
     read_labels,
-    record,
-    usual_sampler,
-    usual_steps,
+    sampling_row,
+    default_sampler,
+    default_steps,
 )
 from diffjax.training import parallel
 
@@ -119,8 +119,8 @@ def main(arguments: list[str]) -> None:
     """Parse, sample, write, print."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
-    with cli.one_sentence(PROGRAM):
-        run = open_run(options.run, options.checkpoint, options.weights)
+    with cli.user_errors(PROGRAM):
+        run = load_model(options.run, options.checkpoint, options.weights)
         plan, name = make_plan(options, run)
         guidance = make_guidance(options)
         if options.threshold is not None and not 0 < options.threshold <= 1:
@@ -140,9 +140,9 @@ def main(arguments: list[str]) -> None:
 
     for remark in run.remarks:
         print(f"{run.name}: {remark}")
-    if doubt := doubts(run, plan):
+    if doubt := distillation_warning(run, plan):
         print(f"{run.name} {doubt}")
-    generate, image_shape = Generator.of(run), run.description.image_shape
+    generate, image_shape = Pipeline.of(run), run.description.image_shape
     watch = Watch(options, plan.steps, image_shape, labels, out)
     with tqdm(total=plan.steps * -(-options.num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
         made = generate(
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> None:
             guidance=guidance, seed=options.seed, batch=batch, clip=options.clip, threshold=options.threshold,
             progress=bar.update, watch=watch, every=watch.every,
         )  # fmt: skip
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         if save_plan:
             plans.save(save_plan, plan, name)
         if save:
@@ -161,7 +161,7 @@ def main(arguments: list[str]) -> None:
         picture.save_png(out, picture.grid(made.images[:LARGEST_PICTURE], watch.captions))
     if options.num > LARGEST_PICTURE:
         print(f"{out} shows the first {LARGEST_PICTURE} of {options.num} images")
-    print(markdown([record(run, made, plan, name, guidance, batch)]))
+    print(markdown([sampling_row(run, made, plan, name, guidance, batch)]))
     print("wrote " + ", ".join(str(path) for path in (out, animation, save, save_plan) if path))
 
 
@@ -199,14 +199,14 @@ def make_guidance(options: Options) -> Guidance:
     """Guidance as asked for. ValueError or OSError for another run that cannot be opened."""
     if options.worse is None and options.worse_checkpoint is not None:
         raise ValueError("--worse-checkpoint belongs to --worse: name the run folder too")
-    worse = None if options.worse is None else open_run(options.worse, options.worse_checkpoint, options.weights)
+    worse = None if options.worse is None else load_model(options.worse, options.worse_checkpoint, options.weights)
     return Guidance(options.guidance, options.interval, options.rescale, options.negative, options.two_passes, worse)
 
 
-def make_plan(options: Options, run: Run) -> tuple[sampler.Plan, str]:
+def make_plan(options: Options, run: TrainedModel) -> tuple[sampler.Plan, str]:
     """The plan and its full name. ValueError for levels that the schedule does not have, or a misplaced option."""
     levels, task = run.schedule, run.description.config.distillation
-    name = options.sampler or usual_sampler(task, levels)[0]
+    name = options.sampler or default_sampler(task, levels)[0]
     dials = {"eta": options.eta, "variance": options.variance, "churn": options.churn}
     if options.plan is not None:
         given = {"steps": options.steps, "levels": options.levels} | dials
@@ -224,12 +224,12 @@ def make_plan(options: Options, run: Run) -> tuple[sampler.Plan, str]:
         except ValueError:
             raise ValueError(f"--levels is {options.levels!r}: write numbers, separated by commas") from None
         return plans.named(name, levels, t, "explicit", **dials)
-    steps = usual_steps(task, levels, name) if options.steps is None else options.steps
+    steps = default_steps(task, levels, name) if options.steps is None else options.steps
     t = schedule.SPACINGS[options.spacing](levels, steps)
     return plans.named(name, levels, t, options.spacing, **dials)
 
 
-def make_labels(options: Options, run: Run, guidance: Guidance) -> np.ndarray | None:
+def make_labels(options: Options, run: TrainedModel, guidance: Guidance) -> np.ndarray | None:
     """A label per image, or None for a network without classes. ValueError for labels or a scale it cannot take."""
     if options.num < 1:
         raise ValueError(f"--num is {options.num}: ask for at least one image")

@@ -27,14 +27,14 @@ from PIL.Image import Image
 
 from diffjax import cli, dryrun, experiment, picture, plans, schedule, students
 from diffjax.run import (
-    Description,
-    Generator,
+    ModelInfo,
+    Pipeline,
     Guidance,
-    Run,
+    TrainedModel,
     count_parameters,
     describe_devices,
-    open_run,
-    usual_sampler,
+    load_model,
+    default_sampler,
 )
 from diffjax.training import checkpoint, curve, data, loop, parallel
 from diffjax.training.checkpoint import FOLDER, Checkpoints, SaveError
@@ -55,7 +55,7 @@ class Options:
     """Run folder: checkpoints, metrics.jsonl, preview pictures."""
     dry_run: str | None = None
     """Only compile, for TPUs as in v5e:2x2 or for cpu, and tell what a step costs; needs no --workdir."""
-    hosts: Annotated[parallel.Hosts, tyro.conf.arg(name="")] = field(default_factory=parallel.Hosts)
+    hosts: Annotated[parallel.DistributedOptions, tyro.conf.arg(name="")] = field(default_factory=parallel.DistributedOptions)
     tensorboard: bool = False
     """Also write the metrics and previews for TensorBoard, to the folder tensorboard of the run folder."""
     config: Annotated[experiment.Config, tyro.conf.arg(name="")] = field(default_factory=experiment.Config)
@@ -63,68 +63,68 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Parse and train."""
-    checkpoint.quiet()
+    checkpoint.silence_orbax()
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{__doc__}\nconfigurations: {', '.join(experiment.names())}")
+        print(f"{__doc__}\nconfigurations: {', '.join(experiment.config_names())}")
         return
     if arguments[0] == "distill":
         distill_chain(arguments[1:])
         return
-    with cli.one_sentence(PROGRAM):
-        config = experiment.named(arguments[0])
+    with cli.user_errors(PROGRAM):
+        config = experiment.load_config(arguments[0])
     dry = any(word.replace("_", "-").startswith("--dry-run") for word in arguments)
     default = Options("" if dry else tyro.MISSING, config=config)
     options = cli.parse(Options, f"{PROGRAM} {arguments[0]}", arguments[1:], default)
     if options.dry_run is not None:
-        dry_run(options.config, options.dry_run)
+        print_dry_run(options.config, options.dry_run)
         return
-    with cli.one_sentence(PROGRAM):
-        parallel.join(options.hosts)
+    with cli.user_errors(PROGRAM):
+        parallel.initialize_distributed(options.hosts)
     train(options.config, Path(options.workdir), options.tensorboard)
 
 
-def dry_run(config: experiment.Config, target: str) -> None:
+def print_dry_run(config: experiment.Config, target: str) -> None:
     """Print what the programs of a configuration would cost; exit code 2 where they do not fit."""
-    with cli.one_sentence(PROGRAM):
-        experiment.check(config)
+    with cli.user_errors(PROGRAM):
+        experiment.check_config(config)
         table, too_large = dryrun.report(config, target, *experiment.describe_data(config))
     print(table)
     if too_large:
-        cli.stop(PROGRAM, too_large)
+        cli.exit_with_error(PROGRAM, too_large)
 
 
 def distill_chain(arguments: list[str]) -> None:
     """Parse, and train one student after the other, each the teacher of the next; those that are done stay."""
     program = f"{PROGRAM} distill"
     options = cli.parse(students.Options, program, arguments)
-    with cli.one_sentence(program):
-        parallel.join(options.hosts)
-        teacher = open_run(options.teacher, options.checkpoint, options.weights)
+    with cli.user_errors(program):
+        parallel.initialize_distributed(options.hosts)
+        teacher = load_model(options.teacher, options.checkpoint, options.weights)
     options = cli.parse(students.Options, program, arguments, students.defaults(options, teacher))
-    with cli.one_sentence(program):
+    with cli.user_errors(program):
         workdir, stages = Path(options.workdir), students.stages(options, teacher)
         students.check_workdir(workdir)
     for stage in stages:
         train(students.taught(stage.config, teacher), workdir / stage.name, options.tensorboard, teacher)
-        with cli.one_sentence(program):
-            teacher = open_run(workdir / stage.name)
+        with cli.user_errors(program):
+            teacher = load_model(workdir / stage.name)
 
 
-def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, teacher: Run | None = None) -> None:
+def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, teacher: TrainedModel | None = None) -> None:
     """Train a configuration in a run folder, from its last checkpoint if it holds one; on all hosts that have joined,
     each of which calls this. teacher: of a configuration that is a student's.
     """
     steps, batch, seed, mode = config.train.steps, config.train.batch, config.train.seed, config.train.parallel
     host, hosts, labels = jax.process_index(), jax.process_count(), config.data.labels
     mesh = parallel.device_mesh()
-    home = parallel.home(mesh, mode)
+    home = parallel.state_mesh(mesh, mode)
     build: Callable[..., experiment.Training] = experiment.build_training
     frozen: tuple[Any, ...] = ()
     if teacher is not None:
         build = partial(students.build_training, teacher=teacher)
-        frozen = (parallel.held(home, teacher.params),)
-    with cli.one_sentence(PROGRAM):
-        experiment.check(config)
+        frozen = (parallel.on_mesh(home, teacher.params),)
+    with cli.user_errors(PROGRAM):
+        experiment.check_config(config)
         if workdir.is_file():
             raise ValueError(f"{workdir} is a file: name a folder as --workdir")
         parallel.check_divisible(batch, mesh.size, "train.batch", config.train.accumulate)
@@ -142,30 +142,30 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
         dataset = experiment.load_data(config)
         if host == 0 and hosts > 1:
             multihost_utils.sync_global_devices("data")
-        description = Description(config, dataset.image_shape, dataset.classes if labels else 0)
+        description = ModelInfo(config, dataset.image_shape, dataset.classes if labels else 0)
         if found and found.description[1:] != description[1:]:
             raise ValueError(
                 f"{workdir} was trained on images and classes {found.description[1:]}, now they are {description[1:]}"
             )
-        batches = data.batches(
+        batches = data.batch_stream(
             dataset.train, batch, seed, start, labels=labels, flip=config.data.flip, host=host, hosts=hosts
         )
         limit = HELD_OUT_BATCHES if config.train.eval_every else 0
         held_out = data.first_batches(dataset.held_out, batch, mesh.size, limit, labels=labels)
-        held_out = [parallel.place(mesh, mode, parallel.rows(b, host, hosts)) for b in held_out]
+        held_out = [parallel.shard_batch(mesh, mode, parallel.process_slice(b, host, hosts)) for b in held_out]
         training = found.training if found else build(config, *description[1:])
         if found:  # whole on every device from the start, so that the first step can reuse its memory like every other
-            state = parallel.held(home, found.state)
+            state = parallel.on_mesh(home, found.state)
         else:
             init = lambda seed, *frozen: training.init(jax.random.key(seed), *frozen)  # noqa: E731
-            state = jax.jit(init, out_shardings=parallel.whole(home))(np.uint32(seed), *frozen)
+            state = jax.jit(init, out_shardings=parallel.replicated(home))(np.uint32(seed), *frozen)
         if checkpoints is None:
             workdir.mkdir(parents=True, exist_ok=True)
             checkpoints = open_checkpoints(workdir, config)
-        metrics = loop.MetricsFile(workdir / "metrics.jsonl", start) if host == 0 else None
+        metrics = loop.JsonlWriter(workdir / "metrics.jsonl", start) if host == 0 else None
         board = loop.TensorBoard(workdir / "tensorboard", start) if host == 0 and tensorboard else None
-    train_step = parallel.over(mesh, mode, training.step, axis=1, donate=True, frozen=bool(frozen))
-    eval_step = parallel.over(mesh, mode, training.eval_step, frozen=bool(frozen))
+    train_step = parallel.parallelize(mesh, mode, training.step, axis=1, donate=True, frozen=bool(frozen))
+    eval_step = parallel.parallelize(mesh, mode, training.eval_step, frozen=bool(frozen))
 
     def log(step: int, **values: Any) -> None:
         for sink in (metrics, board):
@@ -176,10 +176,10 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
         log(int(state.step), held_out_loss=np.mean([float(eval_step(state.ema[0], b, *frozen)) for b in held_out]))
 
     def save(state: TrainState) -> None:
-        checkpoints.save(parallel.held(mesh, state), description.to_dict())
+        checkpoints.save(parallel.on_mesh(mesh, state), description.to_dict())
 
     def step(state: TrainState, batches: Any) -> Any:
-        return train_step(state, parallel.place(mesh, mode, batches, axis=1), *frozen)
+        return train_step(state, parallel.shard_batch(mesh, mode, batches, axis=1), *frozen)
 
     say(
         f"{'resuming' if start else 'training'} {workdir} at step {start} of {steps}: {config.data}, "
@@ -196,12 +196,12 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
             board.picture(step, "samples", np.asarray(sheet.convert("RGB")))
 
     every = (
-        loop.Every(config.train.eval_every, evaluate),
-        loop.Every(config.train.preview_every, show),
-        loop.Every(config.train.save_every, save),
+        loop.PeriodicAction(config.train.eval_every, evaluate),
+        loop.PeriodicAction(config.train.preview_every, show),
+        loop.PeriodicAction(config.train.save_every, save),
     )
     try:
-        with loop.interruptible(hosts) as stop:
+        with loop.catch_signals(hosts) as stop:
             state = loop.fit(
                 step, state, batches, steps, log, config.train.log_every, every, stop,
                 config.train.steps_per_dispatch, config.train.max_skipped,
@@ -212,14 +212,14 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
     except FloatingPointError as error:
         with contextlib.suppress(SaveError):
             checkpoints.close()
-        cli.stop(PROGRAM, f"{error}: start again from the last checkpoint with a lower --train.learning-rate")
+        cli.exit_with_error(PROGRAM, f"{error}: start again from the last checkpoint with a lower --train.learning-rate")
     except UnreadableError as error:
         with contextlib.suppress(SaveError):
             checkpoints.close()
-        cli.stop(PROGRAM, error)
+        cli.exit_with_error(PROGRAM, error)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error
-        cli.stop(PROGRAM, f"{reason}: put it right, and the same command goes on from the last checkpoint")
+        cli.exit_with_error(PROGRAM, f"{reason}: put it right, and the same command goes on from the last checkpoint")
     finally:
         if board:
             board.close()
@@ -233,7 +233,7 @@ def train(config: experiment.Config, workdir: Path, tensorboard: bool = False, t
 def draw_curve(workdir: Path, config: experiment.Config) -> None:
     """Draw the losses of a run, from its metrics."""
     if jax.process_index() == 0 and (workdir / "metrics.jsonl").exists():
-        with cli.one_sentence(PROGRAM):
+        with cli.user_errors(PROGRAM):
             curve.draw(workdir / "metrics.jsonl", workdir / CURVE, f"{workdir.name}: {config.data}")
 
 
@@ -251,7 +251,7 @@ def open_checkpoints(workdir: Path, config: experiment.Config) -> Checkpoints:
 class Found(NamedTuple):
     """What a run goes on from."""
 
-    description: Description  # as it was stored
+    description: ModelInfo  # as it was stored
     training: experiment.Training
     state: TrainState  # over all devices of all hosts
 
@@ -273,12 +273,12 @@ def resume(
         except ValueError as error:
             damaged[step] = error
             continue
-        stored = Description.from_dict(described)  # of another version is not damaged
+        stored = ModelInfo.from_dict(described)  # of another version is not damaged
         changes = experiment.check_resume(stored.config, config)
         training = build(config, *stored[1:])
         like = jax.eval_shape(training.init, jax.random.key(0), *frozen)
         try:
-            state = checkpoints.restore(step, like, parallel.whole(mesh))
+            state = checkpoints.restore(step, like, parallel.replicated(mesh))
         except ValueError as error:
             damaged[step] = error
             continue
@@ -292,19 +292,19 @@ def resume(
     return None
 
 
-def preview(network: Any, description: Description) -> Callable[[TrainState], Image]:
+def preview(network: Any, description: ModelInfo) -> Callable[[TrainState], Image]:
     """Draws a grid of samples on the devices of this host: the same seeds every time, from the first average."""
     config, image_shape, classes = description
     levels = experiment.build_schedule(config)
-    task, (name, steps) = config.distillation, usual_sampler(config.distillation, levels)
+    task, (name, steps) = config.distillation, default_sampler(config.distillation, levels)
     plan, _ = plans.named(name, levels, schedule.trailing(levels, steps), "trailing")
     mesh = parallel.device_mesh(jax.local_devices())
-    generate = Generator(network, experiment.build_prediction(config), image_shape, classes, mesh, told=task.told)
+    generate = Pipeline(network, experiment.build_prediction(config), image_shape, classes, mesh, told=task.told)
     labels = np.arange(PREVIEW_IMAGES, dtype=np.int32) % classes if classes else None
     scale = PREVIEW_SCALE if classes and config.train.label_dropout > 0 else task.guidance
 
     def draw(state: TrainState) -> Image:
-        params, batch = parallel.held(mesh, state.ema[0]), parallel.round_up(PREVIEW_IMAGES, mesh.size)
+        params, batch = parallel.on_mesh(mesh, state.ema[0]), parallel.round_up(PREVIEW_IMAGES, mesh.size)
         made = generate(
             params, plan, labels, PREVIEW_IMAGES, guidance=Guidance(scale), seed=PREVIEW_SEED, batch=batch
         )  # fmt: skip

@@ -8,11 +8,11 @@ Expected: published are FID 3.17 and inception score 9.46 (arXiv:2006.11239, tab
 with diffjax yet.
 """
 
-from diffjax.experiment import Config, Data, Network, Train
+from diffjax.experiment import Config, Data, UNetConfig, Train
 
 config = Config(
     data=Data(name="cifar10", labels=False, flip=True),
-    network=Network(
+    network=UNetConfig(
         channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), scale_shift=False, sin_first=True,
         frequency_shift=1, norm_groups=32, dropout=0.1,
     ),

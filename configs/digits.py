@@ -7,10 +7,10 @@ Expected: a held-out loss near 0.08; of 500 samples (DDIM, 50 steps, guidance sc
 their label by a support vector machine trained on the real digits (`make demo` prints it).
 """
 
-from diffjax.experiment import Config, Data, Network, Train
+from diffjax.experiment import Config, Data, UNetConfig, Train
 
 config = Config(
     data=Data(name="digits"),
-    network=Network(channels=24, multipliers=(1, 2), blocks=1, attention=(4,), heads=4, norm_groups=8),
+    network=UNetConfig(channels=24, multipliers=(1, 2), blocks=1, attention=(4,), heads=4, norm_groups=8),
     train=Train(steps=1000, batch=64, learning_rate=3e-3, warmup=100),
 )

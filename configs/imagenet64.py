@@ -8,11 +8,11 @@ Expected: published is FID 2.07 in 250 steps (arXiv:2105.05233, table 4), with a
 not train. This run has not been repeated with diffjax yet. The labels withheld here, for guidance, are not in ADM.
 """
 
-from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from diffjax.experiment import Config, Data, Diffusion, UNetConfig, Train
 
 config = Config(
     data=Data(name="imagenet_resized/64x64", flip=True),
-    network=Network(
+    network=UNetConfig(
         channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_width=64, resample_blocks=True,
         norm_groups=32, norm_epsilon=1e-5, dropout=0.1, dtype="bfloat16", remat=True,
     ),

@@ -6,11 +6,11 @@ Hardware: one GPU, or a TPU core.
 Expected: not measured yet. The images are those of http://yann.lecun.com/exdb/mnist, as tensorflow-datasets has them.
 """
 
-from diffjax.experiment import Config, Data, Network, Train
+from diffjax.experiment import Config, Data, UNetConfig, Train
 
 config = Config(
     data=Data(name="mnist", pad=2),
-    network=Network(channels=64, multipliers=(1, 2, 2), blocks=2, attention=(8,), heads=4, dropout=0.1),
+    network=UNetConfig(channels=64, multipliers=(1, 2, 2), blocks=2, attention=(8,), heads=4, dropout=0.1),
     train=Train(
         steps=30_000, batch=128, learning_rate=5e-4, warmup=1000, ema=(0.9995,), log_every=100, eval_every=1000,
         preview_every=1000, save_every=1000,

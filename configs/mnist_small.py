@@ -9,10 +9,10 @@ Expected: clear digits. Of 500 by DDIM in 50 steps, guided at scale 2, a small n
 ones reads 99.8% as their label (`make mnist`, README).
 """
 
-from diffjax.experiment import Config, Data, Network, Train
+from diffjax.experiment import Config, Data, UNetConfig, Train
 
 config = Config(
     data=Data(name="mnist", pad=2),
-    network=Network(channels=32, multipliers=(1, 1, 2), blocks=1, attention=(8,), heads=4, norm_groups=8),
+    network=UNetConfig(channels=32, multipliers=(1, 1, 2), blocks=1, attention=(8,), heads=4, norm_groups=8),
     train=Train(steps=3500, batch=64, learning_rate=1e-3, warmup=300, save_every=500, eval_every=500),
 )

@@ -14,14 +14,14 @@ from diffjax import cpu
 from diffjax.experiment import suggest
 
 
-def stop(program: str, message: object) -> NoReturn:
+def exit_with_error(program: str, message: object) -> NoReturn:
     """Print one line and end with exit code 2: something that the user can put right."""
     print(f"{program}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
-def one_sentence(program: str) -> Iterator[None]:
+def user_errors(program: str) -> Iterator[None]:
     """Inside, a ValueError or OSError is the user's to put right: its message is printed, without a traceback.
 
     For checking what was asked, and for reading and writing files; not around computations, where such an error is a
@@ -31,9 +31,9 @@ def one_sentence(program: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error
-        stop(program, reason)
+        exit_with_error(program, reason)
     except ValueError as error:
-        stop(program, error)
+        exit_with_error(program, error)
 
 
 def main(program: Callable[[list[str]], None]) -> None:
@@ -57,12 +57,12 @@ def parse(kind: type, program: str, arguments: Sequence[str], default: Any = Non
             parsed, unknown = tyro.cli(kind, **options)
     except SystemExit as end:
         if end.code:
-            stop(program, _sentence(errors.getvalue()) + f" (see {program} --help)")
+            exit_with_error(program, _sentence(errors.getvalue()) + f" (see {program} --help)")
         raise
     if unknown:
         known = re.findall(r"--[\w.-]+", _help(kind, options))
         hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else f"see {program} --help"
-        stop(program, f"there is no option {unknown[0]!r}: {hint}")
+        exit_with_error(program, f"there is no option {unknown[0]!r}: {hint}")
     return parsed
 
 

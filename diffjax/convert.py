@@ -14,7 +14,7 @@ import tyro
 
 from diffjax import cli, experiment
 from diffjax.interop import diffusers
-from diffjax.run import Run, open_run
+from diffjax.run import TrainedModel, load_model
 from diffjax.training.checkpoint import FOLDER, Checkpoints
 from diffjax.training.step import init_state
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     """Parse and convert."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         theirs, into_theirs = diffusers.is_source(options.source), diffusers.is_source(options.destination)
         if theirs == into_theirs:
             raise ValueError(
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
             )
         if into_theirs and options.data:
             raise ValueError("--data belongs to a network from diffusers: leave it out")
-        run = open_run(options.source, options.checkpoint, options.weights)
+        run = load_model(options.source, options.checkpoint, options.weights)
         if theirs:
             to_run(run, Path(options.destination), options.data)
         else:
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     print(f"wrote {options.destination}: sample from it with 'python sample.py {options.destination}'")
 
 
-def to_run(run: Run, workdir: Path, data: str | None) -> None:
+def to_run(run: TrainedModel, workdir: Path, data: str | None) -> None:
     """Write a run folder with one checkpoint, of the step that the source tells, or 0. Its moving average and its
     parameters are the same. ValueError for a folder that holds checkpoints.
     """

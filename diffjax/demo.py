@@ -15,9 +15,9 @@ import tyro
 from tqdm import tqdm
 
 from diffjax import cli, picture, sampler, schedule
-from diffjax.evaluation.digits import judge
+from diffjax.evaluation.digits import score_digits
 from diffjax.evaluation.record import as_dict, markdown
-from diffjax.run import Generator, Guidance, check_guidance, check_seed, check_whole, open_run, record
+from diffjax.run import Pipeline, Guidance, check_guidance, check_seed, require_undistilled, load_model, sampling_row
 from diffjax.training import parallel
 
 PROGRAM = "diffjax.demo"
@@ -41,11 +41,11 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
     folder = Path(options.run)
-    with cli.one_sentence(PROGRAM):
-        run = open_run(folder)
+    with cli.user_errors(PROGRAM):
+        run = load_model(folder)
         if str(run.description.config.data) != "digits" or not run.description.classes:
             raise ValueError(f"{folder} is not a run of the configuration 'digits': use sample.py")
-        check_whole(run)
+        require_undistilled(run)
         check_guidance(run, Guidance(2.0))
         check_seed(options.seed)
         levels = run.schedule
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     jobs = [("ddpm(fixed_small, trailing)", ddpm, 1.0)]
     jobs += [("ddim(eta=0, trailing)", ddim, scale) for scale in (1.0, 2.0, 3.0, 4.0)]
 
-    generate = Generator.of(run)
+    generate = Pipeline.of(run)
     labels = np.arange(options.num, dtype=np.int32) % 10
     batch = parallel.round_up(options.num, jax.device_count())
     rows, first_images, verdicts = [], [], []
@@ -80,8 +80,8 @@ def main(arguments: list[str]) -> None:
             ]
         median = sorted(timed, key=lambda made: made.run_seconds)[repeats // 2]
         made = median._replace(compile_seconds=sum(made.compile_seconds for made in timed))
-        rows.append(record(run, made, plan, name, Guidance(scale), batch))
-        verdicts.append(judge(made.images, labels))
+        rows.append(sampling_row(run, made, plan, name, Guidance(scale), batch))
+        verdicts.append(score_digits(made.images, labels))
         first_images.append(made.images[:10])
         captions = [str(label) for label in labels]
         sheet = picture.grid(made.images, captions, columns=10)

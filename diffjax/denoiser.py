@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from diffjax.process import Prediction, expand
+from diffjax.process import Prediction, append_dims
 from diffjax.schedule import Level
 
 Condition = Any  # an array [B, ...], or None
@@ -34,14 +34,14 @@ def from_network(network: Network, params: Any, prediction: Prediction) -> Condi
         if output.shape != x_t.shape:
             raise ValueError(
                 f"the network says {output.shape} of samples {x_t.shape}: it must say one number for each. A network"
-                " with learned variance says two: wrap it in `fixed_variance`"
+                " with learned variance says two: wrap it in `drop_learned_variance`"
             )
         return prediction.to_x0(x_t, output, level)
 
     return denoise
 
 
-def fixed_variance(network: Callable[..., Array]) -> Callable[..., Array]:
+def drop_learned_variance(network: Callable[..., Array]) -> Callable[..., Array]:
     """A network that says a variance after its estimate (improved DDPM, arXiv:2102.09672: twice the channels of x),
     without it: plans use a fixed variance.
     """
@@ -53,7 +53,7 @@ def condition_on(denoise: ConditionalDenoiser, condition: Condition) -> Denoiser
     return lambda x_t, level: denoise(x_t, level, condition)
 
 
-def guide(
+def classifier_free_guidance(
     denoise: ConditionalDenoiser,
     condition: Array,
     null: Array | int,
@@ -65,7 +65,7 @@ def guide(
 
     condition: [B, ...]; null: the condition that means "none", or one to be led away from, broadcast against it; scale:
     0 is unconditional, 1 conditional, more is guided. The paper's w is scale - 1. Since x0 is affine in eps, this is
-    its equation 6. rescale: as in `extrapolate`.
+    its equation 6. rescale: as in `guided_estimate`.
 
     One pass over a batch of 2B: (condition, null) pairs are neighbours, so a batch that is split over devices keeps
     both halves of each pair on one device. two_passes: one after the other, in half the memory.
@@ -80,19 +80,19 @@ def guide(
             twice = Level(*(jnp.repeat(leaf, 2) if jnp.ndim(leaf) else leaf for leaf in level))
             both = denoise(jnp.repeat(x_t, 2, axis=0), twice, pairs).reshape(-1, 2, *x_t.shape[1:])
             x0, x0_null = both[:, 0], both[:, 1]
-        return extrapolate(x0_null, x0, level, scale, rescale)
+        return guided_estimate(x0_null, x0, level, scale, rescale)
 
     return guided
 
 
-def autoguide(denoise: Denoiser, worse: Denoiser, scale: Scale, rescale: float = 0.0) -> Denoiser:
+def autoguidance(denoise: Denoiser, worse: Denoiser, scale: Scale, rescale: float = 0.0) -> Denoiser:
     """Autoguidance (arXiv:2406.02507): away from a worse version of the same denoiser, smaller or less trained,
-    x0_worse + scale*(x0 - x0_worse). scale 1 is the denoiser itself; rescale: as in `extrapolate`.
+    x0_worse + scale*(x0 - x0_worse). scale 1 is the denoiser itself; rescale: as in `guided_estimate`.
     """
-    return lambda x_t, level: extrapolate(worse(x_t, level), denoise(x_t, level), level, scale, rescale)
+    return lambda x_t, level: guided_estimate(worse(x_t, level), denoise(x_t, level), level, scale, rescale)
 
 
-def extrapolate(x0_from: Array, x0_to: Array, level: Level, scale: Scale, rescale: float = 0.0) -> Array:
+def guided_estimate(x0_from: Array, x0_to: Array, level: Level, scale: Scale, rescale: float = 0.0) -> Array:
     """x0 = x0_from + scale*(x0_to - x0_from), in float32 at least: what bfloat16 loses in the difference, scale
     enlarges.
 
@@ -104,7 +104,7 @@ def extrapolate(x0_from: Array, x0_to: Array, level: Level, scale: Scale, rescal
         raise ValueError(f"rescale is {rescale}: use 0 (not at all) to 1 (wholly)")
     dtype = jnp.promote_types(x0_to.dtype, jnp.float32)
     x0_from, x0_to = x0_from.astype(dtype), x0_to.astype(dtype)
-    x0 = x0_from + expand(scale(level) if callable(scale) else scale, x0_to) * (x0_to - x0_from)
+    x0 = x0_from + append_dims(scale(level) if callable(scale) else scale, x0_to) * (x0_to - x0_from)
     if rescale == 0:
         return x0
     axes = tuple(range(1, x0.ndim))
@@ -117,7 +117,7 @@ def clip(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
     return lambda x_t, level: jnp.clip(denoise(x_t, level), low, high)
 
 
-def threshold(denoise: Denoiser, quantile: float) -> Denoiser:
+def dynamic_threshold(denoise: Denoiser, quantile: float) -> Denoiser:
     """Dynamic thresholding (arXiv:2205.11487, section 2.3): each image's estimate of x0 is clipped to [-s, s] and
     divided by s, where s is this quantile of its absolute values, or 1 if that is more. quantile: in (0, 1] (else
     ValueError).
@@ -128,7 +128,7 @@ def threshold(denoise: Denoiser, quantile: float) -> Denoiser:
     def thresholded(x_t: Array, level: Level) -> Array:
         x0 = denoise(x_t, level)
         size = jnp.quantile(jnp.abs(x0).reshape(len(x0), -1).astype(jnp.float32), quantile, axis=1)
-        size = expand(jnp.maximum(size, 1).astype(x0.dtype), x0)
+        size = append_dims(jnp.maximum(size, 1).astype(x0.dtype), x0)
         return jnp.clip(x0, -size, size) / size
 
     return thresholded
@@ -139,7 +139,7 @@ def inpaint(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
 
     known: images [B, ...]; mask: 1 where they are known, 0 where they are to be made, broadcast against them (else
     ValueError). To be applied last, after guidance and clipping. What is made agrees better with what is known under a
-    plan that takes its rows again, `solvers.resample`.
+    plan that takes its rows again, `solvers.repaint`.
     """
     try:
         jnp.broadcast_to(mask, known.shape)
@@ -162,6 +162,6 @@ def normalise(denoise: Denoiser) -> Denoiser:
 
     def normalised(x_t: Array, level: Level) -> Array:
         scale = (level.alpha**2 + level.sigma**2) ** 0.5
-        return denoise(x_t / expand(scale, x_t), Level(level.t, level.alpha / scale, level.sigma / scale))
+        return denoise(x_t / append_dims(scale, x_t), Level(level.t, level.alpha / scale, level.sigma / scale))
 
     return normalised

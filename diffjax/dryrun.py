@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from diffjax import experiment, sampler, schedule
 from diffjax.experiment import Config
-from diffjax.run import Generator
+from diffjax.run import Pipeline
 from diffjax.training import parallel
 
 GIB = 2**30
@@ -98,7 +98,7 @@ def lower_step(config: Config, image_shape: tuple[int, int, int], classes: int, 
 
     batches = {"image": of(image_shape, jnp.float32), "index": of((), jnp.uint32)}
     batches |= {"label": of((), jnp.int32)} if classes else {}
-    return parallel.over(mesh, mode, training.step, axis=1, donate=True).lower(state, batches)
+    return parallel.parallelize(mesh, mode, training.step, axis=1, donate=True).lower(state, batches)
 
 
 def lower_sampler(config: Config, image_shape: tuple[int, int, int], classes: int, mesh: Mesh) -> Any:
@@ -108,11 +108,11 @@ def lower_sampler(config: Config, image_shape: tuple[int, int, int], classes: in
     unet = experiment.build_unet(config, image_shape, classes)
     levels = experiment.build_schedule(config)
     plan = sampler.ddim(levels, schedule.trailing(levels, min(STEPS, schedule.length(levels))))
-    generate = Generator(
+    generate = Pipeline(
         experiment.build_network(config, unet), experiment.build_prediction(config), image_shape, classes, mesh
     )
     params = experiment.params_like(unet, image_shape)
-    rows = next(rows for rows in sampler.chunks(plan, jnp.float32))
+    rows = next(rows for rows in sampler.segments(plan, jnp.float32))
     return generate.lower(params, rows, config.train.batch, guided=is_guided(config, classes))
 
 

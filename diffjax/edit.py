@@ -22,7 +22,7 @@ from tqdm import tqdm
 from diffjax import cli, editing, experiment, picture, sampler, schedule
 from diffjax.editing import Editor, Progress, trailing_from
 from diffjax.experiment import suggest
-from diffjax.run import Guidance, Run, check_guidance, check_seed, open_run, output_folder, read_labels
+from diffjax.run import Guidance, TrainedModel, check_guidance, check_seed, load_model, output_folder, read_labels
 from diffjax.training import data
 
 PROGRAM = "diffjax.edit"
@@ -105,7 +105,7 @@ class Inpaint(Common):
 class Scene(NamedTuple):
     """What an edit starts from."""
 
-    run: Run
+    run: TrainedModel
     editor: Editor
     images: np.ndarray  # float32 [N, H, W, C] in [-1, 1]
     labels: np.ndarray | None  # int [N]; None for a network without classes, or for no label
@@ -124,10 +124,10 @@ def main(arguments: list[str]) -> None:
         return
     command = arguments[0]
     if command not in COMMANDS:
-        cli.stop(PROGRAM, f"there is no command {command!r}: {suggest(command, list(COMMANDS))}")
+        cli.exit_with_error(PROGRAM, f"there is no command {command!r}: {suggest(command, list(COMMANDS))}")
     kind, prepare = COMMANDS[command]
     options = cli.parse(kind, f"{PROGRAM} {command}", arguments[1:])
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         scene = open_scene(options)
         steps, edit = prepare(scene, options)
         out = cli.check_output(Path(options.out or output_folder(options.run) / "edits" / f"{command}.png"), ".png")
@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> None:
         rows, report = edit(bar.update)
     columns = max(len(row) for row in rows.values())
     sheet = picture.grid(picture.to_uint8(np.concatenate(list(rows.values()))), columns=columns, titles=list(rows))
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         picture.save_png(out, sheet)
     print(report)
     most = 2 * SHOWN if command == "interpolate" else SHOWN
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> None:
 
 def open_scene(options: Common) -> Scene:
     """The run, its images and labels; says what was done to files to make them fit."""
-    run = open_run(options.run, options.checkpoint, options.weights)
+    run = load_model(options.run, options.checkpoint, options.weights)
     editor, (config, shape, classes) = Editor(run), run.description
     check_seed(options.seed)
     if options.images:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import sampler, schedule, solvers
-from diffjax.run import Generator, Guidance, Run, check_whole
+from diffjax.run import Pipeline, Guidance, TrainedModel, require_undistilled
 from diffjax.sampler import Plan
 from diffjax.schedule import Level, Schedule
 from diffjax.training import parallel
@@ -29,11 +29,11 @@ def quiet(rows: int) -> None:
 class Editor:
     """Edits by one run's network; compiled programs are kept from edit to edit."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainedModel) -> None:
         """For a run; nothing is compiled yet. ValueError for a student, which is no denoiser of every level."""
-        check_whole(run)
+        require_undistilled(run)
         self._run = run
-        self._generate = Generator.of(run)
+        self._generate = Pipeline.of(run)
 
     def batches(self, num: int) -> int:
         """In how many batches `num` images are edited, all of whose steps `progress` is told."""
@@ -98,7 +98,7 @@ class Editor:
         """
         plan = sampler.ddim(self._run.schedule, trailing_from(self._run.schedule, level, steps), eta)
         keys = sampler.image_keys(jax.random.key(seed), np.arange(len(images)))
-        start = np.asarray(sampler.start_from(plan, jnp.asarray(images, jnp.float32), keys))
+        start = np.asarray(sampler.noise_to_level(plan, jnp.asarray(images, jnp.float32), keys))
         return self._make(plan, labels, start, guidance, seed, progress)
 
     def inpaint(
@@ -115,12 +115,12 @@ class Editor:
         progress: Progress = quiet,
     ) -> np.ndarray:
         """Images whose pixels are kept exactly where the mask is 1, and made by DDIM where it is 0, every step taken
-        `times` times (`solvers.resample`). mask: of 0 to 1, [H, W], or [N, H, W, C] or what broadcasts to it, as
+        `times` times (`solvers.repaint`). mask: of 0 to 1, [H, W], or [N, H, W, C] or what broadcasts to it, as
         [N, H, W, 1] (else ValueError).
         """
         mask = check_mask(mask, images.shape)
         levels = self._run.schedule
-        plan = solvers.resample(sampler.ddim(levels, schedule.trailing(levels, steps), eta), times)
+        plan = solvers.repaint(sampler.ddim(levels, schedule.trailing(levels, steps), eta), times)
         return self._make(plan, labels, images, guidance, seed, progress, mask=mask)
 
     def _make(

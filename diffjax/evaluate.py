@@ -29,20 +29,20 @@ from tqdm import tqdm
 from diffjax import cli, experiment, plans, quality, sampler, schedule
 from diffjax.denoiser import Condition, from_network
 from diffjax.evaluation import features, likelihood
-from diffjax.evaluation.record import BitsPerDim, markdown
+from diffjax.evaluation.record import LikelihoodRow, markdown
 from diffjax.run import (
-    Generator,
+    Pipeline,
     Guidance,
-    Run,
+    TrainedModel,
     check_guidance,
     check_seed,
-    check_whole,
+    require_undistilled,
     count_parameters,
-    doubts,
-    open_run,
+    distillation_warning,
+    load_model,
     output_folder,
-    usual_sampler,
-    usual_steps,
+    default_sampler,
+    default_steps,
 )
 from diffjax.schedule import Level
 from diffjax.training import data, parallel
@@ -107,19 +107,19 @@ def main(arguments: list[str]) -> None:
     """Parse, measure, write, print."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         check_seed(options.seed)
-        run = open_run(options.run, options.checkpoint, options.weights)
+        run = load_model(options.run, options.checkpoint, options.weights)
     if options.bits_per_dim:
         of_likelihood(options, run)
     else:
         of_images(options, run)
 
 
-def of_images(options: Options, run: Run) -> None:
+def of_images(options: Options, run: TrainedModel) -> None:
     """Sample, compare, print one row and append it to the run's."""
     num = 1000 if options.num is None else options.num
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         if options.repeats != 3 or options.probes != 1 or options.out is not None:
             raise ValueError("--repeats, --probes and --out belong to --bits-per-dim: leave them out, or say it too")
         plan, name = make_plan(options, run)
@@ -128,14 +128,14 @@ def of_images(options: Options, run: Run) -> None:
         batch = quality.timed_batch(num) if options.batch is None else options.batch
         quality.check_batch(num, batch)
         out = cli.check_output(output_folder(options.run) / "evaluations.jsonl", ".jsonl")
-        config = run.description.config if options.data is None else experiment.named(options.data)
+        config = run.description.config if options.data is None else experiment.load_config(options.data)
         weights = None if options.inception is None else Path(options.inception)
         reference = quality.read_reference(
             config, run.description.image_shape, options.features, options.reference, features.cache_folder(), weights
         )
-    if doubt := doubts(run, plan):
+    if doubt := distillation_warning(run, plan):
         print(f"{run.name} {doubt}")
-    generate = Generator.of(run)
+    generate = Pipeline.of(run)
     with tqdm(total=plan.steps * -(-num // batch), desc=name, unit="step", dynamic_ncols=True) as bar:
         try:
             row, _ = quality.measure(
@@ -143,31 +143,31 @@ def of_images(options: Options, run: Run) -> None:
                 clip=options.clip, progress=bar.update,
             )  # fmt: skip
         except quality.NotFiniteError as error:
-            cli.stop(PROGRAM, error)
+            cli.exit_with_error(PROGRAM, error)
     print(markdown([row]))
-    with cli.one_sentence(PROGRAM), out.open("a") as file:
+    with cli.user_errors(PROGRAM), out.open("a") as file:
         file.write(json.dumps(asdict(row)) + "\n")
     print(f"appended to {out}")
 
 
-def make_plan(options: Options, run: Run) -> tuple[sampler.Plan, str]:
+def make_plan(options: Options, run: TrainedModel) -> tuple[sampler.Plan, str]:
     """The plan that is asked for, and its full name. ValueError as of `plans.requests` and `plans.at_steps`."""
     task = run.description.config.distillation
-    request, *more = plans.requests(options.sampler or usual_sampler(task, run.schedule)[0])
+    request, *more = plans.requests(options.sampler or default_sampler(task, run.schedule)[0])
     if more:
         raise ValueError(f"--sampler is {options.sampler!r}: name one, or sweep them by python -m diffjax.pareto")
-    steps = usual_steps(task, run.schedule, request.name) if options.steps is None else options.steps
+    steps = default_steps(task, run.schedule, request.name) if options.steps is None else options.steps
     return plans.at_steps(request, run.schedule, steps)
 
 
-def of_likelihood(options: Options, run: Run) -> None:
+def of_likelihood(options: Options, run: TrainedModel) -> None:
     """Both measures, as a table and as a file."""
     num = 64 if options.num is None else options.num
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         if importlib.util.find_spec("diffrax") is None:
             raise ValueError("likelihoods need diffrax: pip install 'diffjax[diffrax]'")
         check(options, num)
-        check_whole(run)
+        require_undistilled(run)
         T, config = schedule.length(run.schedule), run.description.config
         if options.evaluations is not None and not 1 <= options.evaluations <= T - 1:
             raise ValueError(f"--evaluations is {options.evaluations}: this chain takes 1 to {T - 1}, or None for all")
@@ -176,7 +176,7 @@ def of_likelihood(options: Options, run: Run) -> None:
         labels = make_labels(options, run, labels, num)
         out = cli.check_output(Path(options.out or output_folder(options.run) / "evaluation.json"), ".json")
     rows = bits_per_dim(options, run, std, images, labels)
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print(markdown(rows))
     print(f"wrote {out}")
@@ -193,7 +193,7 @@ def check(options: Options, num: int) -> None:
         raise ValueError(f"--tolerance is {options.tolerance}: use a number above 0, and at most 0.01; 1e-4 is usual")
 
 
-def make_labels(options: Options, run: Run, labels: np.ndarray | None, num: int) -> np.ndarray | None:
+def make_labels(options: Options, run: TrainedModel, labels: np.ndarray | None, num: int) -> np.ndarray | None:
     """What the network is told of each image. ValueError for no label where it was trained with all of them."""
     classes = run.description.classes
     if not classes:
@@ -209,8 +209,8 @@ def make_labels(options: Options, run: Run, labels: np.ndarray | None, num: int)
 
 
 def bits_per_dim(
-    options: Options, run: Run, std: sampler.Std, images: np.ndarray, labels: np.ndarray | None
-) -> list[BitsPerDim]:
+    options: Options, run: TrainedModel, std: sampler.Std, images: np.ndarray, labels: np.ndarray | None
+) -> list[LikelihoodRow]:
     """The flow's row and the bound's."""
     config, shape, classes = run.description
     levels, prediction = run.schedule, run.prediction
@@ -245,7 +245,7 @@ def bits_per_dim(
     nats, steps, solved = (np.stack(parts) for parts in zip(*found, strict=True))
     if not solved.all():
         image = int(np.argmin(solved.all(0)))
-        cli.stop(PROGRAM, f"the flow of image {image} took too many steps: use a larger --tolerance")
+        cli.exit_with_error(PROGRAM, f"the flow of image {image} took too many steps: use a larger --tolerance")
     by_flow = likelihood.bits_per_dim(nats, shape, density=True)
     by_bound = likelihood.bits_per_dim(bounds, shape, density=False)
     context: dict[str, Any] = {
@@ -257,13 +257,13 @@ def bits_per_dim(
     evaluations = STAGES * float(steps.mean()) + BEGINNING
     probes = f"{options.probes} probe{'s' * (options.probes > 1)}"
     return [
-        BitsPerDim(
+        LikelihoodRow(
             measure=f"probability flow, tsit5 to {options.tolerance:g}, {probes}",
             bits_per_dim=float(by_flow.mean()), error=standard_error(by_flow.mean(0)),
             spread=float(by_flow.mean(1).std(ddof=1)) if options.repeats > 1 else None, repeats=options.repeats,
             evaluations=evaluations, derivatives=evaluations * options.probes, **context,
         ),
-        BitsPerDim(
+        LikelihoodRow(
             measure=f"variational bound, ddpm({options.variance}) in {T} steps, clipped",
             bits_per_dim=float(by_bound.mean()), error=standard_error(by_bound), spread=None, repeats=1,
             evaluations=1.0 + (options.evaluations or T - 1), derivatives=0.0, **context,
@@ -271,12 +271,12 @@ def bits_per_dim(
     ]  # fmt: skip
 
 
-def over_devices(run: Run, images: np.ndarray, labels: np.ndarray | None, batch: int) -> Callable[..., Any]:
+def over_devices(run: TrainedModel, images: np.ndarray, labels: np.ndarray | None, batch: int) -> Callable[..., Any]:
     """over(function, keys, progress): function(params, x0, condition, keys) of all images, batch by batch, each shared
     out over all devices; its results on the host. keys: of the images' indices.
     """
     mesh, num = parallel.device_mesh(), len(images)
-    whole, split = parallel.whole(mesh), parallel.split(mesh)
+    whole, split = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     params = jax.device_put(run.params, whole)
 
     @functools.cache

@@ -24,7 +24,7 @@ import tyro
 from diffjax import denoiser, loss, process, schedule
 from diffjax.models.unet import UNet
 from diffjax.training.parallel import Mode
-from diffjax.training.step import TrainState, TrainStep, init_state, make_eval_step, make_train_step, several
+from diffjax.training.step import TrainState, TrainStep, init_state, make_eval_step, make_train_step, multi_step
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Betas are rescaled to reach the same noise at any T, and EDM's path is taken in its variance-preserving form: networks
@@ -68,7 +68,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Network:
+class UNetConfig:
     """The UNet."""
 
     channels: int = 32
@@ -203,7 +203,7 @@ class Config:
     """One experiment."""
 
     data: Data = field(default_factory=Data)
-    network: Network = field(default_factory=Network)
+    network: UNetConfig = field(default_factory=UNetConfig)
     diffusion: Diffusion = field(default_factory=Diffusion)
     train: Train = field(default_factory=Train)
     distillation: Annotated[Distillation, tyro.conf.Suppress] = field(default_factory=Distillation)
@@ -212,19 +212,19 @@ class Config:
 # What a checkpoint cannot do without: another value means other arrays, or arrays that mean something else.
 BOUND = ("data.source", "data.name", "data.size", "data.pad", "data.grey", "data.labels")
 BOUND += ("diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr", "diffusion.T", "diffusion.prediction")
-BOUND += tuple(f"network.{f.name}" for f in dataclasses.fields(Network) if f.name not in ("dropout", "dtype", "remat"))
+BOUND += tuple(f"network.{f.name}" for f in dataclasses.fields(UNetConfig) if f.name not in ("dropout", "dtype", "remat"))
 SEEDS = 2**32  # JAX would take a larger seed modulo this
 
 
-def names() -> list[str]:
+def config_names() -> list[str]:
     """The files of configs/."""
     return sorted(module.name for module in pkgutil.iter_modules(importlib.import_module("configs").__path__))
 
 
-def named(name: str) -> Config:
+def load_config(name: str) -> Config:
     """The configuration configs/NAME.py. ValueError for another name, with the nearest one."""
-    if name not in names():
-        raise ValueError(f"there is no configuration {name!r}: {suggest(name, names())}")
+    if name not in config_names():
+        raise ValueError(f"there is no configuration {name!r}: {suggest(name, config_names())}")
     return importlib.import_module(f"configs.{name}").config
 
 
@@ -234,9 +234,9 @@ def suggest(name: str, names: typing.Sequence[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """ValueError, naming the field, for values that no run can have. What types exclude needs no check here."""
-    fields = flat(config)
+    fields = flat_fields(config)
     positive = ("network.channels", "network.blocks", "network.heads", "network.norm_epsilon", "diffusion.T")
     positive += tuple(name for name in ("network.head_width", "network.norm_groups") if fields[name] is not None)
     positive += ("train.steps", "train.batch", "train.clip", "train.keep", "train.log_every", "train.save_every")
@@ -282,21 +282,21 @@ def _check_data(data: Data) -> None:
         raise ValueError("data.size is None: files are of many sizes, give one to all with --data.size")
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"train.steps": 1000, ...}: every field by its option name."""
     if not dataclasses.is_dataclass(config):
         return {prefix: config}
     dot = prefix + "." if prefix else ""
-    return {k: v for f in dataclasses.fields(config) for k, v in flat(getattr(config, f.name), dot + f.name).items()}
+    return {k: v for f in dataclasses.fields(config) for k, v in flat_fields(getattr(config, f.name), dot + f.name).items()}
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def config_to_dict(config: Config) -> dict[str, Any]:
     """For JSON."""
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
-    """The inverse of `to_dict`, through JSON. Fields that are missing, from an older version, take their defaults;
+def config_from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
+    """The inverse of `config_to_dict`, through JSON. Fields that are missing, from an older version, take their defaults;
     ValueError for fields that this version does not know.
     """
     types = typing.get_type_hints(kind)
@@ -308,7 +308,7 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
 
     def parse(value: Any, hint: Any) -> Any:
         if dataclasses.is_dataclass(hint):
-            return from_dict(value, hint)
+            return config_from_dict(value, hint)
         if typing.get_origin(hint) is tuple and not isinstance(value, list):
             return (value,)  # a field that has become several
         return tuple(value) if isinstance(value, list) else value
@@ -318,7 +318,7 @@ def from_dict(values: dict[str, Any], kind: Any = Config) -> Any:
 
 def check_resume(stored: Config, given: Config) -> list[str]:
     """What changed, as "name: old -> new". ValueError where the checkpoint cannot serve the change."""
-    old, new = flat(stored), flat(given)
+    old, new = flat_fields(stored), flat_fields(given)
     changed = [name for name in new if old[name] != new[name]]
     for name in changed:
         if name.startswith("distillation."):
@@ -354,7 +354,7 @@ def load_data(config: Config) -> Any:
         found = sources.load_npz(Path(data.path or ""))
     if data.labels and not found.classes:
         raise ValueError(f"{data} has no class labels: train with --data.no-labels")
-    return sources.fitted(found, data.size, data.pad, grey=data.grey)
+    return sources.preprocess(found, data.size, data.pad, grey=data.grey)
 
 
 def describe_data(config: Config) -> tuple[tuple[int, int, int], int]:
@@ -370,7 +370,7 @@ def describe_data(config: Config) -> tuple[tuple[int, int, int], int]:
     shape, classes = sources.describe_tfds(data.name, data.dir, data.size)
     if data.labels and not classes:
         raise ValueError(f"{data} has no class labels: train with --data.no-labels")
-    return sources.fitted_shape(shape, None, data.pad, grey=data.grey), classes if data.labels else 0
+    return sources.preprocessed_shape(shape, None, data.pad, grey=data.grey), classes if data.labels else 0
 
 
 def build_schedule(config: Config) -> schedule.Schedule:
@@ -416,7 +416,7 @@ def build_network(config: Config, unet: UNet) -> Callable[..., jax.Array]:
     def network(params: Any, *inputs: Any) -> jax.Array:
         return apply({"params": params}, *inputs)
 
-    return denoiser.fixed_variance(network) if config.network.learned_variance else network
+    return denoiser.drop_learned_variance(network) if config.network.learned_variance else network
 
 
 def init_params(unet: UNet, image_shape: tuple[int, int, int], key: jax.Array) -> Any:
@@ -460,21 +460,21 @@ class Training(NamedTuple):
 
 def build_training(config: Config, image_shape: tuple[int, int, int], classes: int) -> Training:
     """The steps of one device, and the state that they start from, for images [H, W, C] and a number of classes, 0 for
-    none: `parallel.over` runs them on many. ValueError for parts that do not fit each other.
+    none: `parallel.parallelize` runs them on many. ValueError for parts that do not fit each other.
     """
     train, levels, prediction = config.train, build_schedule(config), build_prediction(config)
     unet, times = build_unet(config, image_shape, classes), build_times(config)
     network, (optimizer, rate) = build_network(config, unet), build_optimizer(config)
     weighting = build_weighting(config)
-    objective = loss.denoising(network, prediction, levels, weighting, times, classes, train.label_dropout)
+    objective = loss.denoising_loss(network, prediction, levels, weighting, times, classes, train.label_dropout)
     # The held-out loss is L_simple over independent levels whatever the weighting, so that runs compare.
-    held_out = loss.denoising(lambda *inputs: network(*inputs[:-1]), prediction, levels)
+    held_out = loss.denoising_loss(lambda *inputs: network(*inputs[:-1]), prediction, levels)
     step = make_train_step(
         objective, optimizer, train.ema, train.seed,
-        accumulate=train.accumulate, rate=rate, quarters=loss.quarters(times, schedule.length(levels)),
+        accumulate=train.accumulate, rate=rate, quarters=loss.t_quartile(times, schedule.length(levels)),
     )  # fmt: skip
 
     def init(key: jax.Array) -> TrainState:
         return init_state(init_params(unet, image_shape, key), optimizer, len(train.ema))
 
-    return Training(unet, network, init, several(step), make_eval_step(held_out, train.seed))
+    return Training(unet, network, init, multi_step(step), make_eval_step(held_out, train.seed))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from diffjax.denoiser import Condition
-from diffjax.process import Prediction, check_prediction, expand, q_sample
+from diffjax.process import Prediction, check_prediction, append_dims, q_sample
 from diffjax.schedule import Level, Schedule, at, length, logsnr
 
 Objective = Callable[[Any, Any, Array], Array]  # (params, batch, key of the step) -> loss per example [B]
@@ -51,16 +51,16 @@ def antithetic(key: Array, index: Array, T: int) -> Array:
     return jnp.where(index % 2 == 0, t, T + 1 - t)
 
 
-def drawn(times: TimeSampling, key: Array, index: Array, T: int) -> Array:
+def sample_t(times: TimeSampling, key: Array, index: Array, T: int) -> Array:
     """The t that the objective draws in the step of this key: 1..T, int32 [B]."""
     return times(jax.random.fold_in(key, 0), index, T)
 
 
-def quarters(times: TimeSampling, T: int) -> Callable[[Any, Array], Array]:
+def t_quartile(times: TimeSampling, T: int) -> Callable[[Any, Array], Array]:
     """(batch, key of the step) -> the quarter of 1..T that each example's t is in, 0..3, int32 [B]: a loss that is
     watched by quarters tells which noise levels are being learnt.
     """
-    return lambda batch, key: (drawn(times, key, batch["index"], T) - 1) * 4 // T
+    return lambda batch, key: (sample_t(times, key, batch["index"], T) - 1) * 4 // T
 
 
 # ---------------------------------------------------------------------------------------------- weightings
@@ -136,7 +136,7 @@ def drop_condition(keys: Array, condition: Array, null: Any, rate: float) -> Arr
     one network both conditional and unconditional. condition: [B, ...]; null: broadcast against one of it.
     """
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-    return jnp.where(expand(dropped, condition), jnp.asarray(null, condition.dtype), condition)
+    return jnp.where(append_dims(dropped, condition), jnp.asarray(null, condition.dtype), condition)
 
 
 def squared_error(output: Array, target: Array) -> Array:
@@ -145,7 +145,7 @@ def squared_error(output: Array, target: Array) -> Array:
     return jnp.mean(error**2, axis=tuple(range(1, error.ndim)))
 
 
-class Noised(NamedTuple):
+class NoisyBatch(NamedTuple):
     """What a step draws for the examples of a batch, [B] each."""
 
     row: Any  # of the table
@@ -155,7 +155,7 @@ class Noised(NamedTuple):
     for_dropout: Array
 
 
-def noised(batch: Any, key: Array, times: TimeSampling, table: Any) -> Noised:
+def add_noise_to_batch(batch: Any, key: Array, times: TimeSampling, table: Any) -> NoisyBatch:
     """x_t of each image of a batch at a level drawn from a table: leaves [N], or a tree whose first is a Level. `times`
     draws 1..N, its rows in their order. All is keyed by the global index of an example. ValueError for images that are
     not floats.
@@ -163,17 +163,17 @@ def noised(batch: Any, key: Array, times: TimeSampling, table: Any) -> Noised:
     x0, index = batch["image"], batch["index"]
     if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"images are {x0.dtype}: noise is added to floats, of -1 to 1")
-    which = drawn(times, key, index, len(table[0].t)) - 1
+    which = sample_t(times, key, index, len(table[0].t)) - 1
     # A whole number t stays one: a network may look it up.
     types = {"i": jnp.int32, "f": jnp.float32}
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf, types[leaf.dtype.kind])[which], table)
     keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(example_keys(jax.random.fold_in(key, 1), index))
     for_eps, for_condition, for_dropout = keys
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(for_eps)
-    return Noised(row, q_sample(x0, eps, row[0]), eps, for_condition, for_dropout)
+    return NoisyBatch(row, q_sample(x0, eps, row[0]), eps, for_condition, for_dropout)
 
 
-def denoising(
+def denoising_loss(
     network: TrainingNetwork,
     prediction: Prediction,
     schedule: Schedule,
@@ -205,7 +205,7 @@ def denoising(
     table = at(schedule, np.arange(1, length(schedule) + 1)), table_of_weights[1:]
 
     def objective(params: Any, batch: Any, key: Array) -> Array:
-        (level, weight), x_t, eps, for_condition, for_dropout = noised(batch, key, times, table)
+        (level, weight), x_t, eps, for_condition, for_dropout = add_noise_to_batch(batch, key, times, table)
         condition = batch.get("label")
         if condition is not None and drop_rate > 0:
             condition = drop_condition(for_condition, condition, null, drop_rate)

@@ -23,20 +23,20 @@ from tqdm import tqdm
 
 from diffjax import cli, picture, plans, quality
 from diffjax.evaluation import features, frontier, report
-from diffjax.evaluation.record import CONTEXT, Quality
+from diffjax.evaluation.record import CONTEXT, QualityRow
 from diffjax.quality import Reference
 from diffjax.run import (
-    Generator,
+    Pipeline,
     Guidance,
-    Run,
+    TrainedModel,
     check_guidance,
     check_seed,
     count_parameters,
     describe_devices,
     describe_weights,
-    doubts,
-    open_run,
-    usual_sampler,
+    distillation_warning,
+    load_model,
+    default_sampler,
 )
 from diffjax.sampler import Plan
 
@@ -82,7 +82,7 @@ class Options:
 class Combination(NamedTuple):
     """One row to be."""
 
-    run: Run
+    run: TrainedModel
     plan: Plan
     sampler: str
     scale: float
@@ -93,8 +93,8 @@ def main(arguments: list[str]) -> None:
     """Parse, measure what is missing, write after every row, print."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     options = cli.parse(Options, PROGRAM, arguments)
-    with cli.one_sentence(PROGRAM):
-        runs = [open_run(run, weights=options.weights) for run in options.runs]
+    with cli.user_errors(PROGRAM):
+        runs = [load_model(run, weights=options.weights) for run in options.runs]
         if not runs:
             raise ValueError("name a run folder, or several")
         combinations = combine(options, runs)
@@ -107,13 +107,13 @@ def main(arguments: list[str]) -> None:
         weights = None if options.inception is None else Path(options.inception)
         cache = features.cache_folder()
         reference = quality.read_reference(config, shape, options.features, options.reference, cache, weights)
-    for doubt in dict.fromkeys(f"{c.run.name} {said}" for c in combinations if (said := doubts(c.run, c.plan))):
+    for doubt in dict.fromkeys(f"{c.run.name} {said}" for c in combinations if (said := distillation_warning(c.run, c.plan))):
         print(doubt)
     weights_of = {run.name: describe_weights(run) for run in runs}
     known = [row for row in rows if shown(out.parent, row).exists()]  # others are measured again
     missing = [c for c in combinations if not is_there(c, known, options, reference, batch, weights_of[c.run.name])]
     batches = -(-options.num // batch)
-    generators = {run.name: Generator.of(run) for run in runs}
+    generators = {run.name: Pipeline.of(run) for run in runs}
     with tqdm(total=sum(c.plan.steps for c in missing) * batches, unit="step", dynamic_ncols=True) as bar:
         for c in missing:
             bar.set_description(f"{c.sampler} {c.plan.steps} guidance {c.scale:g} seed {c.seed}")
@@ -123,20 +123,20 @@ def main(arguments: list[str]) -> None:
                     num=options.num, batch=batch, seed=c.seed, clip=options.clip, progress=bar.update,
                 )  # fmt: skip
             except quality.NotFiniteError as error:
-                cli.stop(PROGRAM, error)
+                cli.exit_with_error(PROGRAM, error)
             captions = [str(label) for label in made.labels[:SHOWN]] if c.run.description.classes else None
-            with cli.one_sentence(PROGRAM):
+            with cli.user_errors(PROGRAM):
                 place = shown(out.parent, row)
                 picture.save_png(place, picture.grid(made.images[:SHOWN], captions, columns=10))
                 rows = [*(other for other in rows if shown(out.parent, other) != place), row]
                 write_rows(out, rows)
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         print(write_report(out, rows))
     compiled = sum(generator.compilations for generator in generators.values())
     print(f"{len(missing)} rows measured, {len(combinations) - len(missing)} were there; {compiled} compilations")
 
 
-def combine(options: Options, runs: list[Run]) -> list[Combination]:
+def combine(options: Options, runs: list[TrainedModel]) -> list[Combination]:
     """Every combination, the quick ones first. ValueError for what cannot be measured, before anything is."""
     steps = whole_numbers("--steps", options.steps)
     seeds = whole_numbers("--seeds", options.seeds)
@@ -159,13 +159,13 @@ def combine(options: Options, runs: list[Run]) -> list[Combination]:
     return sorted(found, key=lambda c: c.plan.steps * (1 if c.scale == 1 else 2))  # about the time that they take
 
 
-def usual_samplers(run: Run) -> str:
+def usual_samplers(run: TrainedModel) -> str:
     """What is measured if nobody says: of a student of few steps only what it was distilled for."""
     task = run.description.config.distillation
-    return "{}:{}".format(*usual_sampler(task, run.schedule)) if task.steps else SAMPLERS
+    return "{}:{}".format(*default_sampler(task, run.schedule)) if task.steps else SAMPLERS
 
 
-def usual_scales(run: Run) -> list[float]:
+def usual_scales(run: TrainedModel) -> list[float]:
     """The same, of guidance."""
     config = run.description.config
     if config.distillation.told:
@@ -189,7 +189,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
     return [int(number) for number in numbers(option, text)]
 
 
-def check_same_data(runs: list[Run]) -> None:
+def check_same_data(runs: list[TrainedModel]) -> None:
     """ValueError for runs of different images: they are held against the same real ones."""
     first, *others = runs
     for run in others:
@@ -201,7 +201,7 @@ def check_same_data(runs: list[Run]) -> None:
 
 
 def is_there(
-    c: Combination, rows: list[Quality], options: Options, reference: Reference, batch: int, weights: str
+    c: Combination, rows: list[QualityRow], options: Options, reference: Reference, batch: int, weights: str
 ) -> bool:
     """Whether a row of this combination, in this context, has been measured."""
     wanted = {
@@ -216,33 +216,33 @@ def is_there(
     return any(all(getattr(row, name) == value for name, value in wanted.items()) for row in rows)
 
 
-def shown(folder: Path, row: Quality) -> Path:
+def shown(folder: Path, row: QualityRow) -> Path:
     """Where the images of a row are: what tells it from all others, the most telling in words."""
     words = f"{row.sampler}-{row.steps}-{row.guided}-{row.seed}-{row.network}"
     rest = hashlib.sha256(repr((frontier.identity(row), row.seed)).encode()).hexdigest()[:12]
     return folder / "images" / ("".join(c if c.isalnum() or c in ".-=" else "_" for c in words) + f"-{rest}.png")
 
 
-def read(path: Path) -> list[Quality]:
+def read(path: Path) -> list[QualityRow]:
     """The rows of an earlier sweep, none where there is none. ValueError for a file that holds something else."""
     if not path.exists():
         return []
     try:
-        return [Quality(**row) for row in json.loads(path.read_bytes())]
+        return [QualityRow(**row) for row in json.loads(path.read_bytes())]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} holds no rows of this version: move it, or choose another --out") from error
 
 
-def write_rows(path: Path, rows: list[Quality]) -> None:
+def write_rows(path: Path, rows: list[QualityRow]) -> None:
     """Whole, or not at all."""
     part = path.with_suffix(".part")
     part.write_text("[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n")
     part.replace(path)
 
 
-def write_report(path: Path, rows: list[Quality]) -> str:
+def write_report(path: Path, rows: list[QualityRow]) -> str:
     """Everything beside pareto.json. Returns what is printed."""
-    names = [field.name for field in fields(Quality)]
+    names = [field.name for field in fields(QualityRow)]
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([names, *([getattr(row, name) for name in names] for row in rows)])

@@ -31,7 +31,7 @@ def std_named(text: str) -> Std:
         v = float(text)
     except ValueError:
         raise ValueError(f"variance is {text!r}: use fixed_small, fixed_large, or a number of 0 to 1 between") from None
-    return sampler.interpolated(v)
+    return sampler.interpolated_variance(v)
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -106,7 +106,7 @@ _DIALS = sorted({dial for made in SAMPLERS.values() for dial in made.dials})
 
 
 def at_steps(request: Request, schedule: Schedule, steps: int) -> tuple[Plan, str]:
-    """The plan of a request over so many levels, or over its own, and its full name. ValueError as of `named`, and for
+    """The plan of a request over so many levels, or over its own, and its full name. ValueError as of `load_config`, and for
     a spacing that does not exist.
     """
     if request.spacing not in SPACINGS:

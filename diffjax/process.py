@@ -14,7 +14,7 @@ import numpy as np
 from diffjax.schedule import Level
 
 
-def expand(leaf: Any, x: Any) -> Any:
+def append_dims(leaf: Any, x: Any) -> Any:
     """Append axes to a leaf [B] of a level until it broadcasts against x [B, ...]. Scalars stay as they are."""
     missing = np.ndim(x) - np.ndim(leaf)
     return leaf[(...,) + (None,) * missing] if np.ndim(leaf) and missing > 0 else leaf
@@ -22,38 +22,38 @@ def expand(leaf: Any, x: Any) -> Any:
 
 def q_sample(x0: Any, eps: Any, level: Level) -> Any:
     """x_t = alpha*x0 + sigma*eps: DDPM, equation 4."""
-    return expand(level.alpha, x0) * x0 + expand(level.sigma, x0) * eps
+    return append_dims(level.alpha, x0) * x0 + append_dims(level.sigma, x0) * eps
 
 
 def eps_from_x0(x_t: Any, x0: Any, level: Level) -> Any:
     """eps = (x_t - alpha*x0) / sigma, for sigma > 0."""
-    return (x_t - expand(level.alpha, x_t) * x0) / expand(level.sigma, x_t)
+    return (x_t - append_dims(level.alpha, x_t) * x0) / append_dims(level.sigma, x_t)
 
 
 def x0_from_eps(x_t: Any, eps: Any, level: Level) -> Any:
     """x0 = (x_t - sigma*eps) / alpha, for alpha > 0: the "predicted x0" of DDIM, equation 9 (arXiv:2010.02502)."""
-    return (x_t - expand(level.sigma, x_t) * eps) / expand(level.alpha, x_t)
+    return (x_t - append_dims(level.sigma, x_t) * eps) / append_dims(level.alpha, x_t)
 
 
 def v_from(x0: Any, eps: Any, level: Level) -> Any:
     """v = alpha*eps - sigma*x0 (arXiv:2202.00512, appendix D)."""
-    return expand(level.alpha, x0) * eps - expand(level.sigma, x0) * x0
+    return append_dims(level.alpha, x0) * eps - append_dims(level.sigma, x0) * x0
 
 
 def x0_from_v(x_t: Any, v: Any, level: Level) -> Any:
     """x0 = (alpha*x_t - sigma*v) / (alpha**2 + sigma**2): progressive distillation, section 4 (arXiv:2202.00512)."""
-    alpha, sigma = expand(level.alpha, x_t), expand(level.sigma, x_t)
+    alpha, sigma = append_dims(level.alpha, x_t), append_dims(level.sigma, x_t)
     return (alpha * x_t - sigma * v) / (alpha**2 + sigma**2)
 
 
 def score_from_eps(eps: Any, level: Level) -> Any:
     """score = grad log q(x_t | x0) = -eps/sigma, for sigma > 0 (arXiv:2011.13456)."""
-    return -eps / expand(level.sigma, eps)
+    return -eps / append_dims(level.sigma, eps)
 
 
 def x0_from_score(x_t: Any, score: Any, level: Level) -> Any:
     """x0 = (x_t + sigma**2*score) / alpha, for alpha > 0: Tweedie's formula."""
-    return (x_t + expand(level.sigma, x_t) ** 2 * score) / expand(level.alpha, x_t)
+    return (x_t + append_dims(level.sigma, x_t) ** 2 * score) / append_dims(level.alpha, x_t)
 
 
 class Prediction(NamedTuple):
@@ -98,7 +98,7 @@ def check_prediction(prediction: Prediction, levels: Level) -> None:
         )
 
 
-def snr_ratio(level_t: Level, level_s: Level) -> Any:
+def sqrt_snr_ratio(level_t: Level, level_s: Level) -> Any:
     """r = alpha_t*sigma_s / (alpha_s*sigma_t), in [0, 1) for t noisier than s: the root of SNR_t/SNR_s."""
     return level_t.alpha * level_s.sigma / (level_s.alpha * level_t.sigma)
 
@@ -108,7 +108,7 @@ def q_posterior(x_t: Any, x0: Any, level_t: Level, level_s: Level) -> tuple[Any,
 
     mean = r*sigma_s/sigma_t * x_t + alpha_s*(1 - r**2) * x0        std = sigma_s*sqrt(1 - r**2)
     """
-    r = snr_ratio(level_t, level_s)
+    r = sqrt_snr_ratio(level_t, level_s)
     weight_t, weight_0 = r * level_s.sigma / level_t.sigma, level_s.alpha * (1 - r**2)
-    mean = expand(weight_t, x_t) * x_t + expand(weight_0, x_t) * x0
+    mean = append_dims(weight_t, x_t) * x_t + append_dims(weight_0, x_t) * x0
     return mean, level_s.sigma * (1 - r**2) ** 0.5

@@ -13,9 +13,9 @@ from diffjax import experiment
 from diffjax.evaluation import features, metrics
 from diffjax.evaluation.features import Extractor
 from diffjax.evaluation.metrics import Moments
-from diffjax.evaluation.record import LEAST_BATCHES, Quality
+from diffjax.evaluation.record import LEAST_BATCHES, QualityRow
 from diffjax.interop import diffusers
-from diffjax.run import Generator, Guidance, Images, Run, count_parameters, describe_devices, describe_weights
+from diffjax.run import Pipeline, Guidance, Samples, TrainedModel, count_parameters, describe_devices, describe_weights
 from diffjax.sampler import Plan
 from diffjax.training import parallel
 
@@ -114,8 +114,8 @@ def describe_clipping(clip: bool) -> str:
 
 
 def measure(
-    run: Run,
-    generate: Generator,
+    run: TrainedModel,
+    generate: Pipeline,
     reference: Reference,
     plan: Plan,
     name: str,
@@ -126,7 +126,7 @@ def measure(
     seed: int,
     clip: bool = True,
     progress: Callable[[int], Any] = lambda rows: None,
-) -> tuple[Quality, Images]:
+) -> tuple[QualityRow, Samples]:
     """Sample `num` images by a plan, every class as often as the others, and hold them against the real ones.
 
     name: of the sampler, with its dials; the other arguments as of Generator. NotFiniteError for images that are
@@ -151,7 +151,7 @@ def measure(
     milliseconds = 1e3 * np.array(made.batch_seconds) / batch
     low, median, high = np.quantile(milliseconds, [0.25, 0.5, 0.75])
     config, image_shape, _ = run.description
-    row = Quality(
+    row = QualityRow(
         sampler=name, clipping=describe_clipping(clip), steps=plan.steps, nfe=made.nfe,
         guidance=guidance.scale, guided=str(guidance),
         frechet=metrics.frechet_distance(reference.moments, metrics.add(metrics.no_moments(seen.shape[1]), seen)),

@@ -16,17 +16,17 @@ from jax.sharding import PartitionSpec as P
 
 from diffjax import denoiser, experiment, sampler, solvers
 from diffjax.denoiser import Denoiser, Network
-from diffjax.evaluation.record import Sampling
+from diffjax.evaluation.record import SamplingRow
 from diffjax.interop import diffusers
 from diffjax.picture import to_uint8
 from diffjax.process import Prediction, check_prediction
 from diffjax.sampler import Carry, Plan
 from diffjax.schedule import Schedule, length, trailing
 from diffjax.training import parallel
-from diffjax.training.checkpoint import average, digest, open_checkpoint
+from diffjax.training.checkpoint import ema_key, tree_sha256, open_checkpoint
 
 
-class Description(NamedTuple):
+class ModelInfo(NamedTuple):
     """What is stored beside the weights: all that it takes to use them."""
 
     config: experiment.Config
@@ -35,19 +35,19 @@ class Description(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return self._asdict() | {"config": experiment.to_dict(self.config)}
+        return self._asdict() | {"config": experiment.config_to_dict(self.config)}
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> "Description":
-        """The inverse of `to_dict`."""
-        return Description(experiment.from_dict(values["config"]), tuple(values["image_shape"]), values["classes"])
+    def from_dict(values: dict[str, Any]) -> "ModelInfo":
+        """The inverse of `config_to_dict`."""
+        return ModelInfo(experiment.config_from_dict(values["config"]), tuple(values["image_shape"]), values["classes"])
 
 
-class Run(NamedTuple):
+class TrainedModel(NamedTuple):
     """A trained network with the process that it was trained for."""
 
     name: str
-    description: Description
+    description: ModelInfo
     network: Network
     params: Any
     prediction: Prediction
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     remarks: tuple[str, ...] = ()  # what is to be known of a network from elsewhere
 
 
-def open_run(source: str | Path, step: int | None = None, weights: str = "ema") -> Run:
+def load_model(source: str | Path, step: int | None = None, weights: str = "ema") -> TrainedModel:
     """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema", or, of several, the
     decay of one, as "0.9999") or the parameters as trained ("raw"). Or "hf:FOLDER" or "hf:OWNER/NAME", a UNet2DModel of
     diffusers, with the weights that it has.
@@ -75,20 +75,20 @@ def open_run(source: str | Path, step: int | None = None, weights: str = "ema") 
         return run
     workdir = Path(source)
     checkpoints, step = open_checkpoint(workdir, step)
-    description = Description.from_dict(checkpoints.config(step))
+    description = ModelInfo.from_dict(checkpoints.config(step))
     config, image_shape, classes = description
     decays = [str(decay) for decay in config.train.ema]
-    kept = {"ema": average(0), "raw": "params"} | {decay: average(i) for i, decay in enumerate(decays)}
+    kept = {"ema": ema_key(0), "raw": "params"} | {decay: ema_key(i) for i, decay in enumerate(decays)}
     if weights not in kept:
         raise ValueError(f"weights are {weights!r}: use ema, raw, or the decay of an average, {' or '.join(decays)}")
     unet = experiment.build_unet(config, image_shape, classes)
     like = experiment.params_like(unet, image_shape)
-    params = checkpoints.restore_weights(step, kept[weights], like, parallel.whole(parallel.device_mesh()))
+    params = checkpoints.restore_weights(step, kept[weights], like, parallel.replicated(parallel.device_mesh()))
     checkpoints.close()
     name = workdir.resolve().name
     if config.distillation.method != "none":  # students are named by their steps, in a folder with a name
         name = f"{workdir.resolve().parent.name}/{name}"
-    return Run(
+    return TrainedModel(
         name=f"unet of {name}", description=description,
         network=experiment.build_network(config, unet), params=params,
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
@@ -96,13 +96,13 @@ def open_run(source: str | Path, step: int | None = None, weights: str = "ema") 
     )  # fmt: skip
 
 
-def _of_diffusers(folder: Path) -> Run:
+def _of_diffusers(folder: Path) -> TrainedModel:
     found = diffusers.load(folder)
     config = found.config
     unet = experiment.build_unet(config, found.image_shape, found.classes)
-    params = jax.device_put(jax.device_get(found.params), parallel.whole(parallel.device_mesh()))
-    return Run(
-        name=f"unet of {config.data}", description=Description(config, found.image_shape, found.classes),
+    params = jax.device_put(jax.device_get(found.params), parallel.replicated(parallel.device_mesh()))
+    return TrainedModel(
+        name=f"unet of {config.data}", description=ModelInfo(config, found.image_shape, found.classes),
         network=experiment.build_network(config, unet), params=params,
         prediction=experiment.build_prediction(config), schedule=experiment.build_schedule(config),
         weights=found.weights, step=found.step, remarks=found.remarks,
@@ -126,7 +126,7 @@ class Guidance(NamedTuple):
     rescale: float = 0.0  # share by which the contrast of guided images is brought back
     negative: int | None = None  # a label to be led away from, instead of none
     two_passes: bool = False  # half the memory
-    worse: Run | None = None  # autoguidance: a run to be led away from, instead of no label
+    worse: TrainedModel | None = None  # autoguidance: a run to be led away from, instead of no label
 
     def __str__(self) -> str:
         """As in "2 in 0.3..5 rescaled 0.7"."""
@@ -137,7 +137,7 @@ class Guidance(NamedTuple):
         return text + (" in two passes" if self.two_passes else "")
 
 
-def check_guidance(run: Run, guidance: Guidance) -> None:
+def check_guidance(run: TrainedModel, guidance: Guidance) -> None:
     """ValueError for guidance that a run cannot serve."""
     scale, interval, classes = guidance.scale, guidance.interval, run.description.classes
     worse, task = guidance.worse, run.description.config.distillation
@@ -176,7 +176,7 @@ def check_guidance(run: Run, guidance: Guidance) -> None:
         )
 
 
-def _check_worse(run: Run, worse: Run) -> None:
+def _check_worse(run: TrainedModel, worse: TrainedModel) -> None:
     if worse.description.config.distillation.method != "none":
         raise ValueError(f"{worse.name} is a student, which says other things than a network trained on data")
     ours, theirs = ((str(r.description.config.data), *r.description[1:]) for r in (run, worse))
@@ -189,7 +189,7 @@ def _check_worse(run: Run, worse: Run) -> None:
         raise ValueError(f"{worse.name} was trained on another schedule than {run.name}: autoguidance takes one")
 
 
-def usual_sampler(task: experiment.Distillation, levels: Schedule) -> tuple[str, int]:
+def default_sampler(task: experiment.Distillation, levels: Schedule) -> tuple[str, int]:
     """By which sampler, in how many steps, a network is sampled if nothing else is asked for: a student as it was
     distilled to be, in two steps where it is consistent.
     """
@@ -198,16 +198,16 @@ def usual_sampler(task: experiment.Distillation, levels: Schedule) -> tuple[str,
     return "ddim", task.steps or min(50, length(levels))
 
 
-def usual_steps(task: experiment.Distillation, levels: Schedule, name: str) -> int:
+def default_steps(task: experiment.Distillation, levels: Schedule, name: str) -> int:
     """In how many steps a network is sampled by a sampler of this name if nothing else is asked for: its usual ones,
     and by others DDPM in all T.
     """
-    usual, steps = usual_sampler(task, levels)
+    usual, steps = default_sampler(task, levels)
     T = length(levels)
     return steps if name == usual else T if name == "ddpm" else min(50, T)
 
 
-def doubts(run: Run, plan: Plan) -> str:
+def distillation_warning(run: TrainedModel, plan: Plan) -> str:
     """A sentence on a plan that a student was not distilled for, "" where there is nothing to say."""
     task = run.description.config.distillation
     if not task.steps:
@@ -225,7 +225,7 @@ def doubts(run: Run, plan: Plan) -> str:
     return f"was distilled for {said}, trailing: another plan asks it for what it has not learned"
 
 
-def check_whole(run: Run) -> None:
+def require_undistilled(run: TrainedModel) -> None:
     """ValueError for a student of few steps, or with guidance in it, where what is asked for takes a network that knows
     every level, and what no guidance is.
     """
@@ -234,7 +234,7 @@ def check_whole(run: Run) -> None:
         raise ValueError(f"{run.name} is a student, which knows only its own way to images: name its teacher")
 
 
-def read_labels(run: Run, text: str, num: int) -> np.ndarray:
+def read_labels(run: TrainedModel, text: str, num: int) -> np.ndarray:
     """Labels as a user writes them, "3" or "0,1,2", repeated over `num` images: int32 [num]. ValueError for labels that
     the run does not know.
     """
@@ -252,9 +252,9 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed is {seed}: use 0 or more, and less than 2**32")
 
 
-def describe_weights(run: Run) -> str:
+def describe_weights(run: TrainedModel) -> str:
     """Which they are, with a digest: a network trained anew in the same folder is another one."""
-    return f"{run.weights}, step {run.step}, sha256:{digest(run.params)[:8]}"
+    return f"{run.weights}, step {run.step}, sha256:{tree_sha256(run.params)[:8]}"
 
 
 def count_parameters(params: Any) -> int:
@@ -262,7 +262,7 @@ def count_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-class Images(NamedTuple):
+class Samples(NamedTuple):
     """What a sampler made."""
 
     x: np.ndarray  # float32 [N, H, W, C]: images in [-1, 1], or where else the plan ends
@@ -282,7 +282,7 @@ class Images(NamedTuple):
         return to_uint8(self.x)
 
 
-class Generator:
+class Pipeline:
     """Images of one network, spread over all devices. Compiled programs are kept: another plan, label, scale or set of
     parameters does not compile again.
     """
@@ -306,10 +306,10 @@ class Generator:
         self._compile_seconds = 0.0
 
     @staticmethod
-    def of(run: Run) -> "Generator":
+    def of(run: TrainedModel) -> "Pipeline":
         """For a run, on all devices."""
         told = run.description.config.distillation.told
-        return Generator(run.network, run.prediction, *run.description[1:], told=told)
+        return Pipeline(run.network, run.prediction, *run.description[1:], told=told)
 
     def __call__(
         self,
@@ -328,7 +328,7 @@ class Generator:
         progress: Callable[[int], Any] = lambda rows: None,
         watch: Callable[[int, int, Array], Any] = lambda first, done, x0: None,
         every: int | None = None,
-    ) -> Images:
+    ) -> Samples:
         """Sample `num` images in batches of `batch` (the last one filled up and cut).
 
         labels: int [num], `classes` for no label, or None for a network without classes; clip: estimates of x0 to
@@ -343,7 +343,7 @@ class Generator:
         """
         parallel.check_divisible(batch, len(self._mesh.devices))
         check_prediction(self._prediction, plan.level)
-        whole, split = parallel.whole(self._mesh), parallel.split(self._mesh)
+        whole, split = parallel.replicated(self._mesh), parallel.batch_sharding(self._mesh)
         start_std = jax.device_put(jnp.float32(plan.start_std), whole)
         null = self._classes if guidance.negative is None else guidance.negative
         led = jnp.float32(guidance.scale), jnp.int32(null)
@@ -405,7 +405,7 @@ class Generator:
             made.append(jax.device_get(end))
             seconds.append(time.perf_counter() - began - (self._compile_seconds - compiled) - looking)
         shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
-        return Images(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, tuple(seconds))
+        return Samples(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, tuple(seconds))
 
     @property
     def compilations(self) -> int:
@@ -433,14 +433,14 @@ class Generator:
             conditional = denoiser.from_network(counted(self._network), params, self._prediction)
             denoise = denoiser.condition_on(conditional, condition)
             if kind and kind[0] == "guided":
-                denoise = denoiser.guide(conditional, condition, null, scale, *kind[1:])
+                denoise = denoiser.classifier_free_guidance(conditional, condition, null, scale, *kind[1:])
             elif kind:
                 _, rescale, network, prediction = kind
                 worse = denoiser.from_network(counted(network), worse_params, prediction)
-                denoise = denoiser.autoguide(denoise, denoiser.condition_on(worse, condition), scale, rescale)
+                denoise = denoiser.autoguidance(denoise, denoiser.condition_on(worse, condition), scale, rescale)
             how, quantile = after
             if how == "threshold":
-                denoise = denoiser.threshold(denoise, quantile)
+                denoise = denoiser.dynamic_threshold(denoise, quantile)
             elif how == "clip":
                 denoise = denoiser.clip(denoise)
             return denoise if known is None else denoiser.inpaint(denoise, *known)
@@ -450,7 +450,7 @@ class Generator:
     def _build(self, kind: Any, after: Any) -> Callable[..., Any]:
         def program(shared: Any, conditions: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
             denoise = self._denoiser(shared, conditions, kind, after)(lambda network: network)
-            return sampler.advance(denoise, rows, carry, keys)
+            return sampler.scan_plan(denoise, rows, carry, keys)
 
         # Explicitly per device: no image ever leaves the device that makes it.
         whole, split = P(), P(parallel.AXIS)
@@ -460,7 +460,7 @@ class Generator:
         return jax.jit(sharded, donate_argnums=3)
 
     def _noise(self) -> Callable[..., Any]:
-        split = parallel.split(self._mesh)
+        split = parallel.batch_sharding(self._mesh)
         return jax.jit(lambda keys, std: std * sampler.noise(keys, self._image_shape), out_shardings=split)
 
     def _program(self, name: Any, build: Callable[[], Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
@@ -480,10 +480,10 @@ def describe_devices() -> str:
     return f"{jax.device_count()} x {kind}" + (f" ({os.cpu_count()} cores)" if kind == "cpu" else "")
 
 
-def record(run: Run, made: Images, plan: Plan, sampler_name: str, guidance: Guidance, batch: int) -> Sampling:
+def sampling_row(run: TrainedModel, made: Samples, plan: Plan, sampler_name: str, guidance: Guidance, batch: int) -> SamplingRow:
     """The row that describes what was made, with its whole context."""
     config, image_shape, _ = run.description
-    return Sampling(
+    return SamplingRow(
         sampler=sampler_name, steps=plan.steps, nfe=made.nfe, guidance=guidance.scale, guided=str(guidance),
         compile_seconds=made.compile_seconds, run_seconds=made.run_seconds, images=len(made.images), batch=batch,
         network=run.name, parameters=count_parameters(run.params), weights=f"{run.weights}, step {run.step}",

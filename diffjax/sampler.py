@@ -2,7 +2,7 @@
 
 A sampler is a function of two neighbouring levels: `ddpm_step`, `ddim_step`. Both are linear in the noisy sample, the
 estimate of x0 and the drawn noise, so a whole sampler is a table of their coefficients, a `Plan`, read off the step
-function itself in float64. `advance` scans the rows of any plan; `sample` feeds it a plan in pieces, so that two
+function itself in float64. `scan_plan` scans the rows of any plan; `sample` feeds it a plan in pieces, so that two
 compiled programs serve every sampler at every number of steps. Samplers of higher order are tables of the same kind, in
 solvers.py.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from diffjax.denoiser import Denoiser, Network
-from diffjax.process import eps_from_x0, expand, q_posterior, q_sample, snr_ratio
+from diffjax.process import eps_from_x0, append_dims, q_posterior, q_sample, sqrt_snr_ratio
 from diffjax.schedule import Level, Schedule, at, check_levels, check_variance_preserving, logsnr
 
 # ---------------------------------------------------------------------------------------------- the equations
@@ -28,17 +28,17 @@ Std = Callable[[Level, Level], Any]  # (level_t, level_s) -> standard deviation 
 
 def fixed_small(level_t: Level, level_s: Level) -> Any:
     """sigma_s*sqrt(1 - r**2): the noise of the posterior q(x_s | x_t, x0), DDPM's beta-tilde, right at any stride."""
-    return level_s.sigma * (1 - snr_ratio(level_t, level_s) ** 2) ** 0.5
+    return level_s.sigma * (1 - sqrt_snr_ratio(level_t, level_s) ** 2) ** 0.5
 
 
 def fixed_large(level_t: Level, level_s: Level) -> Any:
     """sigma_t*sqrt(1 - r**2), 0 onto data: DDPM's beta on its full chain, for variance-preserving schedules. Strided it
     is the sigma-hat of DDIM (arXiv:2010.02502, appendix D.3), and leaves noise in the images.
     """
-    return level_t.sigma * (1 - snr_ratio(level_t, level_s) ** 2) ** 0.5 * (level_s.sigma > 0)
+    return level_t.sigma * (1 - sqrt_snr_ratio(level_t, level_s) ** 2) ** 0.5 * (level_s.sigma > 0)
 
 
-def interpolated(v: float) -> Std:
+def interpolated_variance(v: float) -> Std:
     """fixed_small**(1 - v) * fixed_large**v, v in [0, 1] (else ValueError): between the two in log variance, as in
     classifier-free guidance with v = 0.3 (arXiv:2207.12598, section 4).
     """
@@ -57,7 +57,7 @@ def ddpm_step(x_t: Any, x0: Any, level_t: Level, level_s: Level, z: Any, std: St
     result is x0.
     """
     mean, _ = q_posterior(x_t, x0, level_t, level_s)
-    return mean + expand(std(level_t, level_s), x_t) * z
+    return mean + append_dims(std(level_t, level_s), x_t) * z
 
 
 def ddim_step(x_t: Any, x0: Any, level_t: Level, level_s: Level, eta: Any = 0.0, z: Any = 0.0) -> Any:
@@ -69,8 +69,8 @@ def ddim_step(x_t: Any, x0: Any, level_t: Level, level_s: Level, eta: Any = 0.0,
     eps = eps_from_x0(x_t, x0, level_t)
     std = eta * fixed_small(level_t, level_s)
     # sigma_s**2 - std**2 without the cancellation: it is never negative, however small r is.
-    direction = level_s.sigma * (1 - eta**2 + (eta * snr_ratio(level_t, level_s)) ** 2) ** 0.5
-    return expand(level_s.alpha, x0) * x0 + expand(direction, eps) * eps + expand(std, eps) * z
+    direction = level_s.sigma * (1 - eta**2 + (eta * sqrt_snr_ratio(level_t, level_s)) ** 2) ** 0.5
+    return append_dims(level_s.alpha, x0) * x0 + append_dims(direction, eps) * eps + append_dims(std, eps) * z
 
 
 # ---------------------------------------------------------------------------------------------- samplers as tables
@@ -124,7 +124,7 @@ def ddpm(schedule: Schedule, t: Any, std: Std = fixed_small) -> Plan:
     """
     if std is not fixed_small:
         check_variance_preserving(schedule, "a larger variance than fixed_small")
-    return _read_off(lambda x_t, x0, level_t, level_s, z: ddpm_step(x_t, x0, level_t, level_s, z, std), schedule, t)
+    return _plan_from_step(lambda x_t, x0, level_t, level_s, z: ddpm_step(x_t, x0, level_t, level_s, z, std), schedule, t)
 
 
 def sigma_hat(schedule: Schedule, t: Any) -> Plan:
@@ -137,7 +137,7 @@ def ddim(schedule: Schedule, t: Any, eta: float = 0.0) -> Plan:
     paper. ValueError for other levels or another eta.
     """
     check_eta(eta)
-    return _read_off(lambda x_t, x0, level_t, level_s, z: ddim_step(x_t, x0, level_t, level_s, eta, z), schedule, t)
+    return _plan_from_step(lambda x_t, x0, level_t, level_s, z: ddim_step(x_t, x0, level_t, level_s, eta, z), schedule, t)
 
 
 def euler(schedule: Schedule, t: Any) -> Plan:
@@ -156,7 +156,7 @@ def encode(schedule: Schedule, t: Any) -> Plan:
     level_t, level_s = at(schedule, np.append(t[:1], t[:-1])), at(schedule, t)
     a, b, _ = _coefficients(lambda x_t, x0, t, s, z: q_sample(x0, eps_from_x0(x_t, x0, t), s), level_t, level_s)
     a[0], b[0] = 1 + level_s.alpha[0], -level_s.alpha[0]
-    return plan_of(level_t, a, b)
+    return make_plan(level_t, a, b)
 
 
 def check_eta(eta: float) -> None:
@@ -165,7 +165,7 @@ def check_eta(eta: float) -> None:
         raise ValueError(f"eta is {eta}: use 0 (deterministic) to 1 (the variance of DDPM)")
 
 
-def neighbours(schedule: Schedule, t: Any) -> tuple[Level, Level]:
+def level_pairs(schedule: Schedule, t: Any) -> tuple[Level, Level]:
     """The levels t of a sampler, and those that it goes to from them: the next of t, at last data. ValueError unless t
     is strictly decreasing in 1..T.
     """
@@ -173,7 +173,7 @@ def neighbours(schedule: Schedule, t: Any) -> tuple[Level, Level]:
     return at(schedule, t), at(schedule, np.append(t[1:], 0))
 
 
-def plan_of(level: Level, a: Any, b: Any, c: Any = None, d: Any = None) -> Plan:
+def make_plan(level: Level, a: Any, b: Any, c: Any = None, d: Any = None) -> Plan:
     """The plan with these columns, its rows numbered; history that is not named is not used, and a noise column of
     zeros is none. ValueError as from `check_plan`.
     """
@@ -184,10 +184,10 @@ def plan_of(level: Level, a: Any, b: Any, c: Any = None, d: Any = None) -> Plan:
     return plan
 
 
-def _read_off(step: Callable[..., Any], schedule: Schedule, t: Any) -> Plan:
-    level_t, level_s = neighbours(schedule, t)
+def _plan_from_step(step: Callable[..., Any], schedule: Schedule, t: Any) -> Plan:
+    level_t, level_s = level_pairs(schedule, t)
     a, b, d = _coefficients(step, level_t, level_s)
-    return plan_of(level_t, a, b, d=d)
+    return make_plan(level_t, a, b, d=d)
 
 
 def _coefficients(step: Callable[..., Any], level_t: Level, level_s: Level) -> np.ndarray:
@@ -237,21 +237,21 @@ def noise(keys: Array, shape: tuple[int, ...], number: Any = 0, dtype: Any = jnp
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape, dtype))(keys)
 
 
-def start(plan: Plan, keys: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+def init_noise(plan: Plan, keys: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
     """x_T [B, *shape], where a plan starts: noise of standard deviation `plan.start_std`, which is 1 for
     variance-preserving schedules, as in DDPM, and about sigma for variance-exploding ones.
     """
     return noise(keys, shape, 0, dtype) * jnp.asarray(plan.start_std, dtype)
 
 
-def start_from(plan: Plan, x0: Array, keys: Array) -> Array:
+def noise_to_level(plan: Plan, x0: Array, keys: Array) -> Array:
     """Images x0 [B, ...] noised to the first level of a plan, alpha*x0 + sigma*eps: with a plan over the lower part of
     some levels, t[t <= t_start], sampling keeps what of x0 that much noise leaves (SDEdit, arXiv:2108.01073).
     """
     return q_sample(x0, noise(keys, x0.shape[1:], 0, x0.dtype), Level(*(leaf[0] for leaf in plan.level)))
 
 
-def advance(denoise: Denoiser, rows: Plan, carry: Carry, keys: Array) -> Carry:
+def scan_plan(denoise: Denoiser, rows: Plan, carry: Carry, keys: Array) -> Carry:
     """Run rows of a plan, one `lax.scan`. To be compiled by the caller together with the denoiser; rows are an
     argument, so another plan of the same number of rows does not compile again.
 
@@ -275,7 +275,7 @@ def advance(denoise: Denoiser, rows: Plan, carry: Carry, keys: Array) -> Carry:
 CHUNK = 10  # rows per call: two programs, of ten rows and of one, run a plan of any length
 
 
-def chunks(plan: Plan, dtype: Any, every: int | None = None, size: int = CHUNK, which: Any = None) -> list[Plan]:
+def segments(plan: Plan, dtype: Any, every: int | None = None, size: int = CHUNK, which: Any = None) -> list[Plan]:
     """The plan in pieces of `size` rows or of one, cut at every multiple of `every`, or of `size`, and
     wherever `which` [N] changes: float64 cast once to
     the dtype of x. ValueError for a plan that is not finite.
@@ -304,14 +304,14 @@ def chunks(plan: Plan, dtype: Any, every: int | None = None, size: int = CHUNK, 
         if which is not None:
             room = int(np.argmin(np.append(np.asarray(which)[here : here + room] == which[here], False)))
         cuts.append(here + (size if room >= size else 1))
-    return [rows(start, stop) for start, stop in itertools.pairwise(cuts)]
+    return [rows(init_noise, stop) for init_noise, stop in itertools.pairwise(cuts)]
 
 
-Run = Callable[[Plan, Carry, Array], Carry]  # `advance` with its denoiser, compiled
+Program = Callable[[Plan, Carry, Array], Carry]  # `scan_plan` with its denoiser, compiled
 
 
 def sample(
-    run: Run | Sequence[Run],
+    run: Program | Sequence[Program],
     plan: Plan,
     x: Array,
     keys: Array,
@@ -321,7 +321,7 @@ def sample(
 ) -> Array:
     """Run a plan from the noise x [B, ...] down to images, ten rows a call, in float32 at least.
 
-    run: `advance` with its denoiser, compiled: jax.jit(functools.partial(advance, denoise)). keys: [B]. each: called
+    run: `scan_plan` with its denoiser, compiled: jax.jit(functools.partial(advance, denoise)). keys: [B]. each: called
     with (rows done now, carry) after every call, for progress bars and previews: carry[0] is x, carry[1] the estimate
     of x0. every: calls end at its multiples, of ten if None. which: ints [N], where run is a sequence: row i is run by
     run[which[i]], so that some rows can do without a second evaluation.
@@ -335,14 +335,14 @@ def sample(
     # Two arrays, not one twice: a compiled `run` may reuse the memory of each part of the carry.
     carry = x, jnp.zeros_like(x), jnp.zeros_like(x)
     done = 0
-    for rows in chunks(plan, x.dtype, every, which=which):
+    for rows in segments(plan, x.dtype, every, which=which):
         carry = runs[which[done]](rows, carry, keys)
         done += rows.steps
         each(rows.steps, carry)
     return carry[0]
 
 
-def trajectory(run: Run, plan: Plan, x: Array, keys: Array, every: int) -> tuple[np.ndarray, np.ndarray]:
+def trajectory(run: Program, plan: Plan, x: Array, keys: Array, every: int) -> tuple[np.ndarray, np.ndarray]:
     """(x, estimates of x0), each [M, B, ...] on the host: after every `every` rows, and after the last. The rows
     between are not kept. The last x are the images. ValueError for `every` below 1.
     """
@@ -373,7 +373,7 @@ def slerp(x: Array, y: Array, weight: Any) -> Array:
     safe = jnp.where(straight, 1, sine)
     of_x = jnp.where(straight, 1 - weight, jnp.sin((1 - weight) * angle) / safe)
     of_y = jnp.where(straight, weight, jnp.sin(weight * angle) / safe)
-    return expand(of_x, x) * x + expand(of_y, y) * y
+    return append_dims(of_x, x) * x + append_dims(of_y, y) * y
 
 
 def within(plan: Plan, low: float, high: float) -> np.ndarray:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.process import eps_from_x0, expand, score_from_eps
+from diffjax.process import eps_from_x0, append_dims, score_from_eps
 from diffjax.schedule import Level, Schedule, check_variance_preserving, logsnr
 
 
@@ -52,7 +52,7 @@ def score(x_t: Any, x0: Any, level: Level) -> Any:
 
 def drift(x_t: Any, level: Level) -> Any:
     """f(x, u) = -sigma**2*x of the forward SDE. x_t: [B, ...]; level: scalar leaves or [B]."""
-    return -(expand(level.sigma, x_t) ** 2) * x_t
+    return -(append_dims(level.sigma, x_t) ** 2) * x_t
 
 
 def diffusion(level: Level) -> Any:
@@ -65,7 +65,7 @@ def probability_flow(x_t: Any, x0: Any, level: Level) -> Any:
 
     Its right side is written so since f and g**2/2*score nearly cancel where there is little noise.
     """
-    alpha = expand(level.alpha, x_t)
+    alpha = append_dims(level.alpha, x_t)
     return alpha * (alpha * x_t - x0)
 
 
@@ -73,5 +73,5 @@ def reverse_drift(x_t: Any, x0: Any, level: Level) -> Any:
     """f - g**2*score, equation 6 of arXiv:2011.13456: with g, the SDE that runs u downwards from noise to data; here
     (1 + alpha**2)*x - 2*alpha*x0.
     """
-    alpha = expand(level.alpha, x_t)
+    alpha = append_dims(level.alpha, x_t)
     return (1 + alpha**2) * x_t - 2 * alpha * x0

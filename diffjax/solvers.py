@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from diffjax.process import snr_ratio
-from diffjax.sampler import Plan, check_eta, fixed_small, neighbours, plan_of
+from diffjax.process import sqrt_snr_ratio
+from diffjax.sampler import Plan, check_eta, fixed_small, level_pairs, make_plan
 from diffjax.schedule import Level, Schedule, at, logsnr, t_of_logsnr
 
 # Limits of infinite distances are taken by hand.
@@ -33,8 +33,8 @@ def dpm_solver_pp_2m(schedule: Schedule, t: Any, eta: float = 0.0) -> Plan:
     decreasing in 1..T; eta in [0, 1], the dial of DDIM (else ValueError).
     """
     check_eta(eta)
-    level_t, level_s = neighbours(schedule, t)
-    k = np.sqrt(1 - eta**2 + (eta * snr_ratio(level_t, level_s)) ** 2)
+    level_t, level_s = level_pairs(schedule, t)
+    k = np.sqrt(1 - eta**2 + (eta * sqrt_snr_ratio(level_t, level_s)) ** 2)
     a = k * level_s.sigma / level_t.sigma
     h, h_1, _ = _distances(level_t, level_s)
     q = _finite(h / (2 * h_1), h)
@@ -48,7 +48,7 @@ def exponential_ab3(schedule: Schedule, t: Any) -> Plan:
     exactly. The first two rows have less history, and are of order 1 and 2: from exact history it converges at order 3,
     and a whole plan, with its own first rows, at order 2. t: strictly decreasing in 1..T.
     """
-    level_t, level_s = neighbours(schedule, t)
+    level_t, level_s = level_pairs(schedule, t)
     h, h_1, _ = _distances(level_t, level_s)
     return _third(level_t, level_s, slope=_moments(h)[1] / h_1, curvature=1.0)
 
@@ -58,7 +58,7 @@ def dpm_solver_pp_3m(schedule: Schedule, t: Any) -> Plan:
     """DPM-Solver++ 3M as its authors' code has it, and all after them (arXiv:2211.01095): the parabola of
     `exponential_ab3` with half its second difference, which leaves order 2. t: strictly decreasing in 1..T.
     """
-    level_t, level_s = neighbours(schedule, t)
+    level_t, level_s = level_pairs(schedule, t)
     h, h_1, _ = _distances(level_t, level_s)
     return _third(level_t, level_s, slope=-np.expm1(-h) * h / (2 * h_1), curvature=0.5)
 
@@ -69,7 +69,7 @@ def unipc_2(schedule: Schedule, t: Any) -> Plan:
     corrects the x that it was called with. Predictor and corrector share the coefficient of x, so that both fit in one
     row. t: strictly decreasing in 1..T.
     """
-    level_t, level_s = neighbours(schedule, t)
+    level_t, level_s = level_pairs(schedule, t)
     h, h_1, h_2 = _distances(level_t, level_s)
     a = level_s.sigma / level_t.sigma
     # Predictor: 2M.
@@ -93,7 +93,7 @@ def heun(schedule: Schedule, t: Any) -> Plan:
     Neither is there one over a step that takes sigma/alpha down a hundredfold or more, as the first of a cosine
     schedule does in some hundred levels or less: the correction would count such an error of x0 fifty times over.
     """
-    return _heun(*neighbours(schedule, t))
+    return _heun(*level_pairs(schedule, t))
 
 
 def edm(
@@ -108,7 +108,7 @@ def edm(
     """
     if not (churn >= 0 and inflation > 0):
         raise ValueError(f"churn is {churn} and inflation {inflation}: use 0 or more, and a number above 0")
-    level_t, level_s = neighbours(schedule, t)
+    level_t, level_s = level_pairs(schedule, t)
     ratio = np.exp(-logsnr(level_t) / 2)  # sigma/alpha
     gamma = np.where((low <= ratio) & (ratio <= high), min(churn / len(ratio), np.sqrt(2) - 1), 0.0)
     hat = at(schedule, np.where(gamma > 0, t_of_logsnr(schedule, logsnr(level_t) - 2 * np.log1p(gamma)), level_t.t))
@@ -120,7 +120,7 @@ def edm(
     ends = np.cumsum(1 + _corrected(hat, level_s)) - 1
     factor, d = np.ones(plan.steps), np.zeros(plan.steps)
     factor[ends], d[ends] = scale, added
-    return plan_of(plan.level, factor * plan.a, factor * plan.b, factor[:, None] * plan.c, d)
+    return make_plan(plan.level, factor * plan.a, factor * plan.b, factor[:, None] * plan.c, d)
 
 
 def consistency(schedule: Schedule, t: Any) -> Plan:
@@ -128,11 +128,11 @@ def consistency(schedule: Schedule, t: Any) -> Plan:
     level. For networks distilled to say where the flow ends. Data are level 0 here, without noise; the paper's end at
     sigma 0.002, which it takes off the noise that it adds. t: strictly decreasing in 1..T.
     """
-    level_t, level_s = neighbours(schedule, t)
-    return plan_of(level_t, 0 * level_s.alpha, level_s.alpha, d=level_s.sigma)
+    level_t, level_s = level_pairs(schedule, t)
+    return make_plan(level_t, 0 * level_s.alpha, level_s.alpha, d=level_s.sigma)
 
 
-def resample(plan: Plan, times: int, jump: int = 1) -> Plan:
+def repaint(plan: Plan, times: int, jump: int = 1) -> Plan:
     """RePaint's resampling (arXiv:2201.09865, section 4.2): every `jump` rows are taken `times` times, with noise added
     in between to get back up to where they began. Each time what is made sees what is known, and the seam closes.
 
@@ -156,14 +156,14 @@ def resample(plan: Plan, times: int, jump: int = 1) -> Plan:
     scale = up.alpha / s.alpha
     d = 0.0 if plan.d is None else scale * plan.d[rows]
     d = np.sqrt(d**2 + np.maximum(0, up.sigma**2 - (scale * s.sigma) ** 2))
-    return plan_of(at_row, scale * plan.a[rows], scale * plan.b[rows], d=d)
+    return make_plan(at_row, scale * plan.a[rows], scale * plan.b[rows], d=d)
 
 
 # ---------------------------------------------------------------------------------------------- rows
 
 
 def _plan(level_t: Level, level_s: Level, a: np.ndarray, c: np.ndarray, d: np.ndarray | None = None) -> Plan:
-    return plan_of(level_t, a, level_s.alpha - a * level_t.alpha - c.sum(1), c, d)
+    return make_plan(level_t, a, level_s.alpha - a * level_t.alpha - c.sum(1), c, d)
 
 
 def _distances(level_t: Level, level_s: Level) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -207,12 +207,12 @@ def _third(level_t: Level, level_s: Level, slope: np.ndarray, curvature: float) 
 
 
 def _corrected(level_t: Level, level_s: Level) -> np.ndarray:
-    return snr_ratio(level_t, level_s) > 0.01
+    return sqrt_snr_ratio(level_t, level_s) > 0.01
 
 
 @_limits
 def _heun(level_t: Level, level_s: Level) -> Plan:
-    r, corrected = snr_ratio(level_t, level_s), _corrected(level_t, level_s)
+    r, corrected = sqrt_snr_ratio(level_t, level_s), _corrected(level_t, level_s)
     g = level_s.alpha * (1 - r) / (2 * r)
     ddim = level_s.sigma / level_t.sigma
     keep = np.stack([np.ones_like(corrected), corrected], axis=1)  # [N, 2]: the rows of each level
@@ -223,4 +223,4 @@ def _heun(level_t: Level, level_s: Level) -> Plan:
     level = Level(*(rows(leaf_t, leaf_s) for leaf_t, leaf_s in zip(level_t, level_s, strict=True)))
     zero = np.zeros_like(g)
     c = np.stack([rows(zero, -g), rows(zero, zero)], axis=1)
-    return plan_of(level, rows(ddim, zero + 1), rows(level_s.alpha - ddim * level_t.alpha, g), c)
+    return make_plan(level, rows(ddim, zero + 1), rows(level_s.alpha - ddim * level_t.alpha, g), c)

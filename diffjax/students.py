@@ -19,22 +19,22 @@ import numpy as np
 import tyro
 
 from diffjax import experiment, schedule
-from diffjax.denoiser import ConditionalDenoiser, Denoiser, clip, condition_on, from_network, guide
+from diffjax.denoiser import ConditionalDenoiser, Denoiser, clip, condition_on, from_network, classifier_free_guidance
 from diffjax.experiment import Config, Data, Distillation, Train, Training
 from diffjax.interop import diffusers
-from diffjax.loss import Objective, quarters
-from diffjax.run import Guidance, Run, check_guidance, describe_weights
+from diffjax.loss import Objective, t_quartile
+from diffjax.run import Guidance, TrainedModel, check_guidance, describe_weights
 from diffjax.training import distill, parallel
 from diffjax.training.checkpoint import FOLDER
-from diffjax.training.step import QUARTERS, TrainState, init_state, make_eval_step, make_train_step, several
+from diffjax.training.step import QUARTERS, TrainState, init_state, make_eval_step, make_train_step, multi_step
 
 ANY, CONSISTENCY = "any", "consistency"  # names of stages; the others are named by their steps
 FOREIGN_RATE = 1e-4  # of learning, for a network from elsewhere, which does not tell its own
 METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     # (schedule, steps) -> rows, and (student, teacher, x_t, *row) -> x0 that the student is to say there
-    "guidance": (lambda levels, _: distill.everywhere(levels), lambda _, teacher, x_t, level: teacher(x_t, level)),
-    "progressive": (distill.halving, lambda _, teacher, x_t, *row: distill.two_steps(teacher, x_t, *row)),
-    "consistency": (distill.successive, distill.consistent),
+    "guidance": (lambda levels, _: distill.all_levels(levels), lambda _, teacher, x_t, level: teacher(x_t, level)),
+    "progressive": (distill.halving_levels, lambda _, teacher, x_t, *row: distill.progressive_target(teacher, x_t, *row)),
+    "consistency": (distill.adjacent_levels, distill.consistency_target),
 }
 OWN: dict[str, Any] = {  # of training, where students differ from their teacher
     "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr", "label_dropout": 0.0, "ema": (0.999,),
@@ -67,7 +67,7 @@ class Options:
     """Training step of the teacher's checkpoint; None for the latest."""
     tensorboard: bool = False
     """Also write the metrics and previews of each student for TensorBoard."""
-    hosts: Annotated[parallel.Hosts, tyro.conf.arg(name="")] = field(default_factory=parallel.Hosts)
+    hosts: Annotated[parallel.DistributedOptions, tyro.conf.arg(name="")] = field(default_factory=parallel.DistributedOptions)
     data: Data = field(default_factory=Data)
     """Those of the teacher, where it tells them."""
     train: Train = field(default_factory=lambda: Train(**OWN))
@@ -82,7 +82,7 @@ class Stage(NamedTuple):
     config: Config
 
 
-def defaults(options: Options, teacher: Run) -> Options:
+def defaults(options: Options, teacher: TrainedModel) -> Options:
     """The options with the teacher's data, and of its training what is not done otherwise here."""
     config = teacher.description.config
     rate = config.train.learning_rate / (3 if config.distillation.method == "none" else 1)
@@ -92,7 +92,7 @@ def defaults(options: Options, teacher: Run) -> Options:
     return dataclasses.replace(options, data=config.data, train=train)
 
 
-def stages(options: Options, teacher: Run) -> list[Stage]:
+def stages(options: Options, teacher: TrainedModel) -> list[Stage]:
     """The students, each the teacher of the next. ValueError for what the teacher cannot teach."""
     config = teacher.description.config
     task, T = config.distillation, schedule.length(teacher.schedule)
@@ -161,7 +161,7 @@ def stages(options: Options, teacher: Run) -> list[Stage]:
     return found
 
 
-def taught(config: Config, teacher: Run) -> Config:
+def taught(config: Config, teacher: TrainedModel) -> Config:
     """A student's configuration once its teacher is trained: one with other weights is another teacher, and a student
     that had begun to learn from it does not go on.
     """
@@ -177,7 +177,7 @@ def check_workdir(workdir: Path) -> None:
         raise ValueError(f"{workdir} is a run folder: name another --workdir, whose folders the students will be")
 
 
-def build_training(config: Config, image_shape: tuple[int, int, int], classes: int, teacher: Run) -> Training:
+def build_training(config: Config, image_shape: tuple[int, int, int], classes: int, teacher: TrainedModel) -> Training:
     """The steps of one device that train one student: as of `experiment.build_training`, but all of them take the
     teacher's parameters, which they only read, after the batch. ValueError for parts, or a teacher, that do not fit.
     """
@@ -196,7 +196,7 @@ def build_training(config: Config, image_shape: tuple[int, int, int], classes: i
 
     def guided(conditional: ConditionalDenoiser, condition: Any) -> Denoiser:
         label, scale = condition
-        return guide(conditional, label, classes, scale[:, 0])
+        return classifier_free_guidance(conditional, label, classes, scale[:, 0])
 
     teach = guided if task.told and not teacher.description.config.distillation.told else condition_on
 
@@ -207,25 +207,25 @@ def build_training(config: Config, image_shape: tuple[int, int, int], classes: i
         def target(condition: Any, x_t: Any, *row: Any) -> Any:
             return says(clip(condition_on(own, condition)), clip(teach(conditional, condition)), x_t, *row)
 
-        return distill.imitation(network, prediction, rows, weights, target, times, task.guidance)
+        return distill.distillation_loss(network, prediction, rows, weights, target, times, task.guidance)
 
     count = len(rows[0].t)
 
     def step(state: TrainState, batch: Any, frozen: Any, axis_name: str | None = None) -> Any:
         one = make_train_step(
             objective(frozen, state.ema[0]), optimizer, train.ema, train.seed, accumulate=train.accumulate, rate=rate,
-            quarters=quarters(times, count) if count >= len(QUARTERS) else None,
+            quarters=t_quartile(times, count) if count >= len(QUARTERS) else None,
         )  # fmt: skip
         return one(state, batch, axis_name)
 
     def steps(state: TrainState, batches: Any, frozen: Any, axis_name: str | None = None) -> Any:
-        return several(lambda s, batch, axis_name: step(s, batch, frozen, axis_name))(state, batches, axis_name)
+        return multi_step(lambda s, batch, axis_name: step(s, batch, frozen, axis_name))(state, batches, axis_name)
 
     def eval_step(params: Any, batch: Any, frozen: Any, axis_name: str | None = None) -> jax.Array:
         return make_eval_step(objective(frozen, params), train.seed)(params, batch, axis_name)
 
     def init(key: jax.Array, frozen: Any) -> TrainState:
-        params = distill.begun_from(experiment.init_params(unet, image_shape, key), frozen)
+        params = distill.init_from_teacher(experiment.init_params(unet, image_shape, key), frozen)
         # Copies: steps reuse the memory of their state, and go on reading the teacher.
         params = jax.tree.map(partial(jnp.array, copy=True), params)
         return init_state(params, optimizer, len(train.ema))

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from diffjax import sampler, schedule, sde, solvers
 from diffjax.denoiser import Denoiser
-from diffjax.process import expand
+from diffjax.process import append_dims
 from diffjax.sampler import Plan
 from diffjax.schedule import Level, Schedule
 
@@ -100,7 +100,7 @@ def gaussian_denoiser(mean: Any, std: Any) -> Denoiser:
     """
 
     def denoise(x_t: Any, level: Level) -> Any:
-        alpha, sigma = expand(level.alpha, x_t), expand(level.sigma, x_t)
+        alpha, sigma = append_dims(level.alpha, x_t), append_dims(level.sigma, x_t)
         gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
         return mean + gain * (x_t - alpha * mean)
 
@@ -136,7 +136,7 @@ def finite_denoiser(points: np.ndarray, std: float = 0.0) -> Denoiser:
 def run_plan(
     denoise: Denoiser, plan: Plan, x: Any, z: Any = None, history: tuple[Any, Any] | None = None, rows: Any = None
 ) -> Any:
-    """A plan row by row, with the noise z [N, ...] given: what `sampler.advance` must agree with. history: the two
+    """A plan row by row, with the noise z [N, ...] given: what `sampler.scan_plan` must agree with. history: the two
     estimates of x0 before the first row, zeros if None; rows: their indices, all if None.
     """
     x0_1, x0_2 = history or (np.zeros_like(x), np.zeros_like(x))
@@ -411,7 +411,7 @@ def assert_consistency(
 
 
 def _resampled(make: Maker) -> Maker:
-    return lambda levels, t: solvers.resample(make(levels, t), times=3, jump=2)
+    return lambda levels, t: solvers.repaint(make(levels, t), times=3, jump=2)
 
 
 # Every kind of plan that the library makes, for laws that hold for all.
@@ -434,7 +434,7 @@ MAKERS: dict[str, Maker] = {
 CHURNING: dict[str, Maker] = {"edm": partial(solvers.edm, inflation=1.0)}  # needs signal at every level
 EXCESSIVE: dict[str, Maker] = {  # leave more noise than a level has; for variance-preserving schedules
     "ddpm, fixed_large": sampler.sigma_hat,
-    "ddpm, interpolated 0.3": partial(sampler.ddpm, std=sampler.interpolated(0.3)),
+    "ddpm, interpolated 0.3": partial(sampler.ddpm, std=sampler.interpolated_variance(0.3)),
 }
 
 # Order of convergence, and how many first rows it is measured without: those of order 3 start from exact history, as

@@ -33,8 +33,8 @@ def sampled(network, params, labels):
     plan = sampler.ddim(LEVELS, schedule.trailing(LEVELS, 20))
     keys = sampler.image_keys(jax.random.key(1), np.arange(len(labels)))
     denoise = denoiser.condition_on(denoiser.from_network(network, params, EPS), labels)
-    run = jax.jit(partial(sampler.advance, denoiser.clip(denoise)))
-    return sampler.sample(run, plan, sampler.start(plan, keys, SHAPE), keys)
+    run = jax.jit(partial(sampler.scan_plan, denoiser.clip(denoise)))
+    return sampler.sample(run, plan, sampler.init_noise(plan, keys, SHAPE), keys)
 
 
 def test_a_linen_network_of_twenty_lines_is_trained_and_sampled():
@@ -47,7 +47,7 @@ def test_a_linen_network_of_twenty_lines_is_trained_and_sampled():
 
     params = module.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), labels[:1])
     optimizer = optax.adam(3e-3)
-    step = jax.jit(make_train_step(loss.denoising(network, EPS, LEVELS), optimizer, (0.99,), seed=0), donate_argnums=0)
+    step = jax.jit(make_train_step(loss.denoising_loss(network, EPS, LEVELS), optimizer, (0.99,), seed=0), donate_argnums=0)
     state, losses, r = init_state(params, optimizer), [], np.random.default_rng(0)
     for n in range(400):
         image = (labels[:, None, None, None] - 0.5) + 0.1 * r.normal(size=(256, *SHAPE)).astype(np.float32)
@@ -81,8 +81,8 @@ def test_an_nnx_network_is_sampled_through_split_and_merge():
     images = sampled(network, params, jnp.zeros(512, jnp.int32))
     plan = sampler.ddim(LEVELS, schedule.trailing(LEVELS, 20))
     keys = sampler.image_keys(jax.random.key(1), np.arange(512))
-    run = jax.jit(partial(sampler.advance, denoiser.clip(gaussian_denoiser(0.3, 0.5))))
-    expected = sampler.sample(run, plan, sampler.start(plan, keys, SHAPE), keys)
+    run = jax.jit(partial(sampler.scan_plan, denoiser.clip(gaussian_denoiser(0.3, 0.5))))
+    expected = sampler.sample(run, plan, sampler.init_noise(plan, keys, SHAPE), keys)
     np.testing.assert_allclose(images, expected, atol=1e-3)
 
 
@@ -91,4 +91,4 @@ def test_a_network_with_a_learned_variance_says_its_estimate_alone():
         return jnp.concatenate([params * x, 100 + x], axis=-1)
 
     x = jnp.ones((3, *SHAPE))
-    np.testing.assert_array_equal(denoiser.fixed_variance(network)(2.0, x, None, None), 2 * x)
+    np.testing.assert_array_equal(denoiser.drop_learned_variance(network)(2.0, x, None, None), 2 * x)

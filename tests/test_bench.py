@@ -9,10 +9,10 @@ from helpers import check_mistake
 from diffjax import experiment
 from diffjax.bench import __main__ as bench
 from diffjax.bench import first_image, loop, networks, peers, timing, training
-from diffjax.evaluation.record import Timing
+from diffjax.evaluation.record import TimingRow
 
 TINY = experiment.Config(
-    network=experiment.Network(channels=4, multipliers=(1,), blocks=1, attention=(), norm_groups=1)
+    network=experiment.UNetConfig(channels=4, multipliers=(1,), blocks=1, attention=(), norm_groups=1)
 )
 
 
@@ -108,7 +108,7 @@ def test_networks_are_timed_with_their_context(tmp_path, capsys, monkeypatch):
     assert flops[2] == flops[3] > flops[1] > flops[0]
     assert flops[4:7] == [10 * flops[0], 20 * flops[0], 20 * flops[0]]
     for row in rows:
-        assert {field.name for field in dataclasses.fields(Timing)} < set(row)
+        assert {field.name for field in dataclasses.fields(TimingRow)} < set(row)
         assert (row["ratio"] is not None) == peers.available()
         assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / row["ceiling"])
         assert min(row["seconds"], row["peak_bytes"], row["compile_seconds"], row["cached_seconds"]) > 0

@@ -16,7 +16,7 @@ import pytest
 from helpers import QUICK, QUIET, TINY, check_told, free_port, naming, of_steps
 
 import train
-from diffjax.run import Description, open_run
+from diffjax.run import ModelInfo, load_model
 from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.parallel import device_mesh
 
@@ -37,7 +37,7 @@ def metrics(folder):
 
 def assert_same_run(folder, expected):
     for weights in ("raw", "ema"):
-        jax.tree.map(np.testing.assert_array_equal, *(open_run(f, weights=weights).params for f in (folder, expected)))
+        jax.tree.map(np.testing.assert_array_equal, *(load_model(f, weights=weights).params for f in (folder, expected)))
     assert metrics(folder) == metrics(expected)
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(killed, uninte
         payload.write_bytes(content)
     shutil.rmtree(before / "ema")
     with pytest.raises(ValueError, match=naming(last)):
-        open_run(killed, weights="raw")
+        load_model(killed, weights="raw")
     code, out, err = run_program(*arguments, "--workdir", killed, flags=QUICK)
     assert code == 0, err
     for step in (STEPS, STEPS - 1):
@@ -136,7 +136,7 @@ def test_a_signal_leaves_a_run_that_goes_on(number, code, program, tmp_path):
     assert process.returncode == code, err
     said = err.strip().splitlines()[-1]
     assert "Traceback" not in err
-    assert re.search(naming(open_run(tmp_path).step), said)
+    assert re.search(naming(load_model(tmp_path).step), said)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(small_disk, run_pro
     code, _, err = run_program(*arguments, "--train.steps", 40, flags=QUICK)
     check_told(code, err, str(small_disk / "run" / "checkpoints"), after_progress=True)
     filler.unlink()
-    assert open_run(small_disk / "run").step == 2
+    assert load_model(small_disk / "run").step == 2
     code, out, err = run_program(*arguments, "--train.steps", 4, flags=QUICK)
     assert code == 0, err
     assert re.search(of_steps(small_disk / "run", 2, 4), out)
@@ -198,7 +198,7 @@ def test_two_processes_of_four_devices_train_what_one_of_eight_does(program, dat
         assert "8 x cpu" not in told[1][0]  # only the first host speaks
     alone = [*HOSTS, *arguments, tmp_path / "one", "--train.steps", 6, "--data.dir", data_dir]
     train.main([*map(str, alone)])
-    one, two = (open_run(tmp_path / name, weights="raw").params for name in ("one", "two"))
+    one, two = (load_model(tmp_path / name, weights="raw").params for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
     assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -210,7 +210,7 @@ def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_pa
     """Both save the same step and end. What they agree by, the number of the call, is far from the number of the step
     in a run that goes on, and saves are asked about at every step."""
     far, checkpoints = 1_000_000, Checkpoints(uninterrupted)
-    description = Description.from_dict(checkpoints.config(STEPS))
+    description = ModelInfo.from_dict(checkpoints.config(STEPS))
     state = train.resume(checkpoints, description.config, device_mesh()).state
     moved = Checkpoints(tmp_path)
     moved.save(state._replace(step=np.int32(far)), description.to_dict())
@@ -226,7 +226,7 @@ def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_pa
             host.kill()
     assert [host.returncode for host in hosts] == [143, 143], told
     assert all(re.search(naming(max(steps_of(tmp_path))), said) for said in told)
-    assert open_run(tmp_path).step == max(steps_of(tmp_path)) < 2 * far
+    assert load_model(tmp_path).step == max(steps_of(tmp_path)) < 2 * far
 
 
 def test_hosts_that_cannot_be_found_are_asked_for(run_program, tmp_path):

@@ -47,7 +47,7 @@ def test_scale_one_is_conditional_and_zero_unconditional(prediction):
     x, labels, level = inputs()
     denoise = conditional(prediction)
     for scale, condition in [(1.0, labels), (0.0, jnp.full_like(labels, NULL))]:
-        guided = denoiser.guide(denoise, labels, NULL, scale)(x, level)
+        guided = denoiser.classifier_free_guidance(denoise, labels, NULL, scale)(x, level)
         np.testing.assert_allclose(guided, denoise(x, level, condition), atol=1e-4)
 
 
@@ -56,7 +56,7 @@ def test_scale_one_is_conditional_and_zero_unconditional(prediction):
 def test_guidance_is_two_passes_in_one_and_affine_in_the_scale(scale, seed):
     x, labels, level = inputs(seed)
     denoise = conditional("v")
-    guided = denoiser.guide(denoise, labels, NULL, scale)(x, level)
+    guided = denoiser.classifier_free_guidance(denoise, labels, NULL, scale)(x, level)
     with_label = np.float64(denoise(x, level, labels))
     without = np.float64(denoise(x, level, jnp.full_like(labels, NULL)))
     np.testing.assert_allclose(guided, without + scale * (with_label - without), atol=1e-5 * (1 + scale))
@@ -69,7 +69,7 @@ def test_guiding_x0_is_guiding_eps_as_the_paper_writes_it():
     x, scale = x.astype(jnp.float64), 3.0
     t = jnp.full(len(x), level.t - 1)
     eps = scale * network(0.7, x, t, labels) - (scale - 1) * network(0.7, x, t, jnp.full_like(labels, NULL))
-    guided = denoiser.guide(conditional(), labels, NULL, scale)(x, level)
+    guided = denoiser.classifier_free_guidance(conditional(), labels, NULL, scale)(x, level)
     np.testing.assert_allclose(guided, process.x0_from_eps(x, eps, level), atol=1e-10)
 
 
@@ -82,7 +82,7 @@ def test_guidance_commutes_with_the_prediction(prediction, t):
     x, scale, level, kind = x.astype(jnp.float64), 3.0, schedule.at(LEVELS, t), process.PREDICTIONS[prediction]
     steps = jnp.full(len(x), t - 1)
     said = [network(0.7, x, steps, condition) for condition in (labels, jnp.full_like(labels, NULL))]
-    x0 = denoiser.guide(conditional(prediction), labels, NULL, scale)(x, level)
+    x0 = denoiser.classifier_free_guidance(conditional(prediction), labels, NULL, scale)(x, level)
     guided = said[1] + scale * (said[0] - said[1])
     again = kind.target(x0, process.eps_from_x0(x, x0, level), level)
     # Near the data, eps is what is left of x0, over sigma.
@@ -91,9 +91,9 @@ def test_guidance_commutes_with_the_prediction(prediction, t):
 
 def test_each_image_may_have_its_own_scale():
     x, labels, level = inputs(batch=2)  # [2, 3, 2]: the batch is as long as the last axis
-    each = denoiser.guide(conditional(), labels, NULL, jnp.array([0.5, 3.0]))(x, level)
+    each = denoiser.classifier_free_guidance(conditional(), labels, NULL, jnp.array([0.5, 3.0]))(x, level)
     for i, scale in enumerate((0.5, 3.0)):
-        one = denoiser.guide(conditional(), labels, NULL, scale)(x, level)
+        one = denoiser.classifier_free_guidance(conditional(), labels, NULL, scale)(x, level)
         np.testing.assert_allclose(each[i], one[i], rtol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_each_image_may_have_its_own_scale():
 def test_two_passes_are_one(scale, rescale, seed):
     x, labels, level = inputs(seed)
     one, two = (
-        denoiser.guide(conditional("v"), labels, NULL, scale, rescale, passes)(x, level) for passes in (False, True)
+        denoiser.classifier_free_guidance(conditional("v"), labels, NULL, scale, rescale, passes)(x, level) for passes in (False, True)
     )
     np.testing.assert_allclose(two, one, atol=1e-5 * (1 + scale))
 
@@ -110,17 +110,17 @@ def test_two_passes_are_one(scale, rescale, seed):
 def test_another_label_can_be_led_away_from():
     x, labels, level = inputs()
     away = jnp.array([5, 5, 5, 1, 1, 1])
-    guided = denoiser.guide(conditional(), labels, away, 3.0)(x, level)
+    guided = denoiser.classifier_free_guidance(conditional(), labels, away, 3.0)(x, level)
     from_, to = (conditional()(x, level, condition) for condition in (away, labels))
     np.testing.assert_allclose(guided, from_ + 3.0 * (to - from_), rtol=1e-4, atol=1e-4)
 
 
 def test_the_scale_may_be_a_function_of_the_level():
     x, labels, _ = inputs()
-    rising = denoiser.guide(conditional(), labels, NULL, lambda level: 1 + 3 * level.sigma)
+    rising = denoiser.classifier_free_guidance(conditional(), labels, NULL, lambda level: 1 + 3 * level.sigma)
     for t in (10, 400, 999):
         level = schedule.at(LEVELS, t)
-        fixed = denoiser.guide(conditional(), labels, NULL, 1 + 3 * level.sigma)
+        fixed = denoiser.classifier_free_guidance(conditional(), labels, NULL, 1 + 3 * level.sigma)
         np.testing.assert_allclose(rising(x, level), fixed(x, level), rtol=1e-5)
     each = schedule.at(LEVELS, np.full(6, 400))
     np.testing.assert_allclose(rising(x, each), rising(x, schedule.at(LEVELS, 400)), rtol=1e-4, atol=1e-4)
@@ -129,7 +129,7 @@ def test_the_scale_may_be_a_function_of_the_level():
 def test_guidance_is_combined_in_float32_whatever_the_network_computes_in():
     """A difference of 1/256 is one digit of bfloat16 near 1: a hundred times it is not."""
     from_, to = jnp.full((1, 2), 1.0, jnp.bfloat16), jnp.full((1, 2), 1.0078125, jnp.bfloat16)
-    found = denoiser.extrapolate(from_, to, schedule.at(LEVELS, 5), 3.3)
+    found = denoiser.guided_estimate(from_, to, schedule.at(LEVELS, 5), 3.3)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, 1 + 3.3 * 0.0078125, rtol=1e-6)
 
@@ -138,25 +138,25 @@ def test_guidance_is_combined_in_float32_whatever_the_network_computes_in():
 def test_rescaling_brings_the_contrast_back(scale, rescale, seed):
     x0_from, x0_to = jax.random.normal(jax.random.key(seed), (2, 3, 4, 4, 1))
     level = schedule.at(LEVELS, 400)
-    plain = denoiser.extrapolate(x0_from, x0_to, level, scale)
-    found = denoiser.extrapolate(x0_from, x0_to, level, scale, rescale)
+    plain = denoiser.guided_estimate(x0_from, x0_to, level, scale)
+    found = denoiser.guided_estimate(x0_from, x0_to, level, scale, rescale)
     std, std_to = (np.std(x, axis=(1, 2, 3)) for x in (plain, x0_to))
     factor = 1 - rescale + rescale * std_to / std
     np.testing.assert_allclose(found, plain * factor.reshape(3, 1, 1, 1), rtol=2e-4, atol=1e-6)
-    wholly = denoiser.extrapolate(x0_from, x0_to, level, scale, 1.0)
+    wholly = denoiser.guided_estimate(x0_from, x0_to, level, scale, 1.0)
     np.testing.assert_allclose(np.std(wholly, axis=(1, 2, 3)), std_to, rtol=1e-4)
 
 
 def test_rescaling_flat_images_divides_by_nothing():
     flat = jnp.full((2, 3, 3, 1), 0.3)
-    np.testing.assert_array_equal(denoiser.extrapolate(flat, flat, schedule.at(LEVELS, 5), 2.0, 0.7), flat)
+    np.testing.assert_array_equal(denoiser.guided_estimate(flat, flat, schedule.at(LEVELS, 5), 2.0, 0.7), flat)
 
 
 @given(st.floats(0, 5))
 def test_autoguidance_leads_away_from_the_worse_network(scale):
     x, labels, level = inputs()
     better, worse = denoiser.condition_on(conditional(), labels), denoiser.condition_on(conditional("x0"), labels)
-    guided = denoiser.autoguide(better, worse, scale)(x, level)
+    guided = denoiser.autoguidance(better, worse, scale)(x, level)
     expected = worse(x, level) + scale * (better(x, level) - worse(x, level))
     np.testing.assert_allclose(guided, expected, atol=1e-4 * (1 + scale))
 
@@ -164,7 +164,7 @@ def test_autoguidance_leads_away_from_the_worse_network(scale):
 @given(st.floats(0.01, 1), st.floats(0.1, 5), st.integers(0, 99))
 def test_thresholding_bounds_each_image_by_its_own_quantile(quantile, size, seed):
     estimate = size * jax.random.normal(jax.random.key(seed), (3, 4, 4, 1))
-    found = denoiser.threshold(lambda x, level: estimate, quantile)(estimate, schedule.at(LEVELS, 5))
+    found = denoiser.dynamic_threshold(lambda x, level: estimate, quantile)(estimate, schedule.at(LEVELS, 5))
     assert np.abs(found).max() <= 1 + 1e-6
     for image, thresholded in zip(np.float64(estimate), found, strict=True):
         s = max(1, np.quantile(np.abs(image), quantile))
@@ -173,15 +173,15 @@ def test_thresholding_bounds_each_image_by_its_own_quantile(quantile, size, seed
 
 def test_thresholding_leaves_images_in_range_as_they_are():
     x = jax.random.uniform(jax.random.key(0), (2, 3, 3, 1), minval=-1, maxval=1)
-    np.testing.assert_array_equal(denoiser.threshold(lambda x, level: x, 0.995)(x, schedule.at(LEVELS, 5)), x)
+    np.testing.assert_array_equal(denoiser.dynamic_threshold(lambda x, level: x, 0.995)(x, schedule.at(LEVELS, 5)), x)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda d: denoiser.threshold(d, 0.0), "quantile 0"),
-        (lambda d: denoiser.threshold(d, 1.1), "quantile 1.1"),
-        (lambda d: denoiser.autoguide(d, d, 2.0, -0.1)(jnp.ones((1, 2)), schedule.at(LEVELS, 5)), "rescale -0.1"),
+        (lambda d: denoiser.dynamic_threshold(d, 0.0), "quantile 0"),
+        (lambda d: denoiser.dynamic_threshold(d, 1.1), "quantile 1.1"),
+        (lambda d: denoiser.autoguidance(d, d, 2.0, -0.1)(jnp.ones((1, 2)), schedule.at(LEVELS, 5)), "rescale -0.1"),
     ],
 )
 def test_bad_input_is_named(make, words):
@@ -194,12 +194,12 @@ def test_the_order_of_pairs_does_not_matter():
     """(null, condition) pairs with the scale 1 - scale are the same guidance, and so are images in another order."""
     x, labels, level = inputs()
     x = x.astype(jnp.float64)
-    guided = denoiser.guide(conditional(), labels, NULL, 3.0)(x, level)
+    guided = denoiser.classifier_free_guidance(conditional(), labels, NULL, 3.0)(x, level)
     nulls = jnp.full_like(labels, NULL)
-    turned = denoiser.guide(conditional(), nulls, labels, 1 - 3.0)(x, level)
+    turned = denoiser.classifier_free_guidance(conditional(), nulls, labels, 1 - 3.0)(x, level)
     np.testing.assert_allclose(turned, guided, atol=1e-10)
     order = jnp.array([3, 1, 5, 0, 2, 4])
-    np.testing.assert_allclose(denoiser.guide(conditional(), labels[order], NULL, 3.0)(x[order], level), guided[order])
+    np.testing.assert_allclose(denoiser.classifier_free_guidance(conditional(), labels[order], NULL, 3.0)(x[order], level), guided[order])
 
 
 def test_a_guided_denoiser_obeys_the_laws_of_denoisers():
@@ -207,7 +207,7 @@ def test_a_guided_denoiser_obeys_the_laws_of_denoisers():
     labels = jnp.full(4, 3)  # the law swaps images
 
     def guided(x, level):
-        denoise = denoiser.guide(conditional("v"), labels[: len(x)], NULL, 2.0)
+        denoise = denoiser.classifier_free_guidance(conditional("v"), labels[: len(x)], NULL, 2.0)
         level = Level(*(jnp.asarray(leaf) for leaf in level))
         return denoiser.clip(denoise)(x, level)
 
@@ -244,7 +244,7 @@ def test_one_pass_of_interleaved_pairs():
 
     denoise = denoiser.from_network(spy, None, process.PREDICTIONS["x0"])
     level = Level(*(jnp.asarray(leaf) for leaf in schedule.at(LEVELS, [3, 5])))
-    denoiser.guide(denoise, jnp.array([7, 8]), NULL, 2.0)(jnp.zeros((2, 4, 4, 1)), level)
+    denoiser.classifier_free_guidance(denoise, jnp.array([7, 8]), NULL, 2.0)(jnp.zeros((2, 4, 4, 1)), level)
     assert seen == [((4, 4, 4, 1), [7, NULL, 8, NULL], [2, 2, 4, 4])]
 
 
@@ -270,7 +270,7 @@ def test_an_interval_as_a_scale_is_scale_one_outside(low, width):
         ratio = level.sigma / level.alpha
         return jnp.where((low <= ratio) & (ratio <= low + width), 3.0, 1.0)
 
-    guided = denoiser.guide(conditional("v"), labels, NULL, scale)
+    guided = denoiser.classifier_free_guidance(conditional("v"), labels, NULL, scale)
     assert_interval(guided, denoiser.condition_on(conditional("v"), labels), x, levels, low, low + width)
 
 
@@ -278,7 +278,7 @@ def test_guidance_outside_its_interval_is_told():
     x, labels, _ = inputs()
     plain = denoiser.condition_on(conditional("v"), labels)
     with pytest.raises(AssertionError, match=naming("sigma/alpha")):
-        assert_interval(denoiser.guide(conditional("v"), labels, NULL, 3.0), plain, x, LEVELS, 0.5, 2.0)
+        assert_interval(denoiser.classifier_free_guidance(conditional("v"), labels, NULL, 3.0), plain, x, LEVELS, 0.5, 2.0)
     with pytest.raises(AssertionError):  # outside, the two are one
         assert_interval(plain, plain, x, LEVELS, 0.5, 2.0)
 
@@ -291,7 +291,7 @@ def test_clipping_and_thresholding_are_bounded(quantile, size):
     def wild(x_t, level):
         return size * denoiser.condition_on(conditional(), labels)(x_t, level)
 
-    assert_bounded(denoiser.threshold(wild, quantile), x, LEVELS)
+    assert_bounded(denoiser.dynamic_threshold(wild, quantile), x, LEVELS)
     assert_bounded(denoiser.clip(wild, -0.5, 0.25), x, LEVELS, -0.5, 0.25)
     with pytest.raises(AssertionError, match=naming("1.125")):
         assert_bounded(lambda x_t, level: 1.125 + 0 * x_t, x, LEVELS)

@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from diffjax import dryrun, experiment
-from diffjax.experiment import Config, Network, Train
+from diffjax.experiment import Config, UNetConfig, Train
 from diffjax.run import count_parameters
 from diffjax.training import parallel
 
 SHAPE, CLASSES = (4, 4, 1), 10
-NETWORK = Network(channels=16, multipliers=(1,), attention=(), middle_attention=False)
+NETWORK = UNetConfig(channels=16, multipliers=(1,), attention=(), middle_attention=False)
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 

@@ -8,8 +8,8 @@ from helpers import check_mistake, naming
 from PIL import Image
 
 from diffjax import edit, editing, picture, sampler, schedule
-from diffjax.evaluation.digits import judge
-from diffjax.run import Generator, Guidance, open_run
+from diffjax.evaluation.digits import score_digits
+from diffjax.run import Pipeline, Guidance, load_model
 from diffjax.training import data, parallel, sources
 
 RIGHT = np.arange(8)[None, :, None] * np.ones((8, 1, 1)) < 4  # the left half is known
@@ -17,7 +17,7 @@ RIGHT = np.arange(8)[None, :, None] * np.ones((8, 1, 1)) < 4  # the left half is
 
 @pytest.fixture(scope="module")
 def run(digits_run):
-    return open_run(digits_run)
+    return load_model(digits_run)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_variations_are_led_to_other_labels(editor, digits):
     images, _ = digits
     labels = np.full(16, 6, np.int32)
     found = editor.vary(images, labels, 800, 20, guidance=Guidance(3.0), seed=0)
-    assert judge(picture.to_uint8(found), labels).recognised > 0.6
+    assert score_digits(picture.to_uint8(found), labels).recognised > 0.6
     again = editor.vary(images, labels, 800, 20, guidance=Guidance(3.0), seed=1)
     assert (found != again).any()
 
@@ -83,7 +83,7 @@ def test_inpainting_keeps_known_pixels_to_the_last_bit(editor, digits, eta, time
     known = np.broadcast_to(RIGHT, images.shape)
     assert (found[known] == images[known]).all()
     assert (found[~known] != images[~known]).mean() > 0.5  # black stays black
-    assert judge(picture.to_uint8(found), labels).recognised >= 0.5  # one in ten by chance
+    assert score_digits(picture.to_uint8(found), labels).recognised >= 0.5  # one in ten by chance
 
 
 def test_an_edit_of_an_image_does_not_depend_on_its_batch(editor, digits):
@@ -95,7 +95,7 @@ def test_an_edit_of_an_image_does_not_depend_on_its_batch(editor, digits):
 
 def test_starts_are_taken_batch_by_batch(run):
     """Eleven images, eight at a time: a plan of one row at level 1 leaves nearly what it is given."""
-    generate = Generator(run.network, run.prediction, *run.description[1:])
+    generate = Pipeline(run.network, run.prediction, *run.description[1:])
     x = np.linspace(-0.5, 0.5, 11)[:, None, None, None] * np.ones((1, 8, 8, 1))
     plan = sampler.ddim(run.schedule, [1])
     common = {"guidance": Guidance(), "seed": 0, "clip": False}

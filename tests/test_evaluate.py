@@ -10,7 +10,7 @@ from helpers import check_mistake, check_told, naming
 
 from diffjax import evaluate, sampler
 from diffjax.evaluation import likelihood
-from diffjax.run import open_run
+from diffjax.run import load_model
 
 
 @pytest.mark.usefixtures("in_suite_data")
@@ -52,7 +52,7 @@ def test_a_flow_that_does_not_end_is_named_by_its_image(digits_run, tmp_path, ca
 
 
 def test_all_images_count_once_whatever_the_batch(digits_run):
-    run = open_run(digits_run)
+    run = load_model(digits_run)
     images = np.arange(11.0, dtype=np.float32)[:, None] * np.ones((1, 2), np.float32)
     over = evaluate.over_devices(run, images, np.arange(11), 8)
     calls = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import train
 from diffjax import cli, experiment, loss, process, schedule
-from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from diffjax.experiment import Config, Data, Diffusion, UNetConfig, Train
 from diffjax.testing import assert_schedule
 
 SHAPES = {"digits": ((8, 8, 1), 10), "mnist": ((32, 32, 1), 10), "cifar10": ((32, 32, 3), 10)}
@@ -22,16 +22,16 @@ SHAPES |= {"imagenet64": ((64, 64, 3), 1000), "folder": ((64, 64, 3), 7)}
 ALIASES = {"ddpm_cifar10": "cifar10", "adm_imagenet64": "imagenet64"}
 
 
-@pytest.mark.parametrize("name", experiment.names())
+@pytest.mark.parametrize("name", experiment.config_names())
 def test_every_configuration_builds_and_tells_commands_that_parse(name):
     """Its state and its loss, in shapes alone, for the images that its data have."""
-    config = experiment.named(name)
-    experiment.check(config)
+    config = experiment.load_config(name)
+    experiment.check_config(config)
     doc = __import__(f"configs.{name}", fromlist=[name]).__doc__
     commands = re.findall(rf"python train.py {name} (.*)", doc)
     for command in commands:
         parsed = cli.parse(train.Options, name, command.split(), train.Options(tyro.MISSING, config=config))
-        experiment.check(parsed.config)
+        experiment.check_config(parsed.config)
     assert commands
     assert "Hardware:" in doc
     assert "Expected:" in doc
@@ -47,12 +47,12 @@ def test_every_configuration_builds_and_tells_commands_that_parse(name):
 
 def test_the_recipes_are_those_of_their_papers():
     for name, paper in ALIASES.items():
-        assert experiment.named(name) == experiment.named(paper)
-    cifar = experiment.named("cifar10")
+        assert experiment.load_config(name) == experiment.load_config(paper)
+    cifar = experiment.load_config("cifar10")
     train = cifar.train
     assert (train.batch, train.steps, train.learning_rate, train.warmup) == (128, 800_000, 2e-4, 5000)
     assert (train.ema, train.clip, cifar.network.dropout, cifar.data.flip) == ((0.9999,), 1, 0.1, True)
-    imagenet = experiment.named("imagenet64")
+    imagenet = experiment.load_config("imagenet64")
     assert (imagenet.network.dtype, imagenet.train.parallel) == ("bfloat16", "shard_map")
 
 
@@ -69,19 +69,19 @@ def test_the_recipes_are_those_of_their_papers():
 )
 def test_data_that_cannot_be_is_named(data, names):
     with pytest.raises(ValueError, match=naming(*names)):
-        experiment.check(Config(data=data))
+        experiment.check_config(Config(data=data))
 
 
 @given(st.builds(Train), st.lists(st.integers(1, 4), min_size=1).map(tuple), st.none() | st.text())
 def test_a_configuration_survives_json(train, multipliers, folder):
-    config = Config(train=train, network=Network(multipliers=multipliers), data=Data(dir=folder))
-    assert experiment.from_dict(json.loads(json.dumps(experiment.to_dict(config)))) == config
+    config = Config(train=train, network=UNetConfig(multipliers=multipliers), data=Data(dir=folder))
+    assert experiment.config_from_dict(json.loads(json.dumps(experiment.config_to_dict(config)))) == config
 
 
 def test_a_stored_configuration_of_another_version():
-    assert experiment.from_dict({"train": {"steps": 7}}).train == Train(steps=7)
+    assert experiment.config_from_dict({"train": {"steps": 7}}).train == Train(steps=7)
     with pytest.raises(ValueError, match=naming("flavour")):
-        experiment.from_dict({"train": {"flavour": 1}})
+        experiment.config_from_dict({"train": {"flavour": 1}})
 
 
 def test_resuming_may_change_the_training_but_not_the_network():
@@ -89,7 +89,7 @@ def test_resuming_may_change_the_training_but_not_the_network():
     assert experiment.check_resume(stored, Config(train=Train(steps=9))) == ["train.steps: 1000 -> 9"]
     assert experiment.check_resume(stored, stored) == []
     with pytest.raises(ValueError, match=naming("network.blocks", 3, 1)):
-        experiment.check_resume(stored, Config(network=Network(blocks=3)))
+        experiment.check_resume(stored, Config(network=UNetConfig(blocks=3)))
 
 
 def test_the_learning_rate_warms_up_and_decays():

@@ -108,15 +108,15 @@ def test_the_sigmoid_weighting_is_one_of_logsnr_whatever_the_schedule():
         (lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["eps"]), "1000 alpha eps"),
         (lambda s: loss.sigmoid(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]), "sigmoid logsnr T"),
         (lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]), "weighting level 1000"),
-        (lambda s: loss.denoising(None, EPS, s, lambda s, p: np.ones(1000)), "weighting 1001 (1000,)"),
-        (lambda s: loss.denoising(None, EPS, s, lambda s, p: np.full(1001, np.nan)), "weighting nan"),
-        (lambda s: loss.denoising(None, EPS, s, drop_rate=1.5), "drop_rate 1.5"),
-        (lambda s: loss.denoising(None, EPS, s, drop_rate=0.1), "null"),
+        (lambda s: loss.denoising_loss(None, EPS, s, lambda s, p: np.ones(1000)), "weighting 1001 (1000,)"),
+        (lambda s: loss.denoising_loss(None, EPS, s, lambda s, p: np.full(1001, np.nan)), "weighting nan"),
+        (lambda s: loss.denoising_loss(None, EPS, s, drop_rate=1.5), "drop_rate 1.5"),
+        (lambda s: loss.denoising_loss(None, EPS, s, drop_rate=0.1), "null"),
         (
-            lambda s: loss.denoising(None, EPS, s)(None, {"image": np.zeros((1, 2), np.uint8), "index": [0]}, KEY),
+            lambda s: loss.denoising_loss(None, EPS, s)(None, {"image": np.zeros((1, 2), np.uint8), "index": [0]}, KEY),
             "uint8",
         ),
-        (lambda s: loss.denoising(None, EPS, schedule.zero_terminal_snr(s)), "1000 alpha eps"),
+        (lambda s: loss.denoising_loss(None, EPS, schedule.zero_terminal_snr(s)), "1000 alpha eps"),
     ],
 )
 def test_bad_input_is_named(make, words):
@@ -162,7 +162,7 @@ def test_the_loss_is_the_weighted_distance_to_the_target(name, weighting):
         level = jax.tree.map(lambda leaf: leaf[t + 1], table)
         return prediction.target(x0, process.eps_from_x0(x_t, x0, level), level) + offset
 
-    objective = loss.denoising(network, prediction, LEVELS, weighting)
+    objective = loss.denoising_loss(network, prediction, LEVELS, weighting)
     for offset in (0.0, 0.5):
         found = objective(offset, {"image": x0, "index": indices(8)}, KEY)
         weight = weighting(LEVELS, prediction)[np.asarray(seen[-1])]
@@ -179,7 +179,7 @@ def at_level_500(key, index, T):
 
 def test_examples_do_not_share_noise_nor_depend_on_their_batch():
     x0 = jnp.zeros((8, 4, 4, 1))
-    objective = loss.denoising(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
+    objective = loss.denoising_loss(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
     whole = objective(None, {"image": x0, "index": indices(8)}, KEY)
     assert len(np.unique(whole)) == 8
     part = objective(None, {"image": x0[:3], "index": indices(3, start=5)}, KEY)
@@ -187,7 +187,7 @@ def test_examples_do_not_share_noise_nor_depend_on_their_batch():
 
 
 def test_every_step_draws_anew():
-    objective = loss.denoising(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
+    objective = loss.denoising_loss(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
     batch = {"image": jnp.zeros((4, 3)), "index": indices(4)}
     drawn = [objective(None, batch, jax.random.key(seed)) for seed in range(3)]
     assert len(np.unique(np.concatenate(drawn))) == 12
@@ -201,7 +201,7 @@ def test_the_objective_withholds_labels_and_its_noises_are_apart():
         seen.update(x=x, condition=condition, keys=keys)
         return x
 
-    objective = loss.denoising(
+    objective = loss.denoising_loss(
         network, process.PREDICTIONS["x0"], LEVELS, times=at_level_500, null=10, drop_rate=0.3
     )  # fmt: skip
     n = 4000

@@ -10,8 +10,8 @@ import pytest
 from helpers import check_mistake, check_told, naming
 
 from diffjax import evaluate, experiment, pareto, plans, quality, schedule
-from diffjax.evaluation.record import Quality
-from diffjax.run import Generator, Guidance, open_run
+from diffjax.evaluation.record import QualityRow
+from diffjax.run import Pipeline, Guidance, load_model
 from diffjax.training.parallel import device_mesh
 
 SWEEP = ["--samplers", "ddim,ddpm(variance=fixed_large):3", "--steps", "1,2", "--num", "40", "--batch", "8"]
@@ -32,7 +32,7 @@ def test_a_sweep_measures_every_combination_once_and_goes_on_where_it_was(digits
     arguments = [str(digits_run), *SWEEP, "--features", "pixels", "--out", str(tmp_path / "a")]
     pareto.main([*arguments, "--guidance", "1,2"])
     out = tmp_path / "a" / "pareto.json"
-    rows = [Quality(**row) for row in json.loads(out.read_text())]
+    rows = [QualityRow(**row) for row in json.loads(out.read_text())]
     assert [(row.sampler.split("(")[0], row.steps, row.guided, row.nfe) for row in rows] == [
         ("ddim", 1, "1", 1), ("ddim", 1, "2", 2), ("ddim", 2, "1", 2), ("ddpm", 3, "1", 3), ("ddim", 2, "2", 4),
         ("ddpm", 3, "2", 6),
@@ -95,7 +95,7 @@ def test_one_row_of_quality_is_complete_and_appended(digits_run, capsys):
     evaluate.main([*command, "--seed", "1"])
     said = capsys.readouterr().out
     first, second = (
-        Quality(**json.loads(line)) for line in (digits_run / "evaluations.jsonl").read_text().splitlines()
+        QualityRow(**json.loads(line)) for line in (digits_run / "evaluations.jsonl").read_text().splitlines()
     )
     assert (first.seed, second.seed, first.nfe, first.guided) == (0, 1, 20, "2")
     assert first.recognised is not None
@@ -110,12 +110,12 @@ def test_one_row_of_quality_is_complete_and_appended(digits_run, capsys):
 
 @pytest.mark.usefixtures("in_suite_data")
 def test_one_device_and_eight_measure_the_same(digits_run, tmp_path):
-    run = open_run(digits_run)
+    run = load_model(digits_run)
     reference = quality.read_reference(*run.description[:2], "pixels", "held_out", tmp_path, None)
     plan, name = plans.at_steps(plans.requests("ddim:3")[0], run.schedule, 3)
     measured = [
         quality.measure(
-            run, Generator(run.network, run.prediction, *run.description[1:], mesh=device_mesh(jax.devices()[:n])),
+            run, Pipeline(run.network, run.prediction, *run.description[1:], mesh=device_mesh(jax.devices()[:n])),
             reference, plan, name, guidance=Guidance(1.0), num=40, batch=8, seed=0,
         )
         for n in (1, 8)
@@ -129,7 +129,7 @@ def test_one_device_and_eight_measure_the_same(digits_run, tmp_path):
 
 @pytest.mark.usefixtures("in_suite_data")
 def test_real_images_that_cannot_be_compared_are_told(tmp_path):
-    config = experiment.named("digits")
+    config = experiment.load_config("digits")
     foreign = dataclasses.replace(config, data=dataclasses.replace(config.data, name="hf:someone/ddpm"))
     with pytest.raises(ValueError, match=naming("hf:someone/ddpm")):
         quality.read_reference(foreign, (8, 8, 1), "pixels", "train", tmp_path, None)
@@ -148,7 +148,7 @@ def test_samplers_are_asked_for_by_name_dials_and_steps():
 
 @pytest.mark.usefixtures("in_suite_data")
 def test_what_is_asked_for_twice_is_measured_once(digits_run):
-    run = open_run(digits_run)
+    run = load_model(digits_run)
     options = pareto.Options((str(digits_run),), samplers="ddim,ddim(eta=0),ddim:5", steps="5,5")
     assert [(c.plan.steps, c.scale) for c in pareto.combine(options, [run])] == [(5, 1.0), (5, 2.0)]
     unlabelled = dataclasses.replace(run.description.config.train, label_dropout=0.0)
@@ -159,13 +159,13 @@ def test_what_is_asked_for_twice_is_measured_once(digits_run):
 
 @pytest.mark.usefixtures("in_suite_data")
 def test_images_that_are_not_finite_are_named_by_their_plan(digits_run, tmp_path, capsys, monkeypatch):
-    generate = Generator.__call__
+    generate = Pipeline.__call__
 
     def broken(*arguments, **options):
         made = generate(*arguments, **options)
         return made._replace(x=made.x * np.nan)
 
-    monkeypatch.setattr(Generator, "__call__", broken)
+    monkeypatch.setattr(Pipeline, "__call__", broken)
     command = "{run} --samplers ddim:1 --guidance 1 --num 40 --batch 8 --features pixels --out {tmp}"
     with pytest.raises(SystemExit) as end:
         pareto.main(command.format(run=digits_run, tmp=tmp_path).split())

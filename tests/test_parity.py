@@ -66,7 +66,7 @@ def compiled(betas, spacing, steps):
     plan = sampler.ddim(levels, schedule.SPACINGS[spacing](levels, steps))
     denoise = denoiser.condition_on(denoiser.from_network(apply, None, process.PREDICTIONS["eps"]), None)
     keys = sampler.image_keys(jax.random.key(0), np.arange(4))
-    return np.asarray(sampler.sample(jax.jit(partial(sampler.advance, denoise)), plan, jnp.float32(start()), keys))
+    return np.asarray(sampler.sample(jax.jit(partial(sampler.scan_plan, denoise)), plan, jnp.float32(start()), keys))
 
 
 def theirs(betas, spacing, steps):

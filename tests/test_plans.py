@@ -48,7 +48,7 @@ def test_a_dial_reaches_its_sampler():
     t = schedule.trailing(LEVELS, 20)
     assert same(plans.named("ddim", LEVELS, t, "trailing", eta=0.5)[0], sampler.ddim(LEVELS, t, 0.5))
     assert same(plans.named("ddpm", LEVELS, t, "", variance="fixed_large")[0], sampler.sigma_hat(LEVELS, t))
-    halfway = sampler.ddpm(LEVELS, t, sampler.interpolated(0.5))
+    halfway = sampler.ddpm(LEVELS, t, sampler.interpolated_variance(0.5))
     assert same(plans.named("ddpm", LEVELS, t, "", variance="0.5")[0], halfway)
     assert plans.named("edm", LEVELS, t, "", churn=0.0)[0].d is None
     assert plans.named("ddim", LEVELS, t, "trailing", eta=1)[1] == "ddim(eta=1, trailing)"

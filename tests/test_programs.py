@@ -13,9 +13,9 @@ from PIL import Image
 import sample
 import train
 from diffjax import demo, experiment, picture, sampler, schedule
-from diffjax.evaluation.digits import judge
+from diffjax.evaluation.digits import score_digits
 from diffjax.evaluation.record import as_dict
-from diffjax.run import Generator, Guidance, open_run, record
+from diffjax.run import Pipeline, Guidance, load_model, sampling_row
 
 
 def metrics(folder):
@@ -53,7 +53,7 @@ def test_guided_ddim_draws_the_digits_that_were_asked_for(digits_run, run_progra
     samples = np.load(tmp_path / "samples.npz")
     assert (samples["images"].shape, samples["images"].dtype) == ((100, 8, 8, 1), np.uint8)
     assert (samples["labels"] == np.arange(100) % 10).all()
-    verdict = judge(samples["images"], samples["labels"])
+    verdict = score_digits(samples["images"], samples["labels"])
     assert verdict.recognised >= 0.85  # the whole training: 0.97
     assert verdict.distinct >= 0.99
     assert verdict.novelty > 0.4
@@ -68,7 +68,7 @@ def test_ddpm_takes_the_whole_chain(digits_run, run_program, tmp_path):
     assert "ddpm(fixed_small, trailing) | 1000  | 1000 |" in out
     samples = np.load(tmp_path / "samples.npz")
     assert samples["labels"].tolist() == [0, 6] * 5
-    assert judge(samples["images"], samples["labels"]).recognised >= 0.5  # one in ten by chance; unguided, few images
+    assert score_digits(samples["images"], samples["labels"]).recognised >= 0.5  # one in ten by chance; unguided, few images
 
 
 def test_every_sampler_makes_images_and_a_stored_plan_makes_them_again(digits_run, tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_every_sampler_makes_images_and_a_stored_plan_makes_them_again(digits_ru
     assert "| dpm_solver_pp_2m(eta=0.5, uniform_logsnr) | 10    | 20 " in said
     assert "| plan(plan.json) | 10    | 20 " in said
     assert "| heun(explicit, 3 levels) | 5     | 10 " in said
-    assert judge(made["a"], np.arange(8)).recognised >= 0.6
+    assert score_digits(made["a"], np.arange(8)).recognised >= 0.6
 
 
 def test_every_kind_of_guidance_makes_digits_and_counts_its_evaluations(digits_run, tmp_path, capsys):
@@ -119,7 +119,7 @@ def test_every_kind_of_guidance_makes_digits_and_counts_its_evaluations(digits_r
         cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
         assert (cells[2], cells[3], cells[4]) == ("10", str(nfe), guided)
         made[guided] = np.load(tmp_path / f"{i}.npz")["images"].astype(int)
-        assert judge(made[guided], np.resize([0, 1, 6], 24)).recognised >= 0.6
+        assert score_digits(made[guided], np.resize([0, 1, 6], 24)).recognised >= 0.6
     assert np.abs(made["2"] - made["2 in two passes"]).max() <= 1  # a rounding to 8 bits apart
     assert all((made["2"] != made[other]).any() for other in cases if "passes" not in other and other != "2")
 
@@ -132,7 +132,7 @@ def test_a_run_can_be_led_away_from_a_worse_one(digits_run, tmp_path, capsys):
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")]
     assert (cells[3], cells[4]) == ("15", "2 in 0.3..5 away from unet of digits (ema, step 200)")
     made = np.load(tmp_path / "a.npz")["images"]
-    assert judge(made, np.resize([0, 1, 6], 24)).recognised >= 0.3  # one in ten by chance; guided by no label
+    assert score_digits(made, np.resize([0, 1, 6], 24)).recognised >= 0.3  # one in ten by chance; guided by no label
 
 
 def test_sampling_can_be_watched(digits_run, tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_frames_are_few_and_at_equal_distances(tmp_path, steps, every):
     watch = sample.Watch(sample.Options("", animate="a.gif", num=1), steps, (8, 8, 1), None, tmp_path)
     plan = sampler.ddim(schedule.linear(1000), schedule.trailing(schedule.linear(1000), steps))
     done, kept = 0, []
-    for rows in sampler.chunks(plan, np.float32, watch.every):
+    for rows in sampler.segments(plan, np.float32, watch.every):
         done += rows.steps
         before = len(watch.frames)
         watch(0, done, np.zeros((1, 8, 8, 1)))
@@ -171,11 +171,11 @@ def test_frames_are_few_and_at_equal_distances(tmp_path, steps, every):
 
 
 def test_what_is_made_can_be_told_in_json(digits_run):
-    run = open_run(digits_run)
+    run = load_model(digits_run)
     plan = sampler.ddim(run.schedule, [1000, 500])
-    generate = Generator(run.network, run.prediction, *run.description[1:])
+    generate = Pipeline(run.network, run.prediction, *run.description[1:])
     made = generate(run.params, plan, np.arange(8), 8, guidance=Guidance(2.0), seed=0, batch=8)
-    row = json.loads(json.dumps(as_dict(record(run, made, plan, "ddim", Guidance(2.0), 8))))
+    row = json.loads(json.dumps(as_dict(sampling_row(run, made, plan, "ddim", Guidance(2.0), 8))))
     assert (row["nfe"], row["guidance"], row["guided"]) == (4, 2.0, "2")
 
 
@@ -211,7 +211,7 @@ def test_an_unconditional_run_works_too(unconditional_run, run_program, tmp_path
 
 
 def test_each_of_several_averages_can_be_sampled(unconditional_run):
-    params = {w: jax.tree.leaves(open_run(unconditional_run, weights=w).params) for w in ("ema", "0.9", "0.1", "raw")}
+    params = {w: jax.tree.leaves(load_model(unconditional_run, weights=w).params) for w in ("ema", "0.9", "0.1", "raw")}
     apart = {w: sum(np.abs(a - b).sum() for a, b in zip(params[w], params["raw"], strict=True)) for w in params}
     assert apart["ema"] == apart["0.9"] > apart["0.1"] > apart["raw"] == 0
 
@@ -383,12 +383,12 @@ def test_steps_that_are_no_numbers_end_the_run_with_what_was_seen(run_program, t
     arguments += ["--train.max-skipped", 3, "--workdir", tmp_path]
     code, _, err = run_program("train.py", "digits", *TINY, *QUIET, *arguments, flags=QUICK)
     check_told(code, err, ("3", "learning_rate", "1e+30"), after_progress=True)
-    for leaf in jax.tree.leaves(open_run(tmp_path, weights="raw").params):
+    for leaf in jax.tree.leaves(load_model(tmp_path, weights="raw").params):
         assert np.isfinite(leaf).all()  # what was saved is from before
 
 
 def test_guidance_needs_label_dropout(digits_run):
-    run = open_run(digits_run)
+    run = load_model(digits_run)
     config = run.description.config
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, label_dropout=0.0))
     run = run._replace(description=run.description._replace(config=config))
@@ -403,8 +403,8 @@ def test_help_shows_every_option(command, run_program):
     name, *arguments = command.split()
     code, out, _ = run_program(name, *arguments)
     expected = {
-        "train.py --help": experiment.names(),
-        "train.py digits --help": [name.replace("_", "-") for name in experiment.flat(experiment.named("digits"))],
+        "train.py --help": experiment.config_names(),
+        "train.py digits --help": [name.replace("_", "-") for name in experiment.flat_fields(experiment.load_config("digits"))],
         "sample.py --help": [
             f"--{field.name}".replace("_", "-") for field in dataclasses.fields(sample.Options) if field.name != "run"
         ],

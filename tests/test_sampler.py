@@ -131,14 +131,14 @@ def test_sigma_hat_is_as_the_paper_prints_it():
 @given(pairs(), st.floats(0, 1))
 def test_interpolated_variances_lie_between_in_the_logarithm(levels, v):
     small, large = sampler.fixed_small(*levels), sampler.fixed_large(*levels)
-    std = sampler.interpolated(v)(*levels)
+    std = sampler.interpolated_variance(v)(*levels)
     if levels[1].sigma > 0:
         assert np.log(std) == pytest.approx((1 - v) * np.log(small) + v * np.log(large), abs=1e-9)
     else:
         assert std == small == large == 0
     assert small - 1e-12 <= std <= large + 1e-12
-    assert sampler.interpolated(0)(*levels) == small
-    assert sampler.interpolated(1)(*levels) == large
+    assert sampler.interpolated_variance(0)(*levels) == small
+    assert sampler.interpolated_variance(1)(*levels) == large
 
 
 @given(pairs(), st.floats(0.01, 0.99), st.floats(0.1, 0.9), st.integers(0, 99))
@@ -172,7 +172,7 @@ def test_steps_compose_where_the_estimate_does_not_change(levels, w, eta, seed):
             assert gain_s * gain_u == pytest.approx(gain, rel=1e-9, abs=0)
             assert variance == pytest.approx(std**2, rel=1e-9, abs=0)
     # Above these ratios a half step forgets less than rounding.
-    r_s, r_u = process.snr_ratio(level_t, level_s), process.snr_ratio(level_s, level_u)
+    r_s, r_u = process.sqrt_snr_ratio(level_t, level_s), process.sqrt_snr_ratio(level_s, level_u)
     assert gain_s * gain_u < gain * (1 - 1e-6 if max(r_s, r_u) < 0.9 else 1 + 1e-9)
 
 
@@ -243,10 +243,10 @@ def test_after_clipping_eps_is_the_one_that_clipping_implies(levels, data, seed)
 def test_larger_variances_exceed_the_level_by_what_they_say(levels, data, v):
     """By std**2 - fixed_small**2; fixed_large**2 is (sigma_t/sigma_s)**2 times fixed_small**2."""
     t = data.draw(visits(levels))
-    level_t, level_s = sampler.neighbours(levels, t)
+    level_t, level_s = sampler.level_pairs(levels, t)
     small = sampler.fixed_small(level_t, level_s)
     growth = (level_t.sigma[:-1] / level_s.sigma[:-1]) ** 2
-    for power, std in ((1, sampler.fixed_large), (v, sampler.interpolated(v))):
+    for power, std in ((1, sampler.fixed_large), (v, sampler.interpolated_variance(v))):
         plan = sampler.ddpm(levels, t, std)
         assert_plan(plan, variance=False)
         excess = plan_errors(plan)["variance"][:-1] * level_s.sigma[:-1] ** 2
@@ -372,7 +372,7 @@ def test_a_partly_noised_start_keeps_what_little_noise_leaves():
     for top in (200, 1000):
         plan = sampler.ddim(levels, t[t <= top])
         assert plan.level.t[0] == top
-        x = sampler.start_from(plan, jnp.asarray(points), keys)
+        x = sampler.noise_to_level(plan, jnp.asarray(points), keys)
         level = schedule.at(levels, top)
         expected = level.alpha * points + level.sigma * sampler.noise(keys, (40,))
         np.testing.assert_allclose(x, expected, atol=1e-5)
@@ -387,7 +387,7 @@ def test_a_plan_starts_from_noise_of_its_level(levels, data):
     plan = sampler.ddim(levels, data.draw(visits(levels)))
     keys = sampler.image_keys(jax.random.key(0), np.arange(2))
     expected = np.hypot(plan.level.alpha[0], plan.level.sigma[0]) * sampler.noise(keys, (3,))
-    np.testing.assert_allclose(sampler.start(plan, keys, (3,)), expected, rtol=1e-5)
+    np.testing.assert_allclose(sampler.init_noise(plan, keys, (3,)), expected, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- one path, two forms
@@ -465,8 +465,8 @@ def test_a_hundred_thousand_samples_have_the_moments_that_were_propagated(name):
     levels, n = schedule.linear(1000), 100_000
     plan = MAKERS[name](levels, schedule.trailing(levels, 20))
     keys = sampler.image_keys(jax.random.key(0), np.arange(n))
-    run = jax.jit(partial(sampler.advance, gaussian_denoiser(0.3, 0.5)))
-    made = np.float64(sampler.sample(run, plan, sampler.start(plan, keys, (1,)), keys))
+    run = jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.3, 0.5)))
+    made = np.float64(sampler.sample(run, plan, sampler.init_noise(plan, keys, (1,)), keys))
     mean, variance = moments(plan, gaussian_denoiser(0.3, 0.5), 0.0, 1.0)
     assert made.mean() == pytest.approx(mean, abs=4 * (variance / n) ** 0.5)
     assert made.var() == pytest.approx(variance, rel=4 * (2 / n) ** 0.5)
@@ -491,7 +491,7 @@ def test_sample_is_the_plan_row_by_row(steps, eta, seed):
     """Against the numpy loop in float64, with the noise that the keys stand for."""
     plan, (x, keys) = ddim_plan(steps, eta), start(seed=seed)
     denoise = gaussian_denoiser(0.1, 0.6)
-    found = sampler.sample(jax.jit(partial(sampler.advance, denoise)), plan, x, keys)
+    found = sampler.sample(jax.jit(partial(sampler.scan_plan, denoise)), plan, x, keys)
     z = np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number])
     np.testing.assert_allclose(found, run_plan(denoise, plan, np.float64(x), np.float64(z)), atol=2e-5)
 
@@ -502,7 +502,7 @@ def test_history_columns_reach_back_one_and_two_rows(eta):
     plan = plan._replace(c=np.random.default_rng(0).normal(size=(6, 2)) / 10)
     denoise, (x, keys) = gaussian_denoiser(0.1, 0.6), start()
     z = np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number])
-    found = sampler.sample(jax.jit(partial(sampler.advance, denoise)), plan, x, keys)
+    found = sampler.sample(jax.jit(partial(sampler.scan_plan, denoise)), plan, x, keys)
     np.testing.assert_allclose(found, run_plan(denoise, plan, np.float64(x), np.float64(z)), atol=1e-5)
 
 
@@ -513,15 +513,15 @@ EVERY = MAKERS | CHURNING | EXCESSIVE
 def test_in_pieces_or_whole_compiled_or_not(name):
     levels, (x, keys) = schedule.linear(1000), start()
     plan = EVERY[name](levels, schedule.trailing(levels, 12))
-    run = partial(sampler.advance, gaussian_denoiser(0.1, 0.6))
+    run = partial(sampler.scan_plan, gaussian_denoiser(0.1, 0.6))
     pieces = sampler.sample(COMPILED, plan, x, keys)
-    (rows,) = sampler.chunks(plan, x.dtype, size=plan.steps)
+    (rows,) = sampler.segments(plan, x.dtype, size=plan.steps)
     with jax.disable_jit():
         whole = run(rows, (x, jnp.zeros_like(x), jnp.zeros_like(x)), keys)[0]
     np.testing.assert_allclose(pieces, whole, atol=2e-6)
 
 
-COMPILED = jax.jit(partial(sampler.advance, gaussian_denoiser(0.1, 0.6)))
+COMPILED = jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.1, 0.6)))
 
 
 def test_two_programs_serve_every_plan_of_a_kind():
@@ -532,7 +532,7 @@ def test_two_programs_serve_every_plan_of_a_kind():
         traces.append(1)
         return 0.5 * x
 
-    run, (x, keys) = jax.jit(partial(sampler.advance, denoise)), start()
+    run, (x, keys) = jax.jit(partial(sampler.scan_plan, denoise)), start()
     for levels in (schedule.cosine(1000), schedule.edm(500)):
         for steps in (50, 13, 7, 1, 100):
             for make in (MAKERS | CHURNING).values():
@@ -545,7 +545,7 @@ def test_two_programs_serve_every_plan_of_a_kind():
 @pytest.mark.parametrize("steps", [1, 9, 10, 11, 20, 57])
 def test_chunks_are_the_plan_in_order(steps):
     plan = ddim_plan(steps, 1.0)
-    pieces = sampler.chunks(plan, jnp.float32)
+    pieces = sampler.segments(plan, jnp.float32)
     assert {piece.steps for piece in pieces} <= {1, 10}
     assert np.concatenate([piece.number for piece in pieces]).tolist() == list(range(1, steps + 1))
     np.testing.assert_array_equal(np.concatenate([piece.a for piece in pieces]), np.float32(plan.a))
@@ -558,7 +558,7 @@ def test_half_precision_noise_is_sampled_from_in_float32(dtype, eta):
     plan, n = ddim_plan(1000, eta), 20_000
     keys = sampler.image_keys(jax.random.key(0), np.arange(n))
     made = sampler.sample(
-        jax.jit(partial(sampler.advance, gaussian_denoiser(0.3, 0.5))), plan, sampler.start(plan, keys, (), dtype), keys
+        jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.3, 0.5))), plan, sampler.init_noise(plan, keys, (), dtype), keys
     )
     assert made.dtype == jnp.float32
     mean, variance = moments(plan, gaussian_denoiser(0.3, 0.5), 0.0, 1.0)
@@ -567,12 +567,12 @@ def test_half_precision_noise_is_sampled_from_in_float32(dtype, eta):
 
 
 def test_tables_are_as_exact_as_what_they_run_in():
-    assert sampler.chunks(ddim_plan(5), np.float64)[0].level.t.dtype == np.float64
+    assert sampler.segments(ddim_plan(5), np.float64)[0].level.t.dtype == np.float64
 
 
 @pytest.mark.parametrize("every", [1, 3, 10, 25, 100])
 def test_pieces_end_where_they_are_asked_to(every):
-    pieces = sampler.chunks(ddim_plan(57), jnp.float32, every)
+    pieces = sampler.segments(ddim_plan(57), jnp.float32, every)
     ends = np.cumsum([piece.steps for piece in pieces])
     assert {piece.steps for piece in pieces} <= {1, 10}
     assert set(range(every, 57, every)) <= set(ends)
@@ -606,7 +606,7 @@ def test_rows_in_an_interval_are_run_by_another_program(make):
         return call
 
     inside, outside = gaussian_denoiser(0.3, 0.5), gaussian_denoiser(-0.2, 0.8)
-    runs = [jax.jit(partial(sampler.advance, counted(*each))) for each in (("outside", outside), ("inside", inside))]
+    runs = [jax.jit(partial(sampler.scan_plan, counted(*each))) for each in (("outside", outside), ("inside", inside))]
     plan, (x, keys) = make(LEVELS, schedule.trailing(LEVELS, 37)), start()
     which = sampler.within(plan, low, high)
     found = sampler.sample(runs, plan, x, keys, which=which.astype(int))
@@ -619,7 +619,7 @@ def test_rows_in_an_interval_are_run_by_another_program(make):
 
     z = np.float64(np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number]))
     np.testing.assert_allclose(found, run_plan(both, plan, np.float64(x), z), atol=2e-5)
-    pieces = sampler.chunks(plan, jnp.float32, which=which)
+    pieces = sampler.segments(plan, jnp.float32, which=which)
     assert {piece.steps for piece in pieces} <= {1, 10}
 
 
@@ -643,15 +643,15 @@ def made_on(devices, num, plan, denoise, shape):
     """x_T, one row's noise and images, spread over devices, the batch filled up as sample.py does."""
     split = jax.P("data")
     run = jax.shard_map(
-        partial(sampler.advance, denoise), mesh=parallel.device_mesh(jax.devices()[:devices]),
+        partial(sampler.scan_plan, denoise), mesh=parallel.device_mesh(jax.devices()[:devices]),
         in_specs=(jax.P(), split, split), out_specs=split, check_vma=False,
     )  # fmt: skip
     mesh = parallel.device_mesh(jax.devices()[:devices])
     keys = jax.device_put(
-        sampler.image_keys(jax.random.key(0), np.arange(parallel.round_up(num, devices))), parallel.split(mesh)
+        sampler.image_keys(jax.random.key(0), np.arange(parallel.round_up(num, devices))), parallel.batch_sharding(mesh)
     )
     x, row = (
-        jax.jit(lambda keys, n=n: sampler.noise(keys, shape, n), out_shardings=parallel.split(mesh))(keys)
+        jax.jit(lambda keys, n=n: sampler.noise(keys, shape, n), out_shardings=parallel.batch_sharding(mesh))(keys)
         for n in (0, 5)
     )
     assert len(x.sharding.device_set) == devices
@@ -705,7 +705,7 @@ def test_noise_differs_between_images_rows_and_seeds():
 
 def test_progress_is_told_after_every_call():
     seen, (x, keys) = [], start()
-    run = jax.jit(partial(sampler.advance, gaussian_denoiser(0.0, 1.0)))
+    run = jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.0, 1.0)))
     sampler.sample(run, ddim_plan(23), x, keys, lambda rows, carry: seen.append((rows, carry[0].shape)))
     assert [rows for rows, _ in seen] == [10, 10, 1, 1, 1]
 
@@ -720,7 +720,7 @@ def test_nfe_is_counted_not_assumed(scale, expected):
         labels = jnp.zeros(4, jnp.int32)
         if scale is None:
             return denoiser.condition_on(conditional, labels)
-        return denoiser.guide(conditional, labels, 10, scale)
+        return denoiser.classifier_free_guidance(conditional, labels, 10, scale)
 
     x = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
     assert sampler.count_nfe(build, ddim_plan(50), x) == expected
@@ -751,7 +751,7 @@ def test_a_plan_that_is_not_whole_is_named_before_it_runs(change, words):
 @pytest.mark.parametrize("v", [-0.1, 1.1, float("nan")])
 def test_v_outside_its_range_is_named(v):
     with pytest.raises(ValueError, match=naming("v", v)):
-        sampler.interpolated(v)
+        sampler.interpolated_variance(v)
 
 
 def test_a_plan_prints_as_a_table():

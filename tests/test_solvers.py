@@ -416,7 +416,7 @@ def test_resampling_takes_every_block_again_from_where_it_began(levels, data, ti
     t = data.draw(visits(levels))
     eta = data.draw(st.sampled_from([0.0, 0.7, 1.0]))
     plan = sampler.ddim(levels, t, eta)
-    found = solvers.resample(plan, times, jump)
+    found = solvers.repaint(plan, times, jump)
     assert_plan(found)
     expected = [
         (t[i], i + 1 == min(first + jump, len(t)) and again < times - 1, first, i)
@@ -439,7 +439,7 @@ def test_resampling_takes_every_block_again_from_where_it_began(levels, data, ti
 def test_one_time_is_the_plan_itself():
     for eta in (0.0, 1.0):
         plan = sampler.ddim(LEVELS, [900, 500, 100], eta)
-        for column, same in zip(solvers.resample(plan, 1, 2)[1:], plan[1:], strict=True):
+        for column, same in zip(solvers.repaint(plan, 1, 2)[1:], plan[1:], strict=True):
             np.testing.assert_array_equal(column, same)
 
 
@@ -456,7 +456,7 @@ def test_resampling_brings_what_is_made_to_what_is_known(eta):
 
     missed = []
     for times in (1, 2, 4, 8, 16):
-        plan = solvers.resample(sampler.ddim(LEVELS, schedule.trailing(LEVELS, 50), eta), times)
+        plan = solvers.repaint(sampler.ddim(LEVELS, schedule.trailing(LEVELS, 50), eta), times)
         found = run_plan(inpainted, plan, np.zeros((1, 2)), np.zeros((plan.steps, 1, 2)))
         assert found[0, 0] == known
         missed.append(0.9 * known - found[0, 1])
@@ -467,11 +467,11 @@ def test_resampling_brings_what_is_made_to_what_is_known(eta):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 0), "times 0"),
-        (lambda: solvers.resample(sampler.ddim(LEVELS, [9, 5]), 2, 0), "0 2"),
-        (lambda: solvers.resample(solvers.heun(LEVELS, [9, 5]), 2), "ddim ddpm"),
-        (lambda: solvers.resample(solvers.dpm_solver_pp_2m(LEVELS, [9, 5, 2]), 2), "ddim ddpm"),
-        (lambda: solvers.resample(sampler.encode(LEVELS, [9, 5]), 2), "ddim ddpm"),
+        (lambda: solvers.repaint(sampler.ddim(LEVELS, [9, 5]), 0), "times 0"),
+        (lambda: solvers.repaint(sampler.ddim(LEVELS, [9, 5]), 2, 0), "0 2"),
+        (lambda: solvers.repaint(solvers.heun(LEVELS, [9, 5]), 2), "ddim ddpm"),
+        (lambda: solvers.repaint(solvers.dpm_solver_pp_2m(LEVELS, [9, 5, 2]), 2), "ddim ddpm"),
+        (lambda: solvers.repaint(sampler.encode(LEVELS, [9, 5]), 2), "ddim ddpm"),
     ],
 )
 def test_what_cannot_be_resampled_is_named(make, words):

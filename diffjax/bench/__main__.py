@@ -22,7 +22,7 @@ from diffjax.bench import first_image, networks
 from diffjax.bench.guidance import bench_guidance
 from diffjax.bench.loop import bench_sampler
 from diffjax.bench.training import bench_training, trainers
-from diffjax.evaluation.record import Timing, markdown
+from diffjax.evaluation.record import TimingRow, markdown
 from diffjax.run import describe_devices
 
 PROGRAM = "diffjax.bench"
@@ -48,7 +48,7 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Measure and print."""
     options = cli.parse(Options, PROGRAM, arguments)
-    with cli.one_sentence(PROGRAM):
+    with cli.user_errors(PROGRAM):
         if options.pairs < 1:
             raise ValueError(f"--pairs is {options.pairs}: measure once or more")
         out = Path(options.out) / "bench.json"
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
 
 def bench_networks(out: Path, quick: bool, repeats: int) -> str:
     """The table of all cases; written after every case, with the rows as JSON and a picture beside it."""
-    rows: list[Timing] = []
+    rows: list[TimingRow] = []
     firsts = first_image.measure("digits")
     report = ""
     for row in networks.measure(networks.cases(quick), repeats):
@@ -79,7 +79,7 @@ def bench_networks(out: Path, quick: bool, repeats: int) -> str:
     return f"{report}\n\nwrote {out}, {out.with_suffix('.md')}, {out.with_suffix('.png')}"
 
 
-def head(rows: list[Timing]) -> str:
+def head(rows: list[TimingRow]) -> str:
     """Where figures were taken."""
     ceilings = ", ".join(
         f"{c / 1e9:.0f} GFLOP/s in {d}" for d, c in sorted({row.dtype: row.ceiling for row in rows}.items())
@@ -101,7 +101,7 @@ def to_first_image(firsts: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Timing], path: Path) -> None:
+def plot(rows: list[TimingRow], path: Path) -> None:
     """Milliseconds of every row, and diffusers' beside them, on a logarithmic axis."""
     figure = Figure(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -117,7 +117,7 @@ def plot(rows: list[Timing], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def describe(row: Timing) -> str:
+def describe(row: TimingRow) -> str:
     """As in "DDIM-50, guided in one pass"."""
     text = row.what if row.steps is None else f"DDIM-{row.steps}"
     return text + (f", guided {row.guidance}" if row.guidance else "")

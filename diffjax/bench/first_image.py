@@ -35,14 +35,14 @@ def measure(name: str) -> list[dict[str, float]]:
 def _write_run(name: str, workdir: Path) -> None:
     from diffjax import experiment
     from diffjax.bench.subject import subject
-    from diffjax.run import Description
+    from diffjax.run import ModelInfo
     from diffjax.training.checkpoint import Checkpoints
     from diffjax.training.step import init_state
 
     it = subject(name)
     checkpoints = Checkpoints(workdir)
     state = init_state(it.params, experiment.build_optimizer(it.config)[0])
-    checkpoints.save(state, Description(it.config, it.image_shape, it.classes).to_dict())
+    checkpoints.save(state, ModelInfo(it.config, it.image_shape, it.classes).to_dict())
     checkpoints.close()
 
 
@@ -59,10 +59,10 @@ def _measure_here(run: str) -> dict[str, float]:
     import numpy as np
 
     from diffjax import denoiser, sampler, schedule
-    from diffjax.run import open_run
+    from diffjax.run import load_model
 
     done()
-    opened = open_run(run)
+    opened = load_model(run)
     plan = sampler.ddim(opened.schedule, schedule.trailing(opened.schedule, 50))
     keys = sampler.image_keys(jax.random.key(0), np.arange(1))
     labels = jax.numpy.zeros(1, int) if opened.description.classes else None
@@ -70,10 +70,10 @@ def _measure_here(run: str) -> dict[str, float]:
 
     def program(params: Any, labels: Any, rows: Any, carry: Any, keys: Any) -> Any:
         conditional = denoiser.from_network(opened.network, params, opened.prediction)
-        return sampler.advance(denoiser.clip(denoiser.condition_on(conditional, labels)), rows, carry, keys)
+        return sampler.scan_plan(denoiser.clip(denoiser.condition_on(conditional, labels)), rows, carry, keys)
 
-    x = sampler.start(plan, keys, opened.description.image_shape)
-    rows, *_ = sampler.chunks(plan, x.dtype)
+    x = sampler.init_noise(plan, keys, opened.description.image_shape)
+    rows, *_ = sampler.segments(plan, x.dtype)
     lowered = jax.jit(program).lower(opened.params, labels, rows, (x, x, x), keys)
     done()
     compiled = lowered.compile()

@@ -25,7 +25,7 @@ def bench_guidance(pairs: int) -> str:
     labels, worse = jnp.arange(batch) % 10, jax.tree.map(lambda leaf: 0.9 * leaf, params)
     plan = sampler.ddim(levels, schedule.trailing(levels, 20))
     keys = sampler.image_keys(jax.random.key(0), np.arange(batch))
-    x = sampler.start(plan, keys, shape)
+    x = sampler.init_noise(plan, keys, shape)
 
     def conditional(network: Network, params: Any) -> ConditionalDenoiser:
         return denoiser.from_network(network, params, prediction)
@@ -34,10 +34,10 @@ def bench_guidance(pairs: int) -> str:
         return denoiser.condition_on(conditional(network, params), labels)
 
     def guided(scale: Any = 2.0, null: Any = null, rescale: float = 0.0, two_passes: bool = False) -> Build:
-        return lambda network: denoiser.guide(conditional(network, params), labels, null, scale, rescale, two_passes)
+        return lambda network: denoiser.classifier_free_guidance(conditional(network, params), labels, null, scale, rescale, two_passes)
 
     def autoguided(network: Network) -> Denoiser:
-        return denoiser.autoguide(plain(network), denoiser.condition_on(conditional(network, worse), labels), 2.0)
+        return denoiser.autoguidance(plain(network), denoiser.condition_on(conditional(network, worse), labels), 2.0)
 
     inside = sampler.within(plan, 0.3, 5.0)
     everywhere = np.ones(plan.steps, bool)
@@ -49,12 +49,12 @@ def bench_guidance(pairs: int) -> str:
         f"scale 2 in sigma/alpha 0.3..5 ({inside.sum()} of {plan.steps} rows)": (guided(), inside),
         "scale 2, rescaled 0.7": (guided(rescale=0.7), everywhere),
         "scale 2, away from another label": (guided(null=(labels + 1) % 10), everywhere),
-        "scale 2, thresholded 0.995": (lambda network: denoiser.threshold(guided()(network), 0.995), everywhere),
+        "scale 2, thresholded 0.995": (lambda network: denoiser.dynamic_threshold(guided()(network), 0.995), everywhere),
         "autoguidance 2, same size": (autoguided, everywhere),
     }
 
-    def compiled(build: Build) -> sampler.Run:
-        return jax.jit(partial(sampler.advance, build(network)))
+    def compiled(build: Build) -> sampler.Program:
+        return jax.jit(partial(sampler.scan_plan, build(network)))
 
     without, lines, alone = compiled(plain), [], []
     for name, (build, where) in tqdm(kinds.items(), desc="bench guidance", dynamic_ncols=True):

@@ -59,8 +59,8 @@ def row_and_bare_row(pairs: int, make: Callable[..., Plan]) -> Compared:
     levels, shape = schedule.linear(ROWS), (16, 32, 32, 3)
     keys = sampler.image_keys(jax.random.key(0), np.arange(shape[0]))
     x, y = sampler.noise(keys, shape[1:]), sampler.noise(keys, shape[1:], 1)
-    zero, run = jnp.zeros_like(x), jax.jit(partial(sampler.advance, lambda x, level: 0.5 * x))
-    (rows,) = jax.device_put(sampler.chunks(make(levels, schedule.trailing(levels, ROWS)), x.dtype, size=ROWS))
+    zero, run = jnp.zeros_like(x), jax.jit(partial(sampler.scan_plan, lambda x, level: 0.5 * x))
+    (rows,) = jax.device_put(sampler.segments(make(levels, schedule.trailing(levels, ROWS)), x.dtype, size=ROWS))
 
     @jax.jit
     def bare(a: Array, b: Array, x: Array, y: Array) -> Array:
@@ -75,12 +75,12 @@ def sampling_and_forwards(pairs: int) -> tuple[Compared, float, int]:
     batch, shape = 64, (8, 8, 1)
     plan, labels = sampler.ddim(levels, schedule.trailing(levels, 50)), jnp.arange(batch) % 10
     keys = sampler.image_keys(jax.random.key(0), np.arange(batch))
-    x, times = sampler.start(plan, keys, shape), [jnp.full(batch, t - 1) for t in plan.level.t]
+    x, times = sampler.init_noise(plan, keys, shape), [jnp.full(batch, t - 1) for t in plan.level.t]
 
     @jax.jit
     def run(params: Any, rows: Plan, carry: Carry, keys: Array) -> Carry:
         denoise = denoiser.condition_on(denoiser.from_network(network, params, prediction), labels)
-        return sampler.advance(denoiser.clip(denoise), rows, carry, keys)
+        return sampler.scan_plan(denoiser.clip(denoise), rows, carry, keys)
 
     forward = jax.jit(network)
 
@@ -104,9 +104,9 @@ def sweep() -> int:
         traced += 1
         return 0.5 * x
 
-    run, levels = jax.jit(partial(sampler.advance, denoise)), schedule.linear(1000)
+    run, levels = jax.jit(partial(sampler.scan_plan, denoise)), schedule.linear(1000)
     keys = sampler.image_keys(jax.random.key(0), np.arange(4))
     for name, steps in SWEEP:
         plan, _ = plans.named(name, levels, schedule.trailing(levels, steps), "trailing")
-        sampler.sample(run, plan, sampler.start(plan, keys, (8, 8, 1)), keys)
+        sampler.sample(run, plan, sampler.init_noise(plan, keys, (8, 8, 1)), keys)
     return traced

@@ -18,7 +18,7 @@ from diffjax import denoiser, experiment, sampler, schedule
 from diffjax.bench.peers import Peer, available, versions
 from diffjax.bench.subject import Subject, subject
 from diffjax.bench.timing import BLOCK, in_turns
-from diffjax.evaluation.record import Timing
+from diffjax.evaluation.record import TimingRow
 from diffjax.run import count_parameters, describe_devices
 from diffjax.sampler import Carry, Plan
 
@@ -79,7 +79,7 @@ class Way(NamedTuple):
     guidance: str = ""
 
 
-def measure(chosen: list[Case], repeats: int) -> Iterator[Timing]:
+def measure(chosen: list[Case], repeats: int) -> Iterator[TimingRow]:
     """The rows of each case, one case after the other, with a progress bar.
 
     repeats: turns of each case. Compiled programs go through a persistent cache of their own.
@@ -97,7 +97,7 @@ def measure(chosen: list[Case], repeats: int) -> Iterator[Timing]:
             _use_cache(before)
 
 
-def measure_case(case: Case, repeats: int, ceiling: float) -> Iterator[Timing]:
+def measure_case(case: Case, repeats: int, ceiling: float) -> Iterator[TimingRow]:
     """The rows of a case, its ways and diffusers' timed in turns."""
     it = subject(case.network, case.dtype)
     ways = {
@@ -109,7 +109,7 @@ def measure_case(case: Case, repeats: int, ceiling: float) -> Iterator[Timing]:
     for way, runs in zip(ways, seconds.T, strict=False):
         own = runs / way.per
         quartiles = np.quantile(own, (0.25, 0.75))
-        yield Timing(
+        yield TimingRow(
             what=way.what, steps=way.steps, nfe=way.nfe, guidance=way.guidance,
             seconds=float(np.median(own)), spread=float(np.ptp(quartiles) / 2 / np.median(own)), repeats=len(own),
             flops=way.program.flops * way.calls / way.per, ceiling=ceiling, peak_bytes=way.program.peak_bytes,
@@ -181,7 +181,7 @@ def ddim(it: Subject, case: Case, scale: float | None = None) -> list[Way]:
     plan, labels = sampler.ddim(it.levels, schedule.trailing(it.levels, case.steps)), it.labels(case.batch)
     keys = sampler.image_keys(jax.random.key(0), np.arange(case.batch))
     x = it.images(case.batch)
-    rows, *_ = sampler.chunks(plan, x.dtype)
+    rows, *_ = sampler.segments(plan, x.dtype)
     carry: Any = (x, jnp.zeros_like(x), jnp.zeros_like(x))
     pass_flops = _flops(jax.jit(it.network).lower(it.params, x, jnp.zeros(case.batch), labels))
 
@@ -191,8 +191,8 @@ def ddim(it: Subject, case: Case, scale: float | None = None) -> list[Way]:
             if scale is None or labels is None:
                 denoise = denoiser.condition_on(conditional, labels)
             else:
-                denoise = denoiser.guide(conditional, labels, it.classes, scale, two_passes=two_passes)
-            return sampler.advance(denoiser.clip(denoise), rows, carry, keys)
+                denoise = denoiser.classifier_free_guidance(conditional, labels, it.classes, scale, two_passes=two_passes)
+            return sampler.scan_plan(denoiser.clip(denoise), rows, carry, keys)
 
         program = compiled(run, it.params, labels, scale, rows, carry, keys)
         program = program._replace(flops=pass_flops * (1 if scale is None else 2))

@@ -44,7 +44,7 @@ def subject(name: str, dtype: Literal["float32", "bfloat16"] | None = None) -> S
     """The network of a configuration, computing in `dtype` if it is named. Its parameters are those of the start and a
     little noise: layers that start at zero would be all zero.
     """
-    config = experiment.named(name)
+    config = experiment.load_config(name)
     if dtype is not None:
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, dtype=dtype))
     image_shape, classes = SHAPES[name]

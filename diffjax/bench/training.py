@@ -15,9 +15,9 @@ from tqdm import tqdm
 from diffjax import experiment
 from diffjax.bench.timing import context, in_turns
 from diffjax.experiment import Config
-from diffjax.run import Description, count_parameters
+from diffjax.run import ModelInfo, count_parameters
 from diffjax.training import data, loop, parallel
-from diffjax.training.checkpoint import Checkpoints, digest, quiet
+from diffjax.training.checkpoint import Checkpoints, tree_sha256, silence_orbax
 from diffjax.training.sources import Dataset
 from diffjax.training.step import TrainState
 
@@ -35,20 +35,20 @@ class Trainer:
         """images: what they are. ValueError for data, a batch and a network that do not fit each other."""
         self.name, self.config, self.images = name, config, images
         mode, batch, labels = config.train.parallel, config.train.batch, config.data.labels
-        self.description = Description(config, dataset.image_shape, dataset.classes if labels else 0)
+        self.description = ModelInfo(config, dataset.image_shape, dataset.classes if labels else 0)
         self._mesh = parallel.device_mesh()
         parallel.check_divisible(batch, self._mesh.size, "train.batch", config.train.accumulate)
-        self.real = data.batches(dataset.train, batch, config.train.seed, labels=labels, flip=config.data.flip)
+        self.real = data.batch_stream(dataset.train, batch, config.train.seed, labels=labels, flip=config.data.flip)
         self.constant = itertools.repeat(next(self.real))
         training = experiment.build_training(*self.description)
-        home = parallel.home(self._mesh, mode)
-        begin = jax.jit(lambda seed: training.init(jax.random.key(seed)), out_shardings=parallel.whole(home))
+        home = parallel.state_mesh(self._mesh, mode)
+        begin = jax.jit(lambda seed: training.init(jax.random.key(seed)), out_shardings=parallel.replicated(home))
         self.state: TrainState = begin(np.uint32(config.train.seed))
-        step = parallel.over(self._mesh, mode, training.step, axis=1, donate=True)
-        self._step = lambda state, batches: step(state, parallel.place(self._mesh, mode, batches, axis=1))
+        step = parallel.parallelize(self._mesh, mode, training.step, axis=1, donate=True)
+        self._step = lambda state, batches: step(state, parallel.shard_batch(self._mesh, mode, batches, axis=1))
 
     def train(
-        self, batches: Iterator[Any], steps: int, per_dispatch: int = 1, every: tuple[loop.Every, ...] = ()
+        self, batches: Iterator[Any], steps: int, per_dispatch: int = 1, every: tuple[loop.PeriodicAction, ...] = ()
     ) -> TrainState:
         """So many steps more."""
         self.state = loop.fit(
@@ -70,10 +70,10 @@ class Trainer:
             nonlocal seconds
             jax.block_until_ready(state)
             began = time.perf_counter()
-            checkpoints.save(parallel.held(self._mesh, state), self.description.to_dict())
+            checkpoints.save(parallel.on_mesh(self._mesh, state), self.description.to_dict())
             seconds = time.perf_counter() - began
 
-        self.train(self.constant, 1, every=(loop.Every(1, save),))
+        self.train(self.constant, 1, every=(loop.PeriodicAction(1, save),))
         checkpoints.wait()  # as in training, where the next one is far
         return seconds
 
@@ -88,7 +88,7 @@ def trainers(npz: Path | None) -> list[Trainer]:
     """Of digits, and of mnist_small: on an .npz file of images, else on tensorflow-datasets' MNIST, else, where this
     cannot be had, on random images of its size. ValueError for an .npz file that cannot be trained on.
     """
-    small, large = experiment.named("digits"), experiment.named("mnist_small")
+    small, large = experiment.load_config("digits"), experiment.load_config("mnist_small")
     made = [Trainer("digits", small, experiment.load_data(small), str(small.data))]
     if npz is None:
         try:
@@ -134,7 +134,7 @@ def figure(values: np.ndarray) -> Figure:
 def bench_training(made: list[Trainer], pairs: int) -> str:
     """The table of all figures."""
     repeats, lines = min(pairs, REPEATS), []
-    quiet()
+    silence_orbax()
     with tqdm(total=len(made) * 6 * (repeats + 1), desc="bench training", unit="turn", dynamic_ncols=True) as bar:
         for trainer in made:
             bar.set_postfix_str(trainer.name)
@@ -167,7 +167,7 @@ def measure(trainer: Trainer, repeats: int, done: Callable[[], Any]) -> list[str
         save = told(lambda: trainer.save(checkpoints))
         blocked = np.array([save() for _ in range(repeats + 1)][1:])
         checkpoints.close()
-    digested = in_turns([told(lambda: digest(trainer.state))], repeats)[:, 0]
+    digested = in_turns([told(lambda: tree_sha256(trainer.state))], repeats)[:, 0]
     every = trainer.config.train.save_every
     goal = "at most 1.10" if trainer.name == "mnist_small" else ""  # where a step is long enough to hide the reading
     return [

@@ -10,7 +10,7 @@ from sklearn.svm import SVC
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DigitScores:
     """Of N images with the labels that were asked for."""
 
     recognised: float  # share that a support vector machine, trained on all real digits, reads as its label
@@ -25,14 +25,14 @@ class Verdict:
         )
 
 
-def judge(images: np.ndarray, labels: np.ndarray) -> Verdict:
+def score_digits(images: np.ndarray, labels: np.ndarray) -> DigitScores:
     """images: uint8 [N, 8, 8, 1]; labels: int [N] in 0..9. The machine sees pixels of 0..16, like scikit-learn's."""
     real: Any = load_digits()
     made = images.reshape(len(images), -1) / 255 * 16
     machine = SVC(gamma=0.001).fit(real.data, real.target)
     between_real = pairwise_distances(real.data)
     np.fill_diagonal(between_real, np.inf)
-    return Verdict(
+    return DigitScores(
         recognised=float(np.mean(machine.predict(made) == labels)),
         distinct=len(np.unique(made, axis=0)) / len(made),
         novelty=float(np.median(pairwise_distances(made, real.data).min(1)) / np.median(between_real.min(1))),

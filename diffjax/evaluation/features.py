@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from diffjax.models import inception as inception_v3
 from diffjax.training import parallel
-from diffjax.training.checkpoint import digest
+from diffjax.training.checkpoint import tree_sha256
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -105,7 +105,7 @@ def small_cnn(
     network = Classifier(classes)
     recipe = f"{STEPS} steps of {BATCH}, AdamW {LEARNING_RATE} {WEIGHT_DECAY}, cosine, seed {seed}"
     key = hashlib.sha256(
-        f"{network!r} {recipe} {digest({'images': images, 'labels': labels.astype(np.int64)})}".encode()
+        f"{network!r} {recipe} {tree_sha256({'images': images, 'labels': labels.astype(np.int64)})}".encode()
     ).hexdigest()
     file = cache / f"cnn-{key[:16]}.safetensors"
     params = _read(file, key)
@@ -114,7 +114,7 @@ def small_cnn(
         params = _train(network, images, labels, seed)
         part = file.with_name(file.name + ".part")
         tensors: dict[str, Any] = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
-        save_file(tensors, part, metadata={"key": key, "digest": digest(params)})
+        save_file(tensors, part, metadata={"key": key, "digest": tree_sha256(params)})
         os.replace(part, file)
 
     def run(params: Any, images: Array) -> tuple[Array, Array]:
@@ -132,7 +132,7 @@ def small_cnn(
     right = np.mean(probabilities.argmax(1) == held_out_labels)
     name = (
         f"cnn-{FEATURES} trained on {data} ({len(images):,}), seed {seed}, {right:.1%} of {len(held_out_images):,} held"
-        f" out, sha256:{digest(params)[:8]}"
+        f" out, sha256:{tree_sha256(params)[:8]}"
     )
     return Extractor(name, extract)
 
@@ -174,7 +174,7 @@ def _read(file: Path, key: str) -> Any:
         params = unflatten_dict(load_file(file), sep="/")
     except (OSError, SafetensorError, ValueError):
         return None
-    return params if (told.get("key"), told.get("digest")) == (key, digest(params)) else None
+    return params if (told.get("key"), told.get("digest")) == (key, tree_sha256(params)) else None
 
 
 # ------------------------------------------------------------------------------------------- Inception
@@ -291,7 +291,7 @@ def _over_devices(
     host; its results on the host. title: of a progress bar, if any.
     """
     mesh = parallel.device_mesh(jax.local_devices())
-    whole, split = parallel.whole(mesh), parallel.split(mesh)
+    whole, split = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     placed = jax.device_put(params, whole)
     compiled = jax.jit(
         jax.shard_map(

@@ -10,16 +10,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diffjax.evaluation.record import CONTEXT, NETWORK, Quality, table
+from diffjax.evaluation.record import CONTEXT, NETWORK, QualityRow, table
 
 
 class Point(NamedTuple):
     """Rows that differ in nothing but their seed."""
 
-    rows: tuple[Quality, ...]
+    rows: tuple[QualityRow, ...]
 
     @property
-    def first(self) -> Quality:
+    def first(self) -> QualityRow:
         """What all of them share can be read from it."""
         return self.rows[0]
 
@@ -40,20 +40,20 @@ _SAID = ("clipping", *NETWORK, *CONTEXT)  # wherever rows differ in it
 _IDENTITY = ("sampler", "steps", "guided", *_SAID)
 
 
-def identity(row: Quality) -> tuple[object, ...]:
+def identity(row: QualityRow) -> tuple[object, ...]:
     """All that tells a row from others, its seed and its figures apart."""
     return tuple(getattr(row, name) for name in _IDENTITY)
 
 
-def points(rows: Sequence[Quality]) -> list[Point]:
+def points(rows: Sequence[QualityRow]) -> list[Point]:
     """Rows gathered over their seeds, in the order in which each was met first."""
-    found: dict[tuple[object, ...], list[Quality]] = {}
+    found: dict[tuple[object, ...], list[QualityRow]] = {}
     for row in rows:
         found.setdefault(identity(row), []).append(row)
     return [Point(tuple(group)) for group in found.values()]
 
 
-def differing(rows: Sequence[Quality]) -> list[str]:
+def differing(rows: Sequence[QualityRow]) -> list[str]:
     """The fields of their context in which rows differ: what has to be said where they share an axis."""
     return [name for name in _SAID if len({getattr(row, name) for row in rows}) > 1]
 
@@ -71,7 +71,7 @@ def frontier(costs: Sequence[float], values: Sequence[float]) -> list[int]:
     return kept
 
 
-def summary(rows: Sequence[Quality]) -> str:
+def summary(rows: Sequence[QualityRow]) -> str:
     """A short table in markdown by rising NFE, mean ± standard deviation over the seeds, and beneath it all that the
     rows share; what they do not share has columns.
     """
@@ -96,7 +96,7 @@ def summary(rows: Sequence[Quality]) -> str:
     return f"{table(lines)}\n\n{_shared(rows, differ)}."
 
 
-def _shared(rows: Sequence[Quality], differ: Sequence[str]) -> str:
+def _shared(rows: Sequence[QualityRow], differ: Sequence[str]) -> str:
     seeds = sorted({row.seed for row in rows})
     words = {"batch": "batches of {}", "parameters": "{:,} parameters", "images": "{} images a row", "clipping": "{}"}
     said = [
@@ -108,7 +108,7 @@ def _shared(rows: Sequence[Quality], differ: Sequence[str]) -> str:
     return f"{'; '.join(said)}; {kinds} {', '.join(map(str, seeds))}"
 
 
-def plot(rows: Sequence[Quality], path: Path) -> None:
+def plot(rows: Sequence[QualityRow], path: Path) -> None:
     """Frechet distance against network evaluations and against milliseconds per image, both on logarithmic axes; what
     nothing beats is joined, and named with its steps. A colour is a sampler of a network, a marker its guidance;
     students, each in the steps that it is named by, are one network. Contexts that differ are said, each in the legend
@@ -154,7 +154,7 @@ def plot(rows: Sequence[Quality], path: Path) -> None:
 _MARKERS = "osD^vP*X<>"
 
 
-def _family(row: Quality, differ: Sequence[str]) -> str:
+def _family(row: QualityRow, differ: Sequence[str]) -> str:
     # The number of levels is in a name beside the steps, and no dial of the sampler.
     parts = [re.sub(r", \d+ levels", "", row.sampler)]
     # Parameters and weights follow from the network's name, wherever that differs.
@@ -163,12 +163,12 @@ def _family(row: Quality, differ: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def _line(row: Quality) -> str:
+def _line(row: QualityRow) -> str:
     # Of students of one line, as "unet of digits-distilled/4", each in its own steps.
     return row.network.removesuffix(f"/{row.steps}")
 
 
-def _label(row: Quality, differ: Sequence[str]) -> str:
+def _label(row: QualityRow, differ: Sequence[str]) -> str:
     sampler, *context = _family(row, differ).split("), ", 1)
     return ", ".join([sampler + (")" if context else ""), f"guidance {row.guided}", *context])
 

@@ -14,8 +14,8 @@ from jax import Array
 
 from diffjax import sde
 from diffjax.denoiser import Condition, ConditionalDenoiser
-from diffjax.process import q_sample, snr_ratio
-from diffjax.sampler import Std, fixed_small, neighbours, noise
+from diffjax.process import q_sample, sqrt_snr_ratio
+from diffjax.sampler import Std, fixed_small, level_pairs, noise
 from diffjax.schedule import Level, Schedule, check_variance_preserving
 
 BIN = 1 / 127.5  # between two neighbours of the 256 values of images in [-1, 1]
@@ -113,14 +113,14 @@ def variational_bound(
     another schedule, other levels, or evaluations not in 1..len(t)-1.
     """
     check_variance_preserving(schedule, "the variational bound")
-    level_t, level_s = neighbours(schedule, t)
+    level_t, level_s = level_pairs(schedule, t)
     N = len(level_t.t) - 1  # steps that do not decode
     M = N if evaluations is None else evaluations
     if not min(1, N) <= M <= N:
         raise ValueError(f"evaluations is {evaluations}: this chain has {N} steps before the last one, use 1 to {N}")
     # KL of two Gaussians: constant + weight*|x0 - estimate|**2.
     inner_t, inner_s = (Level(*(leaf[:-1] for leaf in level)) for level in (level_t, level_s))
-    r2, noise_q, noise_p = snr_ratio(inner_t, inner_s) ** 2, fixed_small(inner_t, inner_s), std(inner_t, inner_s)
+    r2, noise_q, noise_p = sqrt_snr_ratio(inner_t, inner_s) ** 2, fixed_small(inner_t, inner_s), std(inner_t, inner_s)
     weights = (inner_s.alpha * (1 - r2) / noise_p) ** 2 / 2
     constant = float(np.sum(np.log(noise_p / noise_q) + (noise_q / noise_p) ** 2 / 2 - 0.5))
     weights = jnp.asarray(np.append(weights, 0.0), x0.dtype)

@@ -161,8 +161,8 @@ def precision_recall(real: np.ndarray, made: np.ndarray, neighbours: int = 3, ba
     """Precision, the share of made images within the manifold of the real ones, and recall, the share of real images
     within that of the made ones (arXiv:1904.06991).
 
-    The manifold of a set: balls about each of its images, to its `neighbours`-th nearest other one, edges included.
-    real: [M, D]; made: [N, D]; more than `neighbours` each. batch: rows of distances at a time, at 8*batch*max(M, N)
+    The manifold of a set: balls about each of its images, to its `level_pairs`-th nearest other one, edges included.
+    real: [M, D]; made: [N, D]; more than `level_pairs` each. batch: rows of distances at a time, at 8*batch*max(M, N)
     bytes.
     """
     if neighbours < 1 or batch < 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingRow:
     """One timed run of a sampler. Every field is needed: a row without its context cannot be built."""
 
     sampler: str  # with its parameters, as in "ddim(eta=0, trailing)"
@@ -49,7 +49,7 @@ _COLUMNS: dict[str, Callable[[Any], Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitsPerDim:
+class LikelihoodRow:
     """How probable a network finds held-out images. Every field is needed."""
 
     measure: str  # with its parameters, as in "probability flow, tsit5 to 0.0001, 1 probe"
@@ -84,7 +84,7 @@ _BITS_COLUMNS: dict[str, Callable[[Any], Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
+class TimingRow:
     """What one computation costs. Every field is needed."""
 
     what: str  # "forward", "train step", or the sampler with its parameters
@@ -116,7 +116,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
+class QualityRow:
     """How good and how quick the images of one sampler are. Every field is needed, and ValueError tells of those that
     say nothing: a figure without its context cannot be built.
     """
@@ -226,11 +226,11 @@ _TIMING_COLUMNS: dict[str, Callable[[Any], Any]] = {
 
 
 _ALL_COLUMNS = {
-    Sampling: _COLUMNS, BitsPerDim: _BITS_COLUMNS, Timing: _TIMING_COLUMNS, Quality: _QUALITY_COLUMNS
+    SamplingRow: _COLUMNS, LikelihoodRow: _BITS_COLUMNS, TimingRow: _TIMING_COLUMNS, QualityRow: _QUALITY_COLUMNS
 }  # fmt: skip
 
 
-Row = Sampling | BitsPerDim | Timing | Quality
+Row = SamplingRow | LikelihoodRow | TimingRow | QualityRow
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -251,6 +251,6 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
 
 
-def as_dict(row: Sampling) -> dict[str, object]:
+def as_dict(row: SamplingRow) -> dict[str, object]:
     """For JSON."""
     return {f.name: getattr(row, f.name) for f in fields(row)} | {"images_per_second": row.images_per_second}

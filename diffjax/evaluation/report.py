@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from diffjax.evaluation.record import Quality, cells
+from diffjax.evaluation.record import QualityRow, cells
 
 STYLE = """
 body { font: 14px/1.4 sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
@@ -25,7 +25,7 @@ document.querySelectorAll("th").forEach((head, column) => head.addEventListener(
 """
 
 
-def page(title: str, remark: str, svg: str, rows: Sequence[Quality], pictures: Sequence[Path]) -> str:
+def page(title: str, remark: str, svg: str, rows: Sequence[QualityRow], pictures: Sequence[Path]) -> str:
     """HTML of the plot (an SVG as text), the table, which a click on a head sorts, and every row's picture (PNG)."""
     heads, *lines = cells(rows)
     table = "".join(
@@ -53,7 +53,7 @@ def _td(cell: str) -> str:
     return f"<td>{escape(cell)}</td>"
 
 
-def _caption(row: Quality) -> str:
+def _caption(row: QualityRow) -> str:
     return (
         f"{row.sampler}, {row.steps} steps, NFE {row.nfe}, guidance {row.guided}, {row.network}, seed {row.seed}:"
         f" Frechet {row.frechet:.4g} ({row.extractor}), {row.ms_per_image:.3g} ms an image in batches of {row.batch}"

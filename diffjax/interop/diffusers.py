@@ -20,7 +20,7 @@ from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
 from diffjax import experiment
-from diffjax.experiment import Config, Data, Diffusion, Distillation, Network, Train
+from diffjax.experiment import Config, Data, Diffusion, Distillation, UNetConfig, Train
 
 PREFIX = "hf:"  # of a source that is such a folder, or a repository of the Hugging Face hub
 WEIGHTS = "diffusion_pytorch_model"
@@ -106,7 +106,7 @@ def load(folder: Path) -> Imported:
         network=network,
         diffusion=_diffusion(described, scheduler / "scheduler_config.json"),
         train=Train(label_dropout=0.1 if null_label else 0.0),
-        distillation=experiment.from_dict(json.loads(metadata.get("distillation", "{}")), Distillation),
+        distillation=experiment.config_from_dict(json.loads(metadata.get("distillation", "{}")), Distillation),
     )
     unet = experiment.build_unet(config, image_shape, classes)
     like = experiment.params_like(unet, image_shape)
@@ -211,7 +211,7 @@ def _remarks(config: Config, classes: int, weights: str, scheduler: dict[str, An
 # ---------------------------------------------------------------------------------------------- their config
 
 
-def _network(given: dict[str, Any], null_label: bool, path: Path) -> tuple[Network, tuple[int, int, int], int]:
+def _network(given: dict[str, Any], null_label: bool, path: Path) -> tuple[UNetConfig, tuple[int, int, int], int]:
     kind = given.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"{path} describes a {kind}: only UNet2DModel can be read")
@@ -240,7 +240,7 @@ def _network(given: dict[str, Any], null_label: bool, path: Path) -> tuple[Netwo
     if groups not in (None, c["norm_num_groups"]):
         refuse("attn_norm_num_groups", "the UNet here has as many groups everywhere")
     rows = c["num_class_embeds"] or 0
-    network = Network(
+    network = UNetConfig(
         channels=widths[0], multipliers=tuple(w // widths[0] for w in widths), blocks=c["layers_per_block"],
         attention=tuple(height // 2**i for i, attending in enumerate(attends) if attending),
         middle_attention=c["add_attention"], middle_attention_norm=groups is not None,

@@ -28,11 +28,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from diffjax.training.step import TrainState
 
 FOLDER = "checkpoints"
-DAMAGED = "damaged"  # beside it: what could not be read, out of the way
+QUARANTINE_DIR = "damaged"  # beside it: what could not be read, out of the way
 
 
 @functools.cache
-def quiet() -> None:
+def silence_orbax() -> None:
     """Let Orbax say nothing of its own: neither every save at length, nor, of one that fails, the traceback of each of
     its threads, where it raises the same error in ours.
     """
@@ -56,7 +56,7 @@ def quiet() -> None:
 
 
 # A checkpoint that could not be read for one of these may be well.
-WELL = (PermissionError, InterruptedError, TimeoutError, MemoryError, jax.errors.JaxRuntimeError)
+TRANSIENT_ERRORS = (PermissionError, InterruptedError, TimeoutError, MemoryError, jax.errors.JaxRuntimeError)
 
 
 class SaveError(OSError):
@@ -75,7 +75,7 @@ class Checkpoints:
             preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=clean
         )
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
-        # Orbax would ask the hosts about a SIGTERM by the number of the step, where `loop.interruptible` asks by the
+        # Orbax would ask the hosts about a SIGTERM by the number of the step, where `loop.catch_signals` asks by the
         # number of the call: asked by two counts, they would never agree.
         self._manager.reached_preemption = lambda step: False
 
@@ -91,7 +91,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         trees = _trees(state)
-        stored = {"config": config, "digests": {name: digest(tree) for name, tree in trees.items()}}
+        stored = {"config": config, "digests": {name: tree_sha256(tree) for name, tree in trees.items()}}
         stored |= {"digest": _of_json(stored)}
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, config=ocp.args.JsonSave(stored))
@@ -117,16 +117,16 @@ class Checkpoints:
         ValueError where it is damaged, or not of this structure.
         """
         items = self._restore(step, _trees(like), sharding)
-        rest, ema = items["rest"], tuple(items[average(i)] for i in range(len(like.ema)))
+        rest, ema = items["rest"], tuple(items[ema_key(i)] for i in range(len(like.ema)))
         return TrainState(rest["step"], rest["skipped"], items["params"], ema, rest["opt_state"])
 
     def restore_weights(self, step: int, weights: str, like: Any, sharding: Sharding) -> Any:
-        """Only the parameters of checkpoint `step`, "params" or as `average` names them, of the structure of `like`."""
+        """Only the parameters of checkpoint `step`, "params" or as `ema_key` names them, of the structure of `like`."""
         return self._restore(step, {weights: like}, sharding)[weights]
 
     def set_aside(self, step: int) -> Path:
         """Move checkpoint `step` out of the way, into the run's folder of damaged ones. Returns where it is."""
-        place = self._workdir / DAMAGED / str(step)
+        place = self._workdir / QUARANTINE_DIR / str(step)
         if jax.process_index() == 0:
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ class Checkpoints:
         folder = self._workdir / FOLDER / str(step)
         try:
             stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-        except WELL:
+        except TRANSIENT_ERRORS:
             raise
         except Exception as error:  # whatever Orbax may raise of files that are not there, or cut short
             raise ValueError(f"checkpoint {folder} is incomplete: remove it, and an earlier one is used") from error
@@ -167,14 +167,14 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(_placed(tree, sharding)) for name, tree in trees.items()}
         try:
             items = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except WELL:
+        except TRANSIENT_ERRORS:
             raise
         except Exception as error:  # as above
             raise ValueError(
                 f"checkpoint {folder} does not fit the network of its configuration: it is damaged, or from another"
                 " version of diffjax"
             ) from error
-        if any(digests.get(name, found) != found for name, found in ((name, digest(items[name])) for name in trees)):
+        if any(digests.get(name, found) != found for name, found in ((name, tree_sha256(items[name])) for name in trees)):
             raise ValueError(f"checkpoint {folder} is damaged: remove it, and an earlier one is used")
         return items
 
@@ -188,12 +188,12 @@ class Checkpoints:
             raise SaveError(f"a checkpoint could not be written to {self._workdir / FOLDER} ({reason})") from error
 
 
-def average(index: int) -> str:
+def ema_key(index: int) -> str:
     """The name of a moving average in a checkpoint, by its position in TrainState.ema."""
     return f"ema_{index}" if index else "ema"
 
 
-def digest(tree: Any) -> str:
+def tree_sha256(tree: Any) -> str:
     """Of the names, types, shapes and bytes of all arrays, as hexadecimal digits."""
     whole = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -225,7 +225,7 @@ def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints
 
 def _trees(state: TrainState) -> dict[str, Any]:
     rest = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
-    return {"params": state.params, "rest": rest} | {average(i): tree for i, tree in enumerate(state.ema)}
+    return {"params": state.params, "rest": rest} | {ema_key(i): tree for i, tree in enumerate(state.ema)}
 
 
 def _of_json(values: dict[str, Any]) -> str:

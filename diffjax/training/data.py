@@ -17,7 +17,7 @@ READ_AHEAD = 16  # batches: a slow file or two holds up no step
 THREADS = min(16, os.cpu_count() or 1)  # that decode them; pixels are decoded outside of Python's lock
 
 
-def batches(
+def batch_stream(
     source: Any,
     batch: int,
     seed: int,

@@ -16,8 +16,8 @@ import numpy as np
 from jax import Array
 
 from diffjax.denoiser import Denoiser
-from diffjax.loss import Objective, TimeSampling, TrainingNetwork, noised, squared_error
-from diffjax.process import Prediction, eps_from_x0, expand, snr_ratio
+from diffjax.loss import Objective, TimeSampling, TrainingNetwork, add_noise_to_batch, squared_error
+from diffjax.process import Prediction, eps_from_x0, append_dims, sqrt_snr_ratio
 from diffjax.sampler import ddim_step
 from diffjax.schedule import Level, Schedule, at, trailing
 
@@ -27,12 +27,12 @@ Target = Callable[..., Any]  # (condition, x_t, *row) -> x0
 # ---------------------------------------------------------------------------------------------- which levels
 
 
-def everywhere(schedule: Schedule) -> tuple[Level]:
+def all_levels(schedule: Schedule) -> tuple[Level]:
     """Levels 1..T: of a student that any sampler may call."""
     return (at(schedule, np.arange(1, len(schedule.t))),)
 
 
-def successive(schedule: Schedule, steps: int) -> tuple[Level, Level]:
+def adjacent_levels(schedule: Schedule, steps: int) -> tuple[Level, Level]:
     """(t, s): the levels of `trailing(schedule, steps)`, the least noisy first, and of each the one that a sampler goes
     to from there, at last data. ValueError for other steps than 1..T.
     """
@@ -40,42 +40,42 @@ def successive(schedule: Schedule, steps: int) -> tuple[Level, Level]:
     return at(schedule, t[::-1]), at(schedule, np.append(t[1:], 0)[::-1])
 
 
-def halving(schedule: Schedule, steps: int) -> tuple[Level, Level, Level, np.ndarray]:
+def halving_levels(schedule: Schedule, steps: int) -> tuple[Level, Level, Level, np.ndarray]:
     """(t, m, s, share): each step t -> s of a student of so many steps with the level m between, where its teacher of
-    twice as many is called too, and the share of `two_steps`, float64 [steps]. The least noisy first. The student is
+    twice as many is called too, and the share of `progressive_target`, float64 [steps]. The least noisy first. The student is
     called exactly where `trailing(schedule, steps)` calls it: its levels are every other one of the teacher's, at any
     T, since they are rounded alike. ValueError unless the teacher's steps are 2..T.
 
-    share = (r_ms - r_ts)/(1 - r_ts), r the `snr_ratio` of two levels: how far m is from t on the way to s, as
+    share = (r_ms - r_ts)/(1 - r_ts), r the `sqrt_snr_ratio` of two levels: how far m is from t on the way to s, as
     alpha/sigma goes. Onto data it is 0.
     """
-    t, s = successive(schedule, 2 * steps)
+    t, s = adjacent_levels(schedule, 2 * steps)
     level_t, level_m, level_s = (
         Level(*(leaf[which::2] for leaf in level)) for level, which in ((t, 1), (t, 0), (s, 0))
     )
-    r_ts = snr_ratio(level_t, level_s)
-    return level_t, level_m, level_s, (snr_ratio(level_m, level_s) - r_ts) / (1 - r_ts)
+    r_ts = sqrt_snr_ratio(level_t, level_s)
+    return level_t, level_m, level_s, (sqrt_snr_ratio(level_m, level_s) - r_ts) / (1 - r_ts)
 
 
 # ---------------------------------------------------------------------------------------------- what to say there
 
 
-def two_steps(teacher: Denoiser, x_t: Any, level_t: Level, level_m: Level, level_s: Level, share: Any) -> Any:
+def progressive_target(teacher: Denoiser, x_t: Any, level_t: Level, level_m: Level, level_s: Level, share: Any) -> Any:
     """The x0 whose one step of DDIM from t to s ends where the teacher's two over m end: progressive distillation,
     Algorithm 2 (arXiv:2202.00512).
 
     Both of its steps leave the share sigma_s/sigma_t of x_t, as the one does, so that what is to be said is a mean of
-    the teacher's two estimates, share*x0(x_t) + (1 - share)*x0(x_m), with the share of `halving`. Its paper divides by
+    the teacher's two estimates, share*x0(x_t) + (1 - share)*x0(x_m), with the share of `halving_levels`. Its paper divides by
     what one step gives to x0, which cancels where the two levels are near; here nothing does. x_t: [B, ...]; leaves of
     levels and share: scalars or [B].
     """
     x0_t = teacher(x_t, level_t)
     x0_m = teacher(ddim_step(x_t, x0_t, level_t, level_m), level_m)
-    weight = expand(share, x_t)
+    weight = append_dims(share, x_t)
     return weight * x0_t + (1 - weight) * x0_m
 
 
-def consistent(student: Denoiser, teacher: Denoiser, x_t: Any, level_t: Level, level_s: Level) -> Any:
+def consistency_target(student: Denoiser, teacher: Denoiser, x_t: Any, level_t: Level, level_s: Level) -> Any:
     """The x0 that the student itself says one step of the teacher's DDIM later: consistency distillation, Algorithm 2
     (arXiv:2303.01469). On data (sigma_s 0), where the path ends, it is the sample as it is: the boundary condition,
     from which all levels above learn where it ends. student: an average of the one that learns, held still.
@@ -85,13 +85,13 @@ def consistent(student: Denoiser, teacher: Denoiser, x_t: Any, level_t: Level, l
     x0 = alpha*x_t - sigma*v, becomes the identity by itself as sigma vanishes.
     """
     x_s = ddim_step(x_t, teacher(x_t, level_t), level_t, level_s)
-    return jnp.where(expand(level_s.sigma > 0, x_t), student(x_s, level_s), x_s)
+    return jnp.where(append_dims(level_s.sigma > 0, x_t), student(x_s, level_s), x_s)
 
 
 # ---------------------------------------------------------------------------------------------- the objective
 
 
-def imitation(
+def distillation_loss(
     network: TrainingNetwork,
     prediction: Prediction,
     rows: Rows,
@@ -104,7 +104,7 @@ def imitation(
     the rows [N] that `times` draws: it draws of 1..N what it draws of 1..T else. weights: [N], of the student's
     prediction, as a weighting of loss.py gives them.
 
-    The batch is that of `loss.denoising`. largest: of the guidance scales that the student is told, uniform from 1 on;
+    The batch is that of `loss.denoising_loss`. largest: of the guidance scales that the student is told, uniform from 1 on;
     its condition is then (label [B], scale [B, 1]), and that of the target too. 1 for none. Nothing is learned through
     the target. ValueError for weights of another length than the rows.
     """
@@ -113,7 +113,7 @@ def imitation(
         raise ValueError(f"there are {N} rows and weights of shape {np.shape(weights)}: give one weight per row")
 
     def objective(params: Any, batch: Any, key: Array) -> Array:
-        (level, *rest, weight), x_t, _, for_scale, for_dropout = noised(batch, key, times, (*rows, weights))
+        (level, *rest, weight), x_t, _, for_scale, for_dropout = add_noise_to_batch(batch, key, times, (*rows, weights))
         condition = batch.get("label")
         if largest > 1:
             draw = partial(jax.random.uniform, shape=(1,), minval=1.0, maxval=largest)
@@ -125,7 +125,7 @@ def imitation(
     return objective
 
 
-def begun_from(fresh: Any, teacher: Any) -> Any:
+def init_from_teacher(fresh: Any, teacher: Any) -> Any:
     """A student's parameters before its first step: the teacher's, and fresh ones for what the teacher has not.
     ValueError, when called or traced, for a teacher with others.
     """

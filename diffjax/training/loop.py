@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffjax.training.step import TrainState
 
 
-class Every(NamedTuple):
+class PeriodicAction(NamedTuple):
     """Call action(state) when the number of steps done is a multiple of `steps`, and once at the end; 0 for never."""
 
     steps: int
@@ -28,7 +28,7 @@ class Every(NamedTuple):
 
 
 @contextlib.contextmanager
-def interruptible(hosts: int = 1) -> Iterator[Callable[[], int]]:
+def catch_signals(hosts: int = 1) -> Iterator[Callable[[], int]]:
     """Inside, the first Ctrl-C or SIGTERM only makes the yielded function return its number, in place of 0: a step or a
     save under way ends in order. A second one does what it would have done.
 
@@ -67,11 +67,11 @@ def interruptible(hosts: int = 1) -> Iterator[Callable[[], int]]:
         restore()
 
 
-class MetricsFile:
+class JsonlWriter:
     """metrics.jsonl: one JSON object a line, each with the number of steps done."""
 
     def __init__(self, path: Path, start: int) -> None:
-        """Lines after step `start`, of a run that went further than its last checkpoint, are dropped."""
+        """Lines after step `init_noise`, of a run that went further than its last checkpoint, are dropped."""
         self._path = path
         kept = [line for line in _lines(path) if line["step"] <= start]
         whole = path.with_suffix(".tmp")
@@ -88,7 +88,7 @@ class TensorBoard:
     """The same metrics, and pictures, as TensorBoard shows them."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        """What the folder tells of steps after `start` is no longer shown."""
+        """What the folder tells of steps after `init_noise` is no longer shown."""
         from tensorboardX import SummaryWriter  # here, since most runs do without
 
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
@@ -114,13 +114,13 @@ def fit(
     steps: int,
     log: Callable[..., None],
     log_every: int,
-    every: tuple[Every, ...] = (),
+    every: tuple[PeriodicAction, ...] = (),
     stop: Callable[[], int] = lambda: 0,
     per_dispatch: int = 1,
     max_skipped: int = 10,
     quiet: bool = False,
 ) -> TrainState:
-    """Train until `steps` steps are done, with a progress bar unless `quiet`; returns the state after them, or after
+    """Train until `steps` steps are done, with a progress bar unless `silence_orbax`; returns the state after them, or after
     the step at which stop(), called once a dispatch, was not 0.
 
     step: compiled, (state, batches [K, ...]) -> (state, metrics [K]), of K = per_dispatch steps or, where something is

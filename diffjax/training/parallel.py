@@ -16,7 +16,7 @@ Mode = Literal["pmap", "shard_map", "jit"]
 
 
 @dataclass(frozen=True)
-class Hosts:
+class DistributedOptions:
     """Options of a program that runs on several hosts."""
 
     distributed: str | None = None
@@ -27,7 +27,7 @@ class Hosts:
     """With HOST:PORT: which one this is, from 0."""
 
 
-def join(options: Hosts) -> None:
+def initialize_distributed(options: DistributedOptions) -> None:
     """Make one machine of the processes of several hosts, each of which calls this, before JAX looks for devices.
     Nothing is done where no address is told.
 
@@ -69,12 +69,12 @@ def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices), (AXIS,))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device: parameters, training states."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """A share of one axis, the first if not told, on every device: batches."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXIS))
 
@@ -101,13 +101,13 @@ def default_batch(num: int) -> int:
     return round_up(min(num, LARGEST_BATCH), jax.device_count())
 
 
-def over(
+def parallelize(
     mesh: Mesh, mode: Mode, step: Callable[..., Any], *, axis: int = 0, donate: bool = False, frozen: bool = False
 ) -> Any:
     """step(state, batch, axis_name) over the devices of a mesh, compiled when it is called, or by its `lower`.
 
-    The state goes in and comes out whole, on every device; a batch is as `place` gives it, shared out along `axis`.
-    donate: the state that comes out takes the memory of the one that went in; place the first one by `home`, as the
+    The state goes in and comes out whole, on every device; a batch is as `shard_batch` gives it, shared out along `axis`.
+    donate: the state that comes out takes the memory of the one that went in; place the first one by `state_mesh`, as the
     step returns it. frozen: after the batch the step takes what it only reads, whole on every device like the state.
 
     "pmap" and "shard_map" run the step on each device's share, and the step averages all that it returns over AXIS:
@@ -120,7 +120,7 @@ def over(
             partial(step, axis_name=AXIS), axis_name=AXIS, in_axes=(None, axis, *read * (None,)), out_axes=None,
             devices=list(mesh.devices.flat), donate_argnums=donated,
         )  # fmt: skip
-    state, shares = whole(mesh), split(mesh, axis)
+    state, shares = replicated(mesh), batch_sharding(mesh, axis)
     placed = (state, shares, *read * (state,))
     if mode == "shard_map":
         # With check_vma, gradients of a state that is the same everywhere come out summed, and the step's mean of sums
@@ -132,33 +132,33 @@ def over(
     return jax.jit(step, in_shardings=placed, out_shardings=state, donate_argnums=donated)
 
 
-def rows(batch: Any, host: int, hosts: int) -> Any:
+def process_slice(batch: Any, host: int, hosts: int) -> Any:
     """A host's rows of a whole batch [B, ...]: [B/hosts, ...]."""
     return jax.tree.map(lambda leaf: np.split(leaf, hosts)[host], batch)
 
 
-def place(mesh: Mesh, mode: Mode, batch: Any, axis: int = 0) -> Any:
-    """The rows of a host of a batch, [..., B/hosts, ...] with the examples along `axis`, as `over` takes them."""
+def shard_batch(mesh: Mesh, mode: Mode, batch: Any, axis: int = 0) -> Any:
+    """The rows of a host of a batch, [..., B/hosts, ...] with the examples along `axis`, as `parallelize` takes them."""
     devices = len(mesh.local_devices)
     if mode == "pmap":
         shape = lambda leaf: (*leaf.shape[:axis], devices, -1, *leaf.shape[axis + 1 :])  # noqa: E731
         return jax.tree.map(lambda leaf: leaf.reshape(shape(leaf)), batch)
-    put = partial(jax.make_array_from_process_local_data, split(mesh, axis))
+    put = partial(jax.make_array_from_process_local_data, batch_sharding(mesh, axis))
     return jax.tree.map(put, batch)
 
 
-def home(mesh: Mesh, mode: Mode) -> Mesh:
-    """Where `over` keeps the state, whole: all devices, or, under pmap, those of this host, which is all it sees."""
+def state_mesh(mesh: Mesh, mode: Mode) -> Mesh:
+    """Where `parallelize` keeps the state, whole: all devices, or, under pmap, those of this host, which is all it sees."""
     return device_mesh(mesh.local_devices) if mode == "pmap" else mesh
 
 
-def held(mesh: Mesh, tree: Any) -> Any:
+def on_mesh(mesh: Mesh, tree: Any) -> Any:
     """The same copies of arrays that are whole on every device, seen as arrays over the devices of this mesh: of all
     hosts, as checkpoints take them, or of this one alone. Nothing is copied.
     """
 
     def seen(leaf: jax.Array) -> jax.Array:
         copies = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, whole(mesh), copies)
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), copies)
 
     return jax.tree.map(seen, tree)

@@ -28,7 +28,7 @@ from diffjax import picture
 NETWORK_SECONDS = 5.0  # how long a download site may take to answer before it counts as out of reach
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of the files of a folder that are images
 NAMES = (("x", "images"), ("y", "labels"))  # of the arrays of an .npz file
-TENTH = 10  # where a source has no split of its own to hold out, a tenth of its examples is
+HOLDOUT_DIVISOR = 10  # where a source has no split of its own to hold out, a tenth of its examples is
 HELD_OUT = ("test", "validation", "val")  # beside "train"
 
 
@@ -45,7 +45,7 @@ class Dataset(NamedTuple):
     classes: int  # 0 where the images carry no label
 
 
-class View:
+class MappedSource:
     """What a source has in random access, each through a function when it is asked for."""
 
     def __init__(self, source: Any, then: Callable[[Any], Any]) -> None:
@@ -90,7 +90,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 def load_tfds(name: str, data_dir: str | None = None, size: int | None = None) -> Dataset:
     """An image dataset of the tensorflow-datasets catalogue (or "digits"), downloaded and prepared if need be.
 
-    data_dir: None for tensorflow-datasets' own folder, ~/tensorflow_datasets or TFDS_DATA_DIR; size: as of `fitted`,
+    data_dir: None for tensorflow-datasets' own folder, ~/tensorflow_datasets or TFDS_DATA_DIR; size: as of `preprocess`,
     for images of different sizes. Held out is the split "test", else "validation", else the last tenth of "train".
 
     ValueError, at once and in one sentence: an unknown name, a dataset whose download cannot be reached, or one
@@ -103,7 +103,7 @@ def load_tfds(name: str, data_dir: str | None = None, size: int | None = None) -
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     train, held_out = ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
     found = Dataset(builder.as_data_source(train), builder.as_data_source(held_out), shape, classes)
-    return found if size is None else fitted(found, size)
+    return found if size is None else preprocess(found, size)
 
 
 def describe_tfds(name: str, data_dir: str | None = None, size: int | None = None) -> tuple[tuple[int, int, int], int]:
@@ -157,9 +157,9 @@ def load_folder(path: Path, size: int, *, grey: bool = False) -> Dataset:
         held_out = [held_out[i] for i in _order(len(held_out))]  # the first are what is seen, of every class
     else:
         classes, files = _files(path)
-        train, held_out = _without_a_tenth(files, path)
+        train, held_out = _train_holdout_split(files, path)
     decode = _decoder(shape)
-    found = Dataset(View(train, then=decode), View(held_out, then=decode), shape, len(classes))
+    found = Dataset(MappedSource(train, then=decode), MappedSource(held_out, then=decode), shape, len(classes))
     for split in found[:2]:
         split[0]  # a folder of something else is better told now
     return found
@@ -195,15 +195,15 @@ def load_npz(path: Path) -> Dataset:
     def example(i: int) -> dict[str, Any]:
         return {"image": x[i]} | ({} if y is None else {"label": int(y[i])})
 
-    train, held_out = (View(rows, then=example) for rows in _without_a_tenth(range(len(x)), path))
+    train, held_out = (MappedSource(rows, then=example) for rows in _train_holdout_split(range(len(x)), path))
     return Dataset(train, held_out, x.shape[1:], 0 if y is None else int(y.max()) + 1)
 
 
-def fitted(dataset: Dataset, size: int | None = None, pad: int = 0, *, grey: bool = False) -> Dataset:
+def preprocess(dataset: Dataset, size: int | None = None, pad: int = 0, *, grey: bool = False) -> Dataset:
     """Images cut to their middle and resized to size x size, made grey, and then surrounded by `pad` black pixels on
     every side: whichever is asked for, when they are read.
     """
-    shape = fitted_shape(dataset.image_shape, size, grey=grey)
+    shape = preprocessed_shape(dataset.image_shape, size, grey=grey)
 
     def fit(example: dict[str, Any]) -> dict[str, Any]:
         image = example["image"]
@@ -211,16 +211,16 @@ def fitted(dataset: Dataset, size: int | None = None, pad: int = 0, *, grey: boo
             image, _ = picture.fit(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), shape)
         return {**example, "image": np.pad(image, ((pad, pad), (pad, pad), (0, 0)))}
 
-    padded = fitted_shape(dataset.image_shape, size, pad, grey=grey)
+    padded = preprocessed_shape(dataset.image_shape, size, pad, grey=grey)
     if padded == dataset.image_shape:
         return dataset
-    return Dataset(View(dataset.train, then=fit), View(dataset.held_out, then=fit), padded, dataset.classes)
+    return Dataset(MappedSource(dataset.train, then=fit), MappedSource(dataset.held_out, then=fit), padded, dataset.classes)
 
 
-def fitted_shape(
+def preprocessed_shape(
     shape: tuple[int, int, int], size: int | None = None, pad: int = 0, *, grey: bool = False
 ) -> tuple[int, int, int]:
-    """The shape [H, W, C] of images that were [H, W, C], after `fitted`."""
+    """The shape [H, W, C] of images that were [H, W, C], after `preprocess`."""
     height, width, channels = shape
     return (size or height) + 2 * pad, (size or width) + 2 * pad, 1 if grey else channels
 
@@ -267,14 +267,14 @@ def _decoder(shape: tuple[int, int, int]) -> Callable[[tuple[Path, int]], dict[s
     return decode
 
 
-def _without_a_tenth(rows: Sequence[Any], path: Path) -> tuple[list[Any], list[Any]]:
+def _train_holdout_split(rows: Sequence[Any], path: Path) -> tuple[list[Any], list[Any]]:
     """By chance, not every tenth: labels that go round by ten would all be the same. What is held out is in no order,
     since the first of it are what is looked at.
     """
-    if len(rows) < TENTH:
-        raise ValueError(f"{path} holds {len(rows)} images, of which a tenth is held out: use {TENTH} or more")
+    if len(rows) < HOLDOUT_DIVISOR:
+        raise ValueError(f"{path} holds {len(rows)} images, of which a tenth is held out: use {HOLDOUT_DIVISOR} or more")
     order = _order(len(rows))
-    number = len(rows) // TENTH
+    number = len(rows) // HOLDOUT_DIVISOR
     return [rows[i] for i in sorted(order[number:])], [rows[i] for i in order[:number]]
 
 

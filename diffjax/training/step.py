@@ -69,7 +69,7 @@ def make_train_step(
     accumulate: parts of the batch whose gradients are taken one after the other, in so much less memory. ema_limits:
     the decay of each average. A step whose loss or gradient is not a number counts, and changes nothing else.
 
-    Metrics: loss, grad_norm before clipping, skipped so far; with `rate`, learning_rate; with `quarters`, which puts
+    Metrics: loss, grad_norm before clipping, skipped so far; with `rate`, learning_rate; with `t_quartile`, which puts
     each example in one of four groups, the mean loss of each, NaN for an empty one.
     """
 
@@ -125,7 +125,7 @@ def make_train_step(
     return train_step
 
 
-def several(step: TrainStep) -> TrainStep:
+def multi_step(step: TrainStep) -> TrainStep:
     """The step, over a leading axis of batches [K, B, ...]: K steps in one call, and the metrics of each, [K]."""
 
     def steps(state: TrainState, batches: Any, axis_name: str | None = None) -> tuple[TrainState, Metrics]:

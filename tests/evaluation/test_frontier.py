@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from diffjax import picture
 from diffjax.evaluation import frontier, report
-from diffjax.evaluation.record import CONTEXT, NETWORK, Quality, markdown
+from diffjax.evaluation.record import CONTEXT, NETWORK, QualityRow, markdown
 
-ROW = Quality(
+ROW = QualityRow(
     sampler="ddim(eta=0, trailing)", clipping="clipped", steps=50, nfe=100, guidance=2.0, guided="2",
     frechet=3.25, kernel=0.01, kernel_error=0.002, inception=8.5, precision=0.75, recall=0.5, recognised=0.991,
     extractor="cnn-64, 98% on held-out", reference="digits, train, 1,597 images", images=500, seed=0,
@@ -27,7 +27,7 @@ def test_a_row_without_its_context_cannot_be_built():
     values = dataclasses.asdict(ROW)
     for name in values:
         with pytest.raises(TypeError, match=naming(name)):
-            Quality(**{key: value for key, value in values.items() if key != name})
+            QualityRow(**{key: value for key, value in values.items() if key != name})
     for name in (*CONTEXT, *NETWORK, "sampler", "clipping", "guided"):
         with pytest.raises(ValueError, match=naming(name)):
             dataclasses.replace(ROW, **{name: ""})

@@ -102,7 +102,7 @@ def closed_form_bound(levels, t, mean, std, noise_std):
     """Expectation over Gaussian data of the bound, per dimension, derived apart from the code: each step compares
     N(posterior mean, fixed_small**2) with N(posterior mean at the estimate, noise_std**2).
     """
-    level_t, level_s = sampler.neighbours(levels, t)
+    level_t, level_s = sampler.level_pairs(levels, t)
     left = std**2 * level_t.sigma**2 / (level_t.alpha**2 * std**2 + level_t.sigma**2)  # Var[x0 | x_t]
     total = -0.5 * np.log(2 * np.pi * level_t.sigma[-1] ** 2) - left[-1] / (2 * level_t.sigma[-1] ** 2)
     for i in range(len(level_t.t) - 1):
@@ -116,7 +116,7 @@ def closed_form_bound(levels, t, mean, std, noise_std):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("noise_std", [sampler.fixed_small, sampler.fixed_large, sampler.interpolated(0.4)])
+@pytest.mark.parametrize("noise_std", [sampler.fixed_small, sampler.fixed_large, sampler.interpolated_variance(0.4)])
 @pytest.mark.parametrize("evaluations", [None, 3])
 def test_the_bound_is_its_closed_form_on_gaussian_data(noise_std, evaluations):
     levels = schedule.cosine(50)

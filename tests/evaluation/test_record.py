@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 from helpers import naming
 
-from diffjax.evaluation.record import Sampling, as_dict, markdown
+from diffjax.evaluation.record import SamplingRow, as_dict, markdown
 
-ROW = Sampling(
+ROW = SamplingRow(
     sampler="ddim(eta=0, trailing)", steps=50, nfe=100, guidance=2.0, guided="2 in 0.3..5",
     compile_seconds=1.5, run_seconds=4.0, images=10,
     batch=5, network="unet of x", parameters=1234, weights="ema, step 7", image_size="8x8x1", device="1 x cpu",
@@ -17,7 +17,7 @@ def test_a_row_without_its_context_cannot_be_built():
     values = dataclasses.asdict(ROW)
     for name in values:
         with pytest.raises(TypeError, match=naming(name)):
-            Sampling(**{key: value for key, value in values.items() if key != name})
+            SamplingRow(**{key: value for key, value in values.items() if key != name})
 
 
 def test_the_table_shows_all_of_a_row():

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import sample
 from diffjax import convert, experiment, schedule
-from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from diffjax.experiment import Config, Data, Diffusion, UNetConfig, Train
 from diffjax.interop import diffusers
-from diffjax.run import open_run
+from diffjax.run import load_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPE = (8, 8, 1)
@@ -34,7 +34,7 @@ def params_of(config, classes, seed=0):
 
 
 networks = st.builds(
-    Network,
+    UNetConfig,
     channels=st.sampled_from([4, 8]),
     multipliers=st.sampled_from([(1,), (1, 2), (1, 1, 2)]),
     blocks=st.integers(1, 2),
@@ -76,7 +76,7 @@ def test_what_is_written_is_read_again(tmp_path_factory, network, diffusion, cla
     assert again == diffusers._settings(config, SHAPE, classes)
 
 
-CONFIG = Config(network=Network(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups=4), data=Data())
+CONFIG = Config(network=UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups=4), data=Data())
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_repository_is_downloaded(theirs, monkeypatch):
         "huggingface_hub",
         types.SimpleNamespace(snapshot_download=lambda name, allow_patterns: asked.append(name) or str(folder)),
     )
-    assert open_run("hf:someone/digits").name == "unet of hf:theirs"
+    assert load_model("hf:someone/digits").name == "unet of hf:theirs"
     assert asked == ["someone/digits"]
 
     def offline(name, allow_patterns):
@@ -182,10 +182,10 @@ def test_a_repository_is_downloaded(theirs, monkeypatch):
 
     monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", offline)
     with pytest.raises(ValueError, match=naming("someone/digits", "no network")):
-        open_run("hf:someone/digits")
+        load_model("hf:someone/digits")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=naming("someone/digits", "diffjax[hub]")):
-        open_run("hf:someone/digits")
+        load_model("hf:someone/digits")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_repository_is_downloaded(theirs, monkeypatch):
 )
 def test_what_diffusers_does_not_have_is_not_written(tmp_path, network, diffusion, names):
     options = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "norm_groups": 4} | network
-    config = Config(network=Network(**options), diffusion=Diffusion(**diffusion), train=Train())
+    config = Config(network=UNetConfig(**options), diffusion=Diffusion(**diffusion), train=Train())
     with pytest.raises(ValueError, match=naming("diffusers", *names)):
         diffusers.save(tmp_path, config, SHAPE, 3, params_of(config, 3), "ema", 0)
 
@@ -211,7 +211,7 @@ def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(theirs, tmp_
     options = ["--steps", "3", "--num", "8", "--labels", "0,1,2", "--seed", "4", "--guidance", "2"]
     sample.main([source, *options, "--save", "a.npz"])
     said = capsys.readouterr().out
-    assert all(remark in said for remark in open_run(source).remarks)
+    assert all(remark in said for remark in load_model(source).remarks)
     assert (tmp_path / "runs" / "theirs" / "samples").is_dir()
     convert.main([source, "runs/mine", "--data", "digits"])
     sample.main(["runs/mine", *options, "--save", "b.npz"])
@@ -220,7 +220,7 @@ def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(theirs, tmp_
     a, b, c = (np.load(tmp_path / f"{name}.npz")["images"] for name in "abc")
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, c)
-    assert open_run("runs/mine").description.config.data.name == "digits"
+    assert load_model("runs/mine").description.config.data.name == "digits"
 
 
 @pytest.mark.parametrize(

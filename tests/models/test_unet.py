@@ -104,7 +104,7 @@ def test_the_condition_may_be_real_numbers():
     ],
 )
 def test_the_networks_of_the_papers_have_their_number_of_parameters(name, shape, classes, options, parameters):
-    config = experiment.named(name)
+    config = experiment.load_config(name)
     config = dataclasses.replace(config, network=dataclasses.replace(config.network, **options))
     unet = experiment.build_unet(config, shape, classes)
     params = jax.eval_shape(lambda key: experiment.init_params(unet, shape, key), jax.random.key(0))

@@ -9,8 +9,8 @@ import optax
 import pytest
 from helpers import naming
 
-from diffjax.training.checkpoint import Checkpoints, SaveError, average, open_checkpoint, quiet
-from diffjax.training.parallel import device_mesh, whole
+from diffjax.training.checkpoint import Checkpoints, SaveError, ema_key, open_checkpoint, silence_orbax
+from diffjax.training.parallel import device_mesh, replicated
 from diffjax.training.step import init_state
 
 OPTIMIZER = optax.adamw(1e-3)
@@ -24,14 +24,14 @@ def state(step, seed=0):
 
 @pytest.fixture(autouse=True, scope="module")
 def silent():
-    quiet()
+    silence_orbax()
 
 
 def test_a_state_comes_back_bit_for_bit_on_any_devices(tmp_path):
     saved = Checkpoints(tmp_path)
     saved.save(state(7), {"a": [1, "x", None]})
     saved.close()
-    everywhere = whole(device_mesh())
+    everywhere = replicated(device_mesh())
     checkpoints, step = open_checkpoint(tmp_path)
     assert step == 7
     assert checkpoints.config(7) == {"a": [1, "x", None]}
@@ -40,7 +40,7 @@ def test_a_state_comes_back_bit_for_bit_on_any_devices(tmp_path):
     assert jax.tree.structure(found) == jax.tree.structure(state(7))
     assert all(leaf.sharding == everywhere for leaf in jax.tree.leaves(found))
     for i in range(2):
-        ema = checkpoints.restore_weights(7, average(i), state(0).params, everywhere)
+        ema = checkpoints.restore_weights(7, ema_key(i), state(0).params, everywhere)
         jax.tree.map(np.testing.assert_array_equal, ema, state(7).ema[i])
     checkpoints.close()
 
@@ -50,13 +50,13 @@ def test_saving_in_the_background_is_not_disturbed_by_the_next_step(tmp_path):
     overwrite = jax.jit(partial(jax.tree.map, lambda leaf: leaf * 0 - 1), donate_argnums=0)
     saved, large = Checkpoints(tmp_path), {"w": jax.random.normal(jax.random.key(0), (1000, 2000))}
     expected = np.array(large["w"])
-    current = jax.device_put(init_state(large, OPTIMIZER), whole(device_mesh()))
+    current = jax.device_put(init_state(large, OPTIMIZER), replicated(device_mesh()))
     saved.save(current, {})
     jax.block_until_ready(overwrite(current))
     saved.close()
     checkpoints, _ = open_checkpoint(tmp_path)
     like = jax.eval_shape(lambda: init_state({"w": jnp.zeros((1000, 2000))}, OPTIMIZER))
-    found = checkpoints.restore(0, like, whole(device_mesh()))
+    found = checkpoints.restore(0, like, replicated(device_mesh()))
     np.testing.assert_array_equal(found.params["w"], expected)
     checkpoints.close()
 
@@ -96,7 +96,7 @@ def whole_checkpoint(tmp_path_factory):
 def test_damage_to_any_file_is_found_or_does_no_harm(whole_checkpoint, tmp_path, damage):
     """Orbax alone loads wrong values where a byte of an array has changed."""
     files, found, told = [p for p in whole_checkpoint.rglob("*") if p.is_file()], [], []
-    everywhere = whole(device_mesh())
+    everywhere = replicated(device_mesh())
     for file in files:
         run, content = tmp_path / "run", bytearray(file.read_bytes())
         shutil.rmtree(run, ignore_errors=True)
@@ -132,4 +132,4 @@ def test_a_save_that_fails_is_told_and_the_one_before_it_kept(tmp_path):
     (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
     checkpoints, step = open_checkpoint(tmp_path)
     assert step == 1
-    checkpoints.restore(1, state(0), whole(device_mesh()))
+    checkpoints.restore(1, state(0), replicated(device_mesh()))

@@ -18,7 +18,7 @@ def test_smoothing_keeps_lines_as_they_are_and_means_of_neighbours(values):
 
 def test_the_curve_is_drawn_of_whatever_was_logged(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    written = loop.MetricsFile(metrics, 0)
+    written = loop.JsonlWriter(metrics, 0)
     for n in range(1, 30):
         written.write(n, loss=1 / n, loss_q1=float("nan") if n % 2 else 0.5, loss_q4=0.1)
     written.write(20, held_out_loss=0.2)
@@ -27,7 +27,7 @@ def test_the_curve_is_drawn_of_whatever_was_logged(tmp_path):
     assert Image.open(tmp_path / "curve.png").size[0] > 400
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "metrics.jsonl"]
     metrics.unlink()
-    loop.MetricsFile(metrics, 0).write(1, loss=0.5)  # of a student of few levels, which has no quarters
+    loop.JsonlWriter(metrics, 0).write(1, loss=0.5)  # of a student of few levels, which has no quarters
     curve.draw(metrics, tmp_path / "curve.png")
     with pytest.raises(OSError, match=naming(tmp_path / "nowhere")):
         curve.draw(tmp_path / "nowhere", tmp_path / "curve.png")

@@ -19,7 +19,7 @@ def take(stream, n):
 
 
 def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(digits):
-    epochs = [take(data.batches(digits.train, 100, seed=0, start=start), 15) for start in (0, 15)]
+    epochs = [take(data.batch_stream(digits.train, 100, seed=0, start=start), 15) for start in (0, 15)]
     seen = [np.concatenate([b["image"] for b in epoch]).reshape(1500, -1) for epoch in epochs]
     real = np.sort([digits.train[i]["image"].tobytes() for i in range(1500)])
     for images in seen:
@@ -28,30 +28,30 @@ def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(digits):
 
 
 def test_the_stream_is_a_function_of_the_step(digits):
-    whole = take(data.batches(digits.train, 64, seed=3), 30)
-    later = take(data.batches(digits.train, 64, seed=3, start=25), 5)
+    whole = take(data.batch_stream(digits.train, 64, seed=3), 30)
+    later = take(data.batch_stream(digits.train, 64, seed=3, start=25), 5)
     for a, b in zip(whole[25:], later, strict=True):
         assert all((a[k] == b[k]).all() for k in a)
     assert (np.concatenate([b["index"] for b in whole]) == np.arange(30 * 64)).all()
-    other = next(data.batches(digits.train, 64, seed=4))
+    other = next(data.batch_stream(digits.train, 64, seed=4))
     assert (other["image"] != whole[0]["image"]).any()
 
 
 def test_hosts_share_each_global_batch_in_order(digits):
-    whole = take(data.batches(digits.train, 60, seed=3, start=2), 4)
-    shares = [take(data.batches(digits.train, 60, seed=3, start=2, host=h, hosts=3), 4) for h in range(3)]
+    whole = take(data.batch_stream(digits.train, 60, seed=3, start=2), 4)
+    shares = [take(data.batch_stream(digits.train, 60, seed=3, start=2, host=h, hosts=3), 4) for h in range(3)]
     for n, batch in enumerate(whole):
         for key, value in batch.items():
             assert (np.concatenate([share[n][key] for share in shares]) == value).all()
 
 
 def test_batches_are_what_the_step_takes(digits):
-    batch = next(data.batches(digits.train, 32, seed=0))
+    batch = next(data.batch_stream(digits.train, 32, seed=0))
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
         "image": ((32, 8, 8, 1), "float32"), "label": ((32,), "int32"), "index": ((32,), "uint32"),
     }  # fmt: skip
     assert (batch["image"].min(), batch["image"].max()) == (-1, 1)
-    assert "label" not in next(data.batches(digits.train, 32, seed=0, labels=False))
+    assert "label" not in next(data.batch_stream(digits.train, 32, seed=0, labels=False))
 
 
 @pytest.mark.parametrize(("batch", "multiple", "sizes"), [(64, 8, [64] * 4), (512, 8, [296]), (64, 1, [64] * 4)])
@@ -63,7 +63,7 @@ def test_held_out_batches_are_always_the_same(digits, batch, multiple, sizes):
 
 def test_a_batch_larger_than_the_data_is_named(digits):
     with pytest.raises(ValueError, match=naming("batch", 1600, 1500)):
-        data.batches(digits.train, 1600, seed=0)
+        data.batch_stream(digits.train, 1600, seed=0)
 
 
 class Counting:
@@ -84,11 +84,11 @@ class Counting:
 def test_a_host_reads_its_rows_and_no_others(hosts, monkeypatch):
     monkeypatch.setattr(data, "READ_AHEAD", 1)
     monkeypatch.setattr(data, "THREADS", 1)
-    whole = take(data.batches(Counting(240), 24, seed=1, start=3), 5)
+    whole = take(data.batch_stream(Counting(240), 24, seed=1, start=3), 5)
     read = []
     for host in range(hosts):
         source = Counting(240)
-        mine = take(data.batches(source, 24, seed=1, start=3, host=host, hosts=hosts), 5)
+        mine = take(data.batch_stream(source, 24, seed=1, start=3, host=host, hosts=hosts), 5)
         share = 24 // hosts
         rows = slice(host * share, (host + 1) * share)
         for batch, all_of_it in zip(mine, whole, strict=True):
@@ -109,7 +109,7 @@ def test_flips_are_of_the_seed_and_the_example_alone():
             return {"image": np.arange(8, dtype=np.uint8).reshape(1, 8, 1)}
 
     def stream(seed=5, flip=True, **options):
-        return data.batches(Ramp(400), 100, seed=seed, labels=False, flip=flip, **options)
+        return data.batch_stream(Ramp(400), 100, seed=seed, labels=False, flip=flip, **options)
 
     whole = flipped(take(stream(), 20))
     assert 0.45 < whole.mean() < 0.55  # 2000 draws: five standard deviations are 0.056
@@ -125,7 +125,7 @@ def test_flips_are_of_the_seed_and_the_example_alone():
 def test_the_stream_reads_ahead_of_who_takes_from_it():
     """While nothing is taken, a step's worth of batches is read: none holds up the step after it."""
     source = Counting(1000)
-    stream = data.batches(source, 10, seed=0)
+    stream = data.batch_stream(source, 10, seed=0)
     next(stream)
     until = time.monotonic() + 20
     while len(source.reads) < 10 * data.READ_AHEAD and time.monotonic() < until:
@@ -135,4 +135,4 @@ def test_the_stream_reads_ahead_of_who_takes_from_it():
 
 def test_hosts_that_cannot_share_a_batch_are_named(digits):
     with pytest.raises(ValueError, match=naming("batch", 64, 3)):
-        data.batches(digits.train, 64, seed=0, hosts=3)
+        data.batch_stream(digits.train, 64, seed=0, hosts=3)

@@ -18,19 +18,19 @@ from PIL import Image
 import sample
 import train
 from diffjax import demo, edit, evaluate, experiment, loss, pareto, plans, process, sampler, schedule, students, testing
-from diffjax.denoiser import clip, condition_on, from_network, guide
-from diffjax.experiment import Config, Data, Diffusion, Network, Train
+from diffjax.denoiser import clip, condition_on, from_network, classifier_free_guidance
+from diffjax.experiment import Config, Data, Diffusion, UNetConfig, Train
 from diffjax.interop import diffusers
 from diffjax.run import (
-    Description,
-    Generator,
+    ModelInfo,
+    Pipeline,
     Guidance,
-    Run,
-    check_whole,
+    TrainedModel,
+    require_undistilled,
     describe_weights,
-    doubts,
-    open_run,
-    usual_sampler,
+    distillation_warning,
+    load_model,
+    default_sampler,
 )
 from diffjax.schedule import Level
 from diffjax.training import distill, parallel
@@ -42,7 +42,7 @@ from diffjax.training.step import init_state, make_train_step, step_key
 
 def curved(x, level):
     """A teacher that is no straight line, neither in x nor in the level."""
-    return np.tanh(process.expand(1 + level.alpha, x) * x + process.expand(level.sigma, x) ** 2)
+    return np.tanh(process.append_dims(1 + level.alpha, x) * x + process.append_dims(level.sigma, x) ** 2)
 
 
 def at_row(rows, level):
@@ -61,17 +61,17 @@ def grids(draw, least=1, **kinds):
 @given(grids(least=2, exploding=True, terminal=True), st.integers(0, 99))
 def test_a_student_given_the_target_takes_one_step_where_its_teacher_takes_two(grid, seed):
     (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
-    rows = distill.halving(levels, steps)
+    rows = distill.halving_levels(levels, steps)
 
     def student(teacher):
-        return lambda x_t, level: distill.two_steps(teacher, x_t, *at_row(rows, level))
+        return lambda x_t, level: distill.progressive_target(teacher, x_t, *at_row(rows, level))
 
     testing.assert_halving(student, curved, levels, steps, x)
     # A level per image, as training has them, is no other arithmetic.
     n = min(3, steps)
-    together = distill.two_steps(curved, x[:n], *jax.tree.map(lambda leaf: leaf[:n], rows))
+    together = distill.progressive_target(curved, x[:n], *jax.tree.map(lambda leaf: leaf[:n], rows))
     for i in range(n):
-        alone = distill.two_steps(curved, x[i : i + 1], *at_row(rows, Level(rows[0].t[i], 0, 0)))
+        alone = distill.progressive_target(curved, x[i : i + 1], *at_row(rows, Level(rows[0].t[i], 0, 0)))
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -85,8 +85,8 @@ def test_the_whole_chain_of_perfect_students_is_the_teacher(name, emptied):
     end = testing.run_plan(curved, sampler.ddim(levels, schedule.trailing(levels, 64)), x)
     student = curved
     for steps in (32, 16, 8, 4, 2, 1):
-        rows = distill.halving(levels, steps)
-        student = lambda x_t, level, s=student, rows=rows: distill.two_steps(s, x_t, *at_row(rows, level))  # noqa: E731
+        rows = distill.halving_levels(levels, steps)
+        student = lambda x_t, level, s=student, rows=rows: distill.progressive_target(s, x_t, *at_row(rows, level))  # noqa: E731
         plan = sampler.ddim(levels, schedule.trailing(levels, steps))
         np.testing.assert_allclose(testing.run_plan(student, plan, x), end, rtol=0, atol=1e-9)
 
@@ -95,10 +95,10 @@ def test_the_whole_chain_of_perfect_students_is_the_teacher(name, emptied):
 @settings(max_examples=30)
 def test_where_the_path_ends_is_a_fixed_point_of_consistency(grid, seed):
     (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
-    rows = distill.successive(levels, steps)
+    rows = distill.adjacent_levels(levels, steps)
 
     def target(student, teacher):
-        return lambda x_t, level: distill.consistent(student, teacher, x_t, *at_row(rows, level))
+        return lambda x_t, level: distill.consistency_target(student, teacher, x_t, *at_row(rows, level))
 
     with jax.enable_x64(True):
         testing.assert_consistency(target, curved, levels, steps, x)
@@ -112,7 +112,7 @@ MEANS = np.array([-0.5, 0.5, 0.0])  # by label, the last for none
 
 def knowing(x, level, label):
     """The denoiser of Gaussian data whose mean is their label's."""
-    return testing.gaussian_denoiser(process.expand(jnp.asarray(MEANS)[label], x), 0.3)(x, level)
+    return testing.gaussian_denoiser(process.append_dims(jnp.asarray(MEANS)[label], x), 0.3)(x, level)
 
 
 def batch(indices):
@@ -123,23 +123,23 @@ def batch(indices):
 @pytest.mark.parametrize("prediction", ["v", "x0"])
 def test_the_student_that_says_guided_estimates_at_its_scale_has_no_loss(x64, prediction):
     """Told label and scale, x0_null + scale*(x0_label - x0_null); one of a fixed scale has a loss."""
-    said, rows, scales = process.PREDICTIONS[prediction], distill.everywhere(LEVELS), []
+    said, rows, scales = process.PREDICTIONS[prediction], distill.all_levels(LEVELS), []
 
     def network(guided, x, t, condition, keys):
         label, scale = condition
         level = jax.tree.map(lambda leaf: jnp.asarray(leaf)[jnp.asarray(t, int) + 1], LEVELS)
         null = knowing(x, level, jnp.full_like(label, 2))
-        weight = process.expand(scale[:, 0], x) if guided is None else guided
+        weight = process.append_dims(scale[:, 0], x) if guided is None else guided
         scales.append(np.asarray(scale))
         x0 = null + weight * (knowing(x, level, label) - null)
         return said.target(x0, process.eps_from_x0(x, x0, level), level)
 
     def target(condition, x_t, level):
         label, scale = condition
-        return guide(knowing, label, 2, scale[:, 0])(x_t, level)
+        return classifier_free_guidance(knowing, label, 2, scale[:, 0])(x_t, level)
 
     weights = loss.truncated_snr(LEVELS, said)[rows[0].t]
-    objective = distill.imitation(network, said, rows, weights, target, loss.uniform, largest=3.0)
+    objective = distill.distillation_loss(network, said, rows, weights, target, loss.uniform, largest=3.0)
     assert objective(None, batch(range(64)), jax.random.key(0)).max() < 1e-10  # squares of float32's rounding: tables
     assert objective(2.0, batch(range(64)), jax.random.key(0)).max() > 1e-3
     drawn = scales[0]
@@ -153,18 +153,18 @@ def test_the_student_that_says_guided_estimates_at_its_scale_has_no_loss(x64, pr
 
 def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_devices():
     """Consistency asks a copy of the student itself, which is held still."""
-    rows, said = distill.successive(LEVELS, 4), process.PREDICTIONS["v"]
+    rows, said = distill.adjacent_levels(LEVELS, 4), process.PREDICTIONS["v"]
     weights = loss.truncated_snr(LEVELS, said)[rows[0].t]
 
     def network(params, x, t, condition, keys=None):
-        return params["w"] * x + params["b"] * process.expand(t / 20, x)
+        return params["w"] * x + params["b"] * process.append_dims(t / 20, x)
 
     def objective(own, target_params):
         def target(condition, x_t, level, after):
             student = condition_on(from_network(network, target_params(own), said), condition)
-            return distill.consistent(student, lambda x, level: knowing(x, level, condition), x_t, level, after)
+            return distill.consistency_target(student, lambda x, level: knowing(x, level, condition), x_t, level, after)
 
-        return distill.imitation(network, said, rows, weights, target, loss.uniform)
+        return distill.distillation_loss(network, said, rows, weights, target, loss.uniform)
 
     params = {"w": jnp.float32(0.3), "b": jnp.float32(0.1)}
     images = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32 if leaf.dtype == np.float64 else leaf.dtype),
@@ -183,10 +183,10 @@ def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_d
 
     def taken(devices, mode):
         mesh = parallel.device_mesh(jax.devices()[:devices])
-        home = parallel.whole(parallel.home(mesh, mode))
+        home = parallel.replicated(parallel.state_mesh(mesh, mode))
         state = jax.device_put(init_state(params, optimizer), home)
-        run = parallel.over(mesh, mode, step, frozen=True)
-        return jax.device_get(run(state, parallel.place(mesh, mode, images), jax.device_put(params, home)))
+        run = parallel.parallelize(mesh, mode, step, frozen=True)
+        return jax.device_get(run(state, parallel.shard_batch(mesh, mode, images), jax.device_put(params, home)))
 
     expected = taken(1, "pmap")
     assert abs(expected[0].params["w"] - 0.3) > 1e-4
@@ -197,8 +197,8 @@ def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_d
 
 def test_weights_are_one_per_row():
     with pytest.raises(ValueError, match=naming(20, "weights", (3,))):
-        distill.imitation(
-            lambda *_: None, process.PREDICTIONS["v"], distill.everywhere(LEVELS), np.ones(3), lambda *_: None,
+        distill.distillation_loss(
+            lambda *_: None, process.PREDICTIONS["v"], distill.all_levels(LEVELS), np.ones(3), lambda *_: None,
             loss.uniform,
         )  # fmt: skip
 
@@ -206,7 +206,7 @@ def test_weights_are_one_per_row():
 # ---------------------------------------------------------------------------------------------- runs
 
 SHAPE, CLASSES = (8, 8, 1), 10
-NETWORK = Network(channels=4, norm_groups=1, multipliers=(1,), attention=(), heads=1)
+NETWORK = UNetConfig(channels=4, norm_groups=1, multipliers=(1,), attention=(), heads=1)
 TEACHER = Config(
     data=Data(name="digits"), network=NETWORK, diffusion=Diffusion(schedule="cosine", T=20),
     train=Train(batch=8, save_every=1, log_every=1),
@@ -223,7 +223,7 @@ def write_run(folder, config, classes=CLASSES, seed=0):
     )
     state = init_state(params, experiment.build_optimizer(config)[0])
     checkpoints = Checkpoints(folder)
-    checkpoints.save(state._replace(step=state.step + 3), Description(config, SHAPE, classes).to_dict())
+    checkpoints.save(state._replace(step=state.step + 3), ModelInfo(config, SHAPE, classes).to_dict())
     checkpoints.close()
     return folder
 
@@ -255,7 +255,7 @@ def runs(tmp_path_factory):
 
 def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
     """A pass of what will be told the scale is a pass of the teacher, to the rounding of float32."""
-    teacher, config = open_run(runs / "teacher"), student_of("guidance", 0, 3.0)
+    teacher, config = load_model(runs / "teacher"), student_of("guidance", 0, 3.0)
     training = students.build_training(config, SHAPE, CLASSES, teacher)
     params = training.init(jax.random.key(7), teacher.params).params
     x, t, label = jnp.ones((2, *SHAPE)), jnp.array([3, 12]), jnp.array([1, 7])
@@ -266,17 +266,17 @@ def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
     with pytest.raises(ValueError, match=naming(teacher.name, SHAPE, (8, 8, 3))):
         students.build_training(config, (8, 8, 3), CLASSES, teacher)
     with pytest.raises(ValueError, match=naming("a", (2,))):
-        distill.begun_from({"a": jnp.zeros(3)}, {"a": jnp.zeros(2)})
+        distill.init_from_teacher({"a": jnp.zeros(3)}, {"a": jnp.zeros(2)})
 
 
 @pytest.mark.parametrize(("method", "steps"), [("guidance", 0), ("progressive", 2), ("consistency", 4)])
 @pytest.mark.parametrize("told", [False, True])
 def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told):
     """Written out with the weights, levels and networks as they are, for a teacher of two passes and of one."""
-    teacher = open_run(runs / ("whole" if told else "teacher"))
+    teacher = load_model(runs / ("whole" if told else "teacher"))
     config, levels = student_of(method, steps, 3.0), teacher.schedule
     training = students.build_training(config, SHAPE, CLASSES, teacher)
-    own, averaged = (open_run(runs / name).params for name in ("two", "whole"))
+    own, averaged = (load_model(runs / name).params for name in ("two", "whole"))
     state = init_state(own, experiment.build_optimizer(config)[0])._replace(ema=(averaged,))
     images = np.random.default_rng(5).uniform(-1, 1, (16, *SHAPE)).astype(np.float32)
     batch = {"image": images, "label": np.arange(16) % 10, "index": np.arange(16, dtype=np.uint32)}
@@ -284,20 +284,20 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
     found = jax.jit(training.step)(state, batches, teacher.params)[1]["loss"][0]
 
     t, _ = levels_of(method, levels, steps)
-    drawn = loss.noised(batch, step_key(config.train.seed, 0), loss.uniform, (schedule.at(levels, np.sort(t)),))
+    drawn = loss.add_noise_to_batch(batch, step_key(config.train.seed, 0), loss.uniform, (schedule.at(levels, np.sort(t)),))
     scale = jax.vmap(lambda key: jax.random.uniform(key, (1,), minval=1.0, maxval=3.0))(drawn.for_condition)
 
     def says(network, params, x, level, *condition):
         """x0 of one network, of v."""
         output = network(params, x, level.t - 1, condition[0] if len(condition) == 1 else condition)
-        return process.expand(level.alpha, x) * x - process.expand(level.sigma, x) * output
+        return process.append_dims(level.alpha, x) * x - process.append_dims(level.sigma, x) * output
 
     def teaches(x, level):
         if told:
             return jnp.clip(says(teacher.network, teacher.params, x, level, batch["label"], scale), -1, 1)
         conditional = from_network(teacher.network, teacher.params, teacher.prediction)
         named, unnamed = (conditional(x, level, label) for label in (batch["label"], np.full(16, CLASSES)))
-        return jnp.clip(unnamed + process.expand(scale[:, 0], x) * (named - unnamed), -1, 1)
+        return jnp.clip(unnamed + process.append_dims(scale[:, 0], x) * (named - unnamed), -1, 1)
 
     def after(level, count):
         """The levels that many places further on the teacher's way."""
@@ -306,7 +306,7 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
         return schedule.at(levels, np.append(way, 0)[places])
 
     def moved(x, x0, level, to):
-        alpha, sigma, alpha_to, sigma_to = (process.expand(v, x) for v in (level.alpha, level.sigma, *to[1:]))
+        alpha, sigma, alpha_to, sigma_to = (process.append_dims(v, x) for v in (level.alpha, level.sigma, *to[1:]))
         return alpha_to * x0 + sigma_to * (x - alpha * x0) / sigma
 
     (level,), x = drawn.row, drawn.x_t
@@ -315,15 +315,15 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
         to = after(level, 1)
         there = moved(x, goal, level, to)
         own_words = jnp.clip(says(training.network, averaged, there, to, batch["label"], scale), -1, 1)
-        goal = jnp.where(process.expand(to.t, x) > 0, own_words, there)
+        goal = jnp.where(process.append_dims(to.t, x) > 0, own_words, there)
     elif method == "progressive":
         middle, to = after(level, 1), after(level, 2)
         x_m = moved(x, goal, level, middle)
         x_s = moved(x_m, teaches(x_m, middle), middle, to)
-        alpha, sigma, alpha_s, sigma_s = (process.expand(v, x) for v in (level.alpha, level.sigma, *to[1:]))
+        alpha, sigma, alpha_s, sigma_s = (process.append_dims(v, x) for v in (level.alpha, level.sigma, *to[1:]))
         goal = (x_s - sigma_s / sigma * x) / (alpha_s - sigma_s / sigma * alpha)
-    v = process.expand(level.alpha, x) * (x - process.expand(level.alpha, x) * goal) / process.expand(level.sigma, x)
-    v -= process.expand(level.sigma, x) * goal
+    v = process.append_dims(level.alpha, x) * (x - process.append_dims(level.alpha, x) * goal) / process.append_dims(level.sigma, x)
+    v -= process.append_dims(level.sigma, x) * goal
     snr = (level.alpha / level.sigma) ** 2
     weight = jnp.maximum(snr, 1) / (snr + 1)  # truncated SNR of x0, as it weighs v
     output = training.network(own, x, level.t - 1, (batch["label"], scale))
@@ -339,29 +339,29 @@ def levels_of(method, levels, steps):
 
 
 def test_a_student_is_sampled_as_it_was_distilled_with_its_scale_in_one_pass(runs):
-    run = open_run(runs / "two")
-    assert usual_sampler(run.description.config.distillation, run.schedule) == ("ddim", 2)
+    run = load_model(runs / "two")
+    assert default_sampler(run.description.config.distillation, run.schedule) == ("ddim", 2)
     plan, _ = plans.named("ddim", run.schedule, schedule.trailing(run.schedule, 2), "trailing")
     labels = np.array([3, 8], np.int32)
     made = [
-        Generator.of(run)(run.params, plan, labels, 2, guidance=Guidance(scale), seed=1, batch=8) for scale in (1.5, 3)
+        Pipeline.of(run)(run.params, plan, labels, 2, guidance=Guidance(scale), seed=1, batch=8) for scale in (1.5, 3)
     ]
     assert [m.nfe for m in made] == [2, 2]
     keys = sampler.image_keys(jax.random.key(1), np.arange(2))
     for scale, m in zip((1.5, 3), made, strict=True):
         conditional = from_network(run.network, run.params, run.prediction)
         denoise = clip(condition_on(conditional, (labels, jnp.full((2, 1), scale))))
-        expected = testing.run_plan(denoise, plan, sampler.start(plan, keys, SHAPE))
+        expected = testing.run_plan(denoise, plan, sampler.init_noise(plan, keys, SHAPE))
         np.testing.assert_allclose(m.x, expected, atol=1e-4)
     assert np.abs(made[0].x - made[1].x).max() > 1e-2
 
 
 def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
-    two, consistent, teacher = (open_run(runs / name) for name in ("two", "consistent", "teacher"))
+    two, consistent, teacher = (load_model(runs / name) for name in ("two", "consistent", "teacher"))
     levels = two.schedule
 
     def said(run, name, t, **dials):
-        return doubts(run, plans.named(name, levels, t, "trailing", **dials)[0])
+        return distillation_warning(run, plans.named(name, levels, t, "trailing", **dials)[0])
 
     right = schedule.trailing(levels, 2)
     assert said(two, "ddim", right) == said(two, "euler", right) == ""
@@ -381,7 +381,7 @@ def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
 
 
 def chain(runs, teacher="teacher", **options):
-    run = open_run(runs / teacher)
+    run = load_model(runs / teacher)
     given = students.Options(teacher, "", **{"start": 16, **options})
     return students.stages(students.defaults(given, run), run)
 
@@ -392,7 +392,7 @@ def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
     assert [stage.config.distillation.steps for stage in found] == [0, 8, 4, 2, 1]
     assert [stage.config.train.steps for stage in found] == [2000, 2000, 2000, 4000, 4000]
     for stage in found:
-        experiment.check(stage.config)
+        experiment.check_config(stage.config)
         assert (stage.config.diffusion.prediction, stage.config.distillation.guidance) == ("v", 2.0)
     assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance")] == ["any"]
     assert [stage.name for stage in chain(runs, "unlabelled", method="consistency")] == ["any", "consistency"]
@@ -402,9 +402,9 @@ def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
 
 
 def test_a_teacher_from_diffusers_does_not_tell_its_images(runs, tmp_path):
-    teacher = open_run(runs / "teacher")
+    teacher = load_model(runs / "teacher")
     diffusers.save(tmp_path / "theirs", *teacher.description, teacher.params, "ema", 3)
-    run = open_run(f"hf:{tmp_path / 'theirs'}")
+    run = load_model(f"hf:{tmp_path / 'theirs'}")
     options = students.defaults(students.Options("hf:theirs", "", guidance=2.0, start=16), run)
     with pytest.raises(ValueError, match=naming("hf:theirs")):
         students.stages(options, run)
@@ -417,14 +417,14 @@ def test_a_teacher_from_diffusers_does_not_tell_its_images(runs, tmp_path):
 
 
 def test_what_takes_a_whole_network_refuses_a_student(runs, tmp_path):
-    two, consistent, teacher = (open_run(runs / name) for name in ("two", "consistent", "teacher"))
-    check_whole(teacher)
+    two, consistent, teacher = (load_model(runs / name) for name in ("two", "consistent", "teacher"))
+    require_undistilled(teacher)
     for student in (two, consistent):
         with pytest.raises(ValueError, match=naming(student.name)):
-            check_whole(student)
+            require_undistilled(student)
     # What goes to diffusers and back knows its steps.
     diffusers.save(tmp_path / "few", *consistent.description, consistent.params, "ema", 3)
-    back = open_run(f"hf:{tmp_path / 'few'}")
+    back = load_model(f"hf:{tmp_path / 'few'}")
     assert back.description.config.distillation == consistent.description.config.distillation
     with pytest.raises(ValueError, match=naming("UNet2DModel", "guidance")):
         diffusers.save(tmp_path / "theirs", *two.description, two.params, "ema", 3)
@@ -488,8 +488,8 @@ def test_programs_that_need_every_level_say_so(runs, in_suite_data, capsys, main
 
 
 def test_programs_say_what_a_student_was_not_distilled_for(runs, in_suite_data, tmp_path, capsys):
-    two = open_run(runs / "two")
-    said = doubts(two, sampler.ddim(two.schedule, schedule.trailing(two.schedule, 3)))
+    two = load_model(runs / "two")
+    said = distillation_warning(two, sampler.ddim(two.schedule, schedule.trailing(two.schedule, 3)))
     assert re.search(naming("ddim", 2, "trailing"), said)
     few = ["--features", "pixels", "--num", "40", "--batch", "8"]
     for steps, told in (("2", 0), ("3", 1)):
@@ -504,28 +504,28 @@ def test_programs_say_what_a_student_was_not_distilled_for(runs, in_suite_data, 
 def test_a_sweep_takes_students_as_they_were_made(runs):
     names = ("teacher", "two", "consistent")
     options = pareto.Options(names, steps="2,20", samplers=None)
-    alone = pareto.combine(options, [open_run(runs / name) for name in names[1:]])
+    alone = pareto.combine(options, [load_model(runs / name) for name in names[1:]])
     assert [(c.run.name.split("/")[1], c.sampler, c.plan.steps, c.scale) for c in alone] == [
         ("two", "ddim(eta=0, trailing)", 2, 1.0), ("consistent", "consistency(trailing)", 2, 1.0),
         ("two", "ddim(eta=0, trailing)", 2, 3.0),
     ]  # fmt: skip
-    asked = pareto.combine(dataclasses.replace(options, samplers="ddim"), [open_run(runs / name) for name in names])
-    assert {(c.run.name, c.plan.steps) for c in asked} == {(open_run(runs / n).name, k) for n in names for k in (2, 20)}
+    asked = pareto.combine(dataclasses.replace(options, samplers="ddim"), [load_model(runs / name) for name in names])
+    assert {(c.run.name, c.plan.steps) for c in asked} == {(load_model(runs / n).name, k) for n in names for k in (2, 20)}
 
 
 def test_the_usual_plan_of_a_student_raises_no_doubt():
     levels = schedule.linear(1000)
     for method, steps in itertools.product(("progressive", "consistency"), range(1, 65)):
         config = student_of(method, steps)
-        name, many = usual_sampler(config.distillation, levels)
+        name, many = default_sampler(config.distillation, levels)
         run = open_fake(config, levels)
-        assert doubts(run, plans.named(name, levels, schedule.trailing(levels, many), "trailing")[0]) == ""
+        assert distillation_warning(run, plans.named(name, levels, schedule.trailing(levels, many), "trailing")[0]) == ""
 
 
 def open_fake(config, levels):
     """A run without a network, of which only the task and the schedule are asked."""
-    return Run(
-        "", Description(config, SHAPE, CLASSES), lambda *_: None, None, process.PREDICTIONS["v"], levels, "ema", 3
+    return TrainedModel(
+        "", ModelInfo(config, SHAPE, CLASSES), lambda *_: None, None, process.PREDICTIONS["v"], levels, "ema", 3
     )
 
 
@@ -550,13 +550,13 @@ def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, progra
     assert not re.search(of_steps(killed / "any", 0, 6), out)
     assert re.search(rf"{re.escape(str(killed / 'any'))}\D+\b6\b", out)
     assert int(re.search(of_steps(killed / "2", r"(\d+)", 12), out)[1]) >= 3
-    taught = [open_run(whole / name).description.config.distillation.teacher for name in ("2", "1")]
-    assert taught == [f"{run.name}, {describe_weights(run)}" for run in map(open_run, (whole / "any", whole / "2"))]
+    taught = [load_model(whole / name).description.config.distillation.teacher for name in ("2", "1")]
+    assert taught == [f"{run.name}, {describe_weights(run)}" for run in map(load_model, (whole / "any", whole / "2"))]
     for name in ("any", "2", "1"):
         for weights in ("raw", "ema"):
-            pair = [open_run(folder / name, weights=weights).params for folder in (whole, killed)]
+            pair = [load_model(folder / name, weights=weights).params for folder in (whole, killed)]
             jax.tree.map(np.testing.assert_array_equal, *pair)
-    before, after = (open_run(whole / name).params for name in ("2", "1"))
+    before, after = (load_model(whole / name).params for name in ("2", "1"))
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     # Another chain does not go on there.
     command = f"distill --teacher {runs / 'teacher'} --start 4 --guidance 3 --train.steps 6 --workdir {whole}"
@@ -565,10 +565,10 @@ def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, progra
 
 def test_a_student_does_not_go_on_with_another_teacher(runs):
     """One that has learned more since, or stands in its place."""
-    first, second = (open_run(runs / name) for name in ("teacher", "undropped"))
+    first, second = (load_model(runs / name) for name in ("teacher", "undropped"))
     config = student_of("progressive", 2)
     ours = students.taught(config, first)
-    assert experiment.check_resume(ours, students.taught(config, open_run(runs / "teacher"))) == []
+    assert experiment.check_resume(ours, students.taught(config, load_model(runs / "teacher"))) == []
     more = first._replace(params=jax.tree.map(lambda leaf: leaf + 1, first.params))
     for other in (second, more, first._replace(step=4)):
         theirs = students.taught(config, other)
@@ -589,7 +589,7 @@ def test_two_processes_of_four_devices_distill_what_one_of_eight_does(runs, prog
     assert "8 x cpu" in told[0][0]
     train.main([*map(str, options), "--workdir", str(tmp_path / "one")])
     for name in ("any", "consistency"):
-        one, two = (open_run(tmp_path / folder / name, weights="raw").params for folder in ("one", "two"))
+        one, two = (load_model(tmp_path / folder / name, weights="raw").params for folder in ("one", "two"))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
         pictures = [Image.open(tmp_path / folder / name / "previews" / "0000002.png") for folder in ("one", "two")]
         assert np.abs(np.subtract(*(np.asarray(picture, int) for picture in pictures))).max() <= 2

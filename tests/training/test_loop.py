@@ -8,7 +8,7 @@ import pytest
 from helpers import naming
 from tensorboardX.proto import event_pb2
 
-from diffjax.training.loop import Every, MetricsFile, TensorBoard, fit
+from diffjax.training.loop import PeriodicAction, JsonlWriter, TensorBoard, fit
 from diffjax.training.step import TrainState
 
 
@@ -27,7 +27,7 @@ def state(step=0):
 @pytest.mark.parametrize("per_dispatch", [1, 2, 5, 100])
 def test_every_step_is_logged_with_its_own_metrics_and_actions_follow(per_dispatch):
     seen = []
-    every = tuple(Every(n, lambda s, n=n: seen.append((f"every {n}", int(s.step)))) for n in (3, 4, 0))
+    every = tuple(PeriodicAction(n, lambda s, n=n: seen.append((f"every {n}", int(s.step)))) for n in (3, 4, 0))
     log = lambda step, **metrics: seen.append((float(metrics["loss"]), step))  # noqa: E731
     end = fit(count, state(2), itertools.count(3), 10, log, 1, every, per_dispatch=per_dispatch)
     assert int(end.step) == 10
@@ -50,11 +50,11 @@ def test_skipped_steps_in_a_row_stop_the_training(per_dispatch):
 
 def test_metrics_beyond_the_checkpoint_and_lines_cut_short_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
+    metrics = JsonlWriter(path, 0)
     for step in (1, 2, 3):
         metrics.write(step, loss=jnp.float32(step))
     path.write_text(path.read_text() + '{"step": 4, "lo')
-    MetricsFile(path, 2).write(3, loss=9, empty=float("nan"))
+    JsonlWriter(path, 2).write(3, loss=9, empty=float("nan"))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0, "empty": None}]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -275,17 +275,17 @@ def test_images_are_padded_with_black_cut_and_made_grey(tmp_path):
     images = np.random.default_rng(0).integers(1, 256, (10, 28, 28, 3), np.uint8)
     np.savez(tmp_path / "a.npz", x=images)
     found = sources.load_npz(tmp_path / "a.npz")
-    padded = sources.fitted(found, pad=2)
+    padded = sources.preprocess(found, pad=2)
     assert padded.image_shape == (32, 32, 3)
     made = padded.train[3]["image"]
     assert (made[2:30, 2:30] == images[3]).all()
     assert made.astype(int).sum() == images[3].astype(int).sum()
-    small = sources.fitted(found, size=14, pad=1, grey=True)
+    small = sources.preprocess(found, size=14, pad=1, grey=True)
     assert small.image_shape == (16, 16, 1)
     made, grey = small.train[3]["image"], images[3] @ np.array([0.299, 0.587, 0.114])
     blocks = grey.reshape(14, 2, 14, 2).mean((1, 3))
     assert np.abs(made[1:15, 1:15, 0] - blocks).max() < 1.5  # each of two roundings to 8 bits
-    assert sources.fitted(found) is found
+    assert sources.preprocess(found) is found
 
 
 class Sizes(tfds.core.GeneratorBasedBuilder):

@@ -11,7 +11,7 @@ from helpers import naming
 from diffjax import loss, process, schedule
 from diffjax.models.unet import UNet
 from diffjax.training import parallel
-from diffjax.training.step import QUARTERS, ema_decay, init_state, make_eval_step, make_train_step, several, step_key
+from diffjax.training.step import QUARTERS, ema_decay, init_state, make_eval_step, make_train_step, multi_step, step_key
 
 UNET = UNet(channels=4, out_channels=1, multipliers=(1,), blocks=1, num_classes=3, dropout=0.1)
 
@@ -37,7 +37,7 @@ SMALL, WHOLE = (small, small_params), (UNET.apply, unet_params)
 
 
 def objective(network=small):
-    return loss.denoising(network, process.PREDICTIONS["eps"], schedule.linear(100), null=3, drop_rate=0.2)
+    return loss.denoising_loss(network, process.PREDICTIONS["eps"], schedule.linear(100), null=3, drop_rate=0.2)
 
 
 def batch(n, size=16):
@@ -52,12 +52,12 @@ SGD = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.3))
 
 def train(devices, mode="pmap", net=SMALL, steps=20, per_dispatch=1, **options):
     mesh, (network, params) = parallel.device_mesh(jax.devices()[:devices]), net
-    train_step = several(make_train_step(objective(network), SGD, (0.9,), seed=5, **options))
-    step = parallel.over(mesh, mode, train_step, axis=1, donate=True)
-    state = jax.device_put(init_state(params(), SGD), parallel.whole(parallel.home(mesh, mode)))
+    train_step = multi_step(make_train_step(objective(network), SGD, (0.9,), seed=5, **options))
+    step = parallel.parallelize(mesh, mode, train_step, axis=1, donate=True)
+    state = jax.device_put(init_state(params(), SGD), parallel.replicated(parallel.state_mesh(mesh, mode)))
     for first in range(0, steps, per_dispatch):
         together = jax.tree.map(lambda *leaves: np.stack(leaves), *map(batch, range(first, first + per_dispatch)))
-        shares = parallel.place(mesh, mode, together, axis=1)
+        shares = parallel.shard_batch(mesh, mode, together, axis=1)
         if (first, devices) == (0, 4):  # the state is reused in place, every byte of it: no second copy
             size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
             assert step.lower(state, shares).compile().memory_analysis().alias_size_in_bytes == size
@@ -120,7 +120,7 @@ def test_a_step_without_a_sound_gradient_counts_and_changes_nothing_else():
     """Adam, so that there is a state that could be spoilt."""
     adam = optax.adam(0.1)
     step = jax.jit(
-        several(make_train_step(lambda p, b, key: jnp.log(p * b["image"]), adam, (0.9,), 0, rate=lambda n: n))
+        multi_step(make_train_step(lambda p, b, key: jnp.log(p * b["image"]), adam, (0.9,), 0, rate=lambda n: n))
     )
     images = jnp.array([2.0, 0.0, -1.0, jnp.inf, 3.0])[:, None]  # log: sound, -inf, nan, inf, sound
     state, metrics = step(init_state(jnp.float32(1.0), adam), {"image": images})
@@ -138,10 +138,10 @@ def test_a_step_without_a_sound_gradient_counts_and_changes_nothing_else():
 def test_the_loss_is_told_by_quarters_of_the_levels(accumulate):
     """A loss that is t itself: its mean is the mean of the four, weighted by how many there are."""
     T, index = 100, jnp.arange(64, dtype=jnp.uint32)
-    draw = lambda key, index: loss.drawn(loss.uniform, key, index, T)  # noqa: E731
+    draw = lambda key, index: loss.sample_t(loss.uniform, key, index, T)  # noqa: E731
     step = make_train_step(
         lambda p, b, key: p + draw(key, b["index"]).astype(jnp.float32), optax.sgd(0.1), (0.9,), 3,
-        accumulate=accumulate, quarters=loss.quarters(loss.uniform, T),
+        accumulate=accumulate, quarters=loss.t_quartile(loss.uniform, T),
     )  # fmt: skip
     _, metrics = jax.jit(step)(init_state(jnp.float32(0.0), optax.sgd(0.1)), {"index": index})
     t = np.asarray(draw(step_key(3, 0), index))
@@ -168,8 +168,8 @@ def test_keys_differ_by_seed_step_and_example():
 @pytest.mark.parametrize("mode", typing.get_args(parallel.Mode))
 def test_evaluation_draws_the_same_every_time(mode):
     mesh = parallel.device_mesh()
-    step = parallel.over(mesh, mode, make_eval_step(objective(), seed=1))
-    losses = [float(step(small_params(), parallel.place(mesh, mode, batch(0)))) for _ in range(2)]
+    step = parallel.parallelize(mesh, mode, make_eval_step(objective(), seed=1))
+    losses = [float(step(small_params(), parallel.shard_batch(mesh, mode, batch(0)))) for _ in range(2)]
     assert losses[0] == losses[1] > 0
 
 
