@@ -1,6 +1,6 @@
 """CIFAR-10, unconditional, by DDPM's recipe: 35,746,307 parameters.
 
-    python train.py cifar10 --workdir runs/cifar10
+    diffjax train cifar10 --workdir runs/cifar10
 
 Hardware: a TPU pod slice or several GPUs; DDPM trained 800,000 steps of 128 images on a TPU v3-8 in 10.6 hours
 (arXiv:2006.11239, appendix B). `--dry-run v5e:2x2` tells what a step takes on four chips.
@@ -8,7 +8,7 @@ Expected: published are FID 3.17 and inception score 9.46 (arXiv:2006.11239, tab
 with diffjax yet.
 """
 
-from diffjax.experiment import Config, Data, UNetConfig, Train
+from diffjax.config import Config, Data, Train, UNetConfig
 
 config = Config(
     data=Data(name="cifar10", labels=False, flip=True),

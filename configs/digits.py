@@ -1,13 +1,13 @@
 """scikit-learn's 8x8 handwritten digits, class-conditional.
 
-    python train.py digits --workdir runs/digits
+    diffjax train digits --workdir runs/digits
 
 Hardware: two CPU cores, about three minutes.
 Expected: a held-out loss near 0.08; of 500 samples (DDIM, 50 steps, guidance scale 2) at least 97% are recognised as
 their label by a support vector machine trained on the real digits (`make demo` prints it).
 """
 
-from diffjax.experiment import Config, Data, UNetConfig, Train
+from diffjax.config import Config, Data, Train, UNetConfig
 
 config = Config(
     data=Data(name="digits"),

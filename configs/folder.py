@@ -1,14 +1,14 @@
 """A folder of your images at 64x64: PNG, JPEG or WebP, its sub-folders the classes.
 
-    python train.py folder --data.path images --workdir runs/mine
-    python train.py folder --data.path images --data.no-labels --workdir runs/mine
+    diffjax train folder --data.path images --workdir runs/mine
+    diffjax train folder --data.path images --data.no-labels --workdir runs/mine
 
 The second is for a folder without sub-folders, or to train without the classes that it has.
 Hardware: one GPU, or several; `--network.channels`, `--data.size` and `--train.batch` are what to change first.
 Expected: no figure, the images being yours. DDPM's recipe at this size (arXiv:2006.11239, appendix B) is its start.
 """
 
-from diffjax.experiment import Config, Data, UNetConfig, Train
+from diffjax.config import Config, Data, Train, UNetConfig
 
 config = Config(
     data=Data(source="folder", path="images", size=64, flip=True),

@@ -1,6 +1,6 @@
 """ImageNet at 64x64, class-conditional, with ADM's network: 296 M parameters, bfloat16.
 
-    python train.py imagenet64 --workdir runs/imagenet64
+    diffjax train imagenet64 --workdir runs/imagenet64
 
 Hardware: a TPU pod; ADM trained 540,000 steps of 2048 images (arXiv:2105.05233, table 11). `--dry-run v5e:16x16` tells
 what a step takes on 256 chips.
@@ -8,7 +8,7 @@ Expected: published is FID 2.07 in 250 steps (arXiv:2105.05233, table 4), with a
 not train. This run has not been repeated with diffjax yet. The labels withheld here, for guidance, are not in ADM.
 """
 
-from diffjax.experiment import Config, Data, Diffusion, UNetConfig, Train
+from diffjax.config import Config, Data, Diffusion, Train, UNetConfig
 
 config = Config(
     data=Data(name="imagenet_resized/64x64", flip=True),

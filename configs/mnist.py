@@ -1,12 +1,12 @@
 """MNIST, class-conditional; 28x28 is padded to 32x32. For CPUs there is `mnist_small`.
 
-    python train.py mnist --workdir runs/mnist
+    diffjax train mnist --workdir runs/mnist
 
 Hardware: one GPU, or a TPU core.
 Expected: not measured yet. The images are those of http://yann.lecun.com/exdb/mnist, as tensorflow-datasets has them.
 """
 
-from diffjax.experiment import Config, Data, UNetConfig, Train
+from diffjax.config import Config, Data, Train, UNetConfig
 
 config = Config(
     data=Data(name="mnist", pad=2),

@@ -1,7 +1,7 @@
 """MNIST, class-conditional, with a network of less than a million parameters; 28x28 is padded to 32x32.
 
-    python train.py mnist_small --workdir runs/mnist-small
-    python train.py mnist_small --data.source npz --data.path mnist.npz --workdir runs/mnist-small
+    diffjax train mnist_small --workdir runs/mnist-small
+    diffjax train mnist_small --data.source npz --data.path mnist.npz --workdir runs/mnist-small
 
 The second reads an .npz file (x uint8 [N, 28, 28], y) in place of tensorflow-datasets' copy.
 Hardware: two CPU cores, which take 0.75 to 0.9 seconds a step: 45 to 52 minutes.
@@ -9,7 +9,7 @@ Expected: clear digits. Of 500 by DDIM in 50 steps, guided at scale 2, a small n
 ones reads 99.8% as their label (`make mnist`, README).
 """
 
-from diffjax.experiment import Config, Data, UNetConfig, Train
+from diffjax.config import Config, Data, Train, UNetConfig
 
 config = Config(
     data=Data(name="mnist", pad=2),

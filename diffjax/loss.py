@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from diffjax.denoiser import Condition
-from diffjax.process import Prediction, check_prediction, append_dims, q_sample
+from diffjax.process import Prediction, append_dims, check_prediction, q_sample
 from diffjax.schedule import Level, Schedule, at, length, logsnr
 
 Objective = Callable[[Any, Any, Array], Array]  # (params, batch, key of the step) -> loss per example [B]

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from diffjax.denoiser import Denoiser, Network
-from diffjax.process import eps_from_x0, append_dims, q_posterior, q_sample, sqrt_snr_ratio
+from diffjax.process import append_dims, eps_from_x0, q_posterior, q_sample, sqrt_snr_ratio
 from diffjax.schedule import Level, Schedule, at, check_levels, check_variance_preserving, logsnr
 
 # ---------------------------------------------------------------------------------------------- the equations
@@ -124,7 +124,9 @@ def ddpm(schedule: Schedule, t: Any, std: Std = fixed_small) -> Plan:
     """
     if std is not fixed_small:
         check_variance_preserving(schedule, "a larger variance than fixed_small")
-    return _plan_from_step(lambda x_t, x0, level_t, level_s, z: ddpm_step(x_t, x0, level_t, level_s, z, std), schedule, t)
+    return _plan_from_step(
+        lambda x_t, x0, level_t, level_s, z: ddpm_step(x_t, x0, level_t, level_s, z, std), schedule, t
+    )
 
 
 def sigma_hat(schedule: Schedule, t: Any) -> Plan:
@@ -137,7 +139,9 @@ def ddim(schedule: Schedule, t: Any, eta: float = 0.0) -> Plan:
     paper. ValueError for other levels or another eta.
     """
     check_eta(eta)
-    return _plan_from_step(lambda x_t, x0, level_t, level_s, z: ddim_step(x_t, x0, level_t, level_s, eta, z), schedule, t)
+    return _plan_from_step(
+        lambda x_t, x0, level_t, level_s, z: ddim_step(x_t, x0, level_t, level_s, eta, z), schedule, t
+    )
 
 
 def euler(schedule: Schedule, t: Any) -> Plan:

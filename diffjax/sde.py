@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.process import eps_from_x0, append_dims, score_from_eps
+from diffjax.process import append_dims, eps_from_x0, score_from_eps
 from diffjax.schedule import Level, Schedule, check_variance_preserving, logsnr
 
 

@@ -47,7 +47,9 @@ def test_a_linen_network_of_twenty_lines_is_trained_and_sampled():
 
     params = module.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), labels[:1])
     optimizer = optax.adam(3e-3)
-    step = jax.jit(make_train_step(loss.denoising_loss(network, EPS, LEVELS), optimizer, (0.99,), seed=0), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(loss.denoising_loss(network, EPS, LEVELS), optimizer, (0.99,), seed=0), donate_argnums=0
+    )
     state, losses, r = init_state(params, optimizer), [], np.random.default_rng(0)
     for n in range(400):
         image = (labels[:, None, None, None] - 0.5) + 0.1 * r.normal(size=(256, *SHAPE)).astype(np.float32)

@@ -102,7 +102,8 @@ def test_each_image_may_have_its_own_scale():
 def test_two_passes_are_one(scale, rescale, seed):
     x, labels, level = inputs(seed)
     one, two = (
-        denoiser.classifier_free_guidance(conditional("v"), labels, NULL, scale, rescale, passes)(x, level) for passes in (False, True)
+        denoiser.classifier_free_guidance(conditional("v"), labels, NULL, scale, rescale, passes)(x, level)
+        for passes in (False, True)
     )
     np.testing.assert_allclose(two, one, atol=1e-5 * (1 + scale))
 
@@ -199,7 +200,9 @@ def test_the_order_of_pairs_does_not_matter():
     turned = denoiser.classifier_free_guidance(conditional(), nulls, labels, 1 - 3.0)(x, level)
     np.testing.assert_allclose(turned, guided, atol=1e-10)
     order = jnp.array([3, 1, 5, 0, 2, 4])
-    np.testing.assert_allclose(denoiser.classifier_free_guidance(conditional(), labels[order], NULL, 3.0)(x[order], level), guided[order])
+    np.testing.assert_allclose(
+        denoiser.classifier_free_guidance(conditional(), labels[order], NULL, 3.0)(x[order], level), guided[order]
+    )
 
 
 def test_a_guided_denoiser_obeys_the_laws_of_denoisers():
@@ -231,7 +234,7 @@ def test_a_denoiser_that_breaks_a_law_is_told(broken, words):
 
 def test_a_network_with_learned_variance_is_named():
     denoise = denoiser.from_network(lambda p, x, t, c: jnp.concatenate([x, x], -1), None, process.PREDICTIONS["eps"])
-    with pytest.raises(ValueError, match=naming("(2, 4, 4, 6)", "(2, 4, 4, 3)", "fixed_variance")):
+    with pytest.raises(ValueError, match=naming("(2, 4, 4, 6)", "(2, 4, 4, 3)", "drop_learned_variance")):
         jax.eval_shape(denoiser.condition_on(denoise, None), jnp.zeros((2, 4, 4, 3)), schedule.at(LEVELS, 5))
 
 
@@ -278,7 +281,9 @@ def test_guidance_outside_its_interval_is_told():
     x, labels, _ = inputs()
     plain = denoiser.condition_on(conditional("v"), labels)
     with pytest.raises(AssertionError, match=naming("sigma/alpha")):
-        assert_interval(denoiser.classifier_free_guidance(conditional("v"), labels, NULL, 3.0), plain, x, LEVELS, 0.5, 2.0)
+        assert_interval(
+            denoiser.classifier_free_guidance(conditional("v"), labels, NULL, 3.0), plain, x, LEVELS, 0.5, 2.0
+        )
     with pytest.raises(AssertionError):  # outside, the two are one
         assert_interval(plain, plain, x, LEVELS, 0.5, 2.0)
 

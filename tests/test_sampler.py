@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from diffjax import denoiser, process, sampler, schedule, solvers
-from diffjax.models.unet import UNet
+from diffjax.devices import parallel
+from diffjax.nn.unet import UNet
 from diffjax.schedule import Level
 from diffjax.testing import (
     CHURNING,
@@ -28,7 +29,6 @@ from diffjax.testing import (
     schedules,
     visits,
 )
-from diffjax.training import parallel
 
 ETAS = st.floats(0, 1)
 
@@ -558,7 +558,10 @@ def test_half_precision_noise_is_sampled_from_in_float32(dtype, eta):
     plan, n = ddim_plan(1000, eta), 20_000
     keys = sampler.image_keys(jax.random.key(0), np.arange(n))
     made = sampler.sample(
-        jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.3, 0.5))), plan, sampler.init_noise(plan, keys, (), dtype), keys
+        jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.3, 0.5))),
+        plan,
+        sampler.init_noise(plan, keys, (), dtype),
+        keys,
     )
     assert made.dtype == jnp.float32
     mean, variance = moments(plan, gaussian_denoiser(0.3, 0.5), 0.0, 1.0)

@@ -1,1 +1,1 @@
-"""What things cost: `python -m diffjax.bench`."""
+"""What `diffjax bench` measures."""

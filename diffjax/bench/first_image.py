@@ -33,15 +33,15 @@ def measure(name: str) -> list[dict[str, float]]:
 
 
 def _write_run(name: str, workdir: Path) -> None:
-    from diffjax import experiment
     from diffjax.bench.subject import subject
-    from diffjax.run import ModelInfo
-    from diffjax.training.checkpoint import Checkpoints
+    from diffjax.build import build_optimizer
+    from diffjax.checkpoint import Checkpoints
+    from diffjax.inference.pipeline import ModelInfo
     from diffjax.training.step import init_state
 
     it = subject(name)
     checkpoints = Checkpoints(workdir)
-    state = init_state(it.params, experiment.build_optimizer(it.config)[0])
+    state = init_state(it.params, build_optimizer(it.config)[0])
     checkpoints.save(state, ModelInfo(it.config, it.image_shape, it.classes).to_dict())
     checkpoints.close()
 
@@ -52,14 +52,14 @@ def _measure_here(run: str) -> dict[str, float]:
     def done() -> None:
         times.append(time.perf_counter())
 
-    from diffjax import cpu
+    from diffjax.devices import cpu
 
     cpu.tune()
     import jax
     import numpy as np
 
     from diffjax import denoiser, sampler, schedule
-    from diffjax.run import load_model
+    from diffjax.inference.pipeline import load_model
 
     done()
     opened = load_model(run)

@@ -13,7 +13,7 @@ from diffjax import denoiser, sampler, schedule
 from diffjax.bench.subject import subject
 from diffjax.bench.timing import compare, context
 from diffjax.denoiser import ConditionalDenoiser, Denoiser, Network
-from diffjax.run import count_parameters
+from diffjax.inference.pipeline import count_parameters
 
 Build = Callable[[Network], Denoiser]
 
@@ -34,7 +34,9 @@ def bench_guidance(pairs: int) -> str:
         return denoiser.condition_on(conditional(network, params), labels)
 
     def guided(scale: Any = 2.0, null: Any = null, rescale: float = 0.0, two_passes: bool = False) -> Build:
-        return lambda network: denoiser.classifier_free_guidance(conditional(network, params), labels, null, scale, rescale, two_passes)
+        return lambda network: denoiser.classifier_free_guidance(
+            conditional(network, params), labels, null, scale, rescale, two_passes
+        )
 
     def autoguided(network: Network) -> Denoiser:
         return denoiser.autoguidance(plain(network), denoiser.condition_on(conditional(network, worse), labels), 2.0)
@@ -49,7 +51,10 @@ def bench_guidance(pairs: int) -> str:
         f"scale 2 in sigma/alpha 0.3..5 ({inside.sum()} of {plan.steps} rows)": (guided(), inside),
         "scale 2, rescaled 0.7": (guided(rescale=0.7), everywhere),
         "scale 2, away from another label": (guided(null=(labels + 1) % 10), everywhere),
-        "scale 2, thresholded 0.995": (lambda network: denoiser.dynamic_threshold(guided()(network), 0.995), everywhere),
+        "scale 2, thresholded 0.995": (
+            lambda network: denoiser.dynamic_threshold(guided()(network), 0.995),
+            everywhere,
+        ),
         "autoguidance 2, same size": (autoguided, everywhere),
     }
 

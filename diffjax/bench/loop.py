@@ -12,10 +12,11 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from diffjax import denoiser, plans, sampler, schedule
+from diffjax import denoiser, sampler, schedule
 from diffjax.bench.subject import subject
 from diffjax.bench.timing import Compared, compare, context
-from diffjax.run import count_parameters
+from diffjax.inference import samplers
+from diffjax.inference.pipeline import count_parameters
 from diffjax.sampler import Carry, Plan
 from diffjax.schedule import Level
 
@@ -107,6 +108,6 @@ def sweep() -> int:
     run, levels = jax.jit(partial(sampler.scan_plan, denoise)), schedule.linear(1000)
     keys = sampler.image_keys(jax.random.key(0), np.arange(4))
     for name, steps in SWEEP:
-        plan, _ = plans.named(name, levels, schedule.trailing(levels, steps), "trailing")
+        plan, _ = samplers.named(name, levels, schedule.trailing(levels, steps), "trailing")
         sampler.sample(run, plan, sampler.init_noise(plan, keys, (8, 8, 1)), keys)
     return traced

@@ -14,13 +14,14 @@ from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
-from diffjax import denoiser, experiment, sampler, schedule
+from diffjax import denoiser, sampler, schedule
 from diffjax.bench.peers import Peer, available, versions
 from diffjax.bench.subject import Subject, subject
 from diffjax.bench.timing import BLOCK, in_turns
-from diffjax.evaluation.record import TimingRow
-from diffjax.run import count_parameters, describe_devices
+from diffjax.evaluation.results import TimingRow
+from diffjax.inference.pipeline import count_parameters, describe_devices
 from diffjax.sampler import Carry, Plan
+from diffjax.training.setup import build_training
 
 SCALE = 2.0  # of guidance
 DISPATCHED = 10  # training steps in one dispatch
@@ -157,7 +158,7 @@ def backward(it: Subject, case: Case) -> list[Way]:
 
 def train(it: Subject, case: Case) -> list[Way]:
     """A training step by itself, and as one of DISPATCHED in one dispatch."""
-    training = experiment.build_training(it.config, it.image_shape, it.classes)
+    training = build_training(it.config, it.image_shape, it.classes)
     batch = {"image": it.images(case.batch), "index": jnp.arange(case.batch, dtype=jnp.uint32)}
     batch |= {"label": it.labels(case.batch)} if it.classes else {}
 
@@ -191,7 +192,9 @@ def ddim(it: Subject, case: Case, scale: float | None = None) -> list[Way]:
             if scale is None or labels is None:
                 denoise = denoiser.condition_on(conditional, labels)
             else:
-                denoise = denoiser.classifier_free_guidance(conditional, labels, it.classes, scale, two_passes=two_passes)
+                denoise = denoiser.classifier_free_guidance(
+                    conditional, labels, it.classes, scale, two_passes=two_passes
+                )
             return sampler.scan_plan(denoiser.clip(denoise), rows, carry, keys)
 
         program = compiled(run, it.params, labels, scale, rows, carry, keys)

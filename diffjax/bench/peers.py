@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from diffjax.experiment import Config
-from diffjax.interop import diffusers
+from diffjax.config import Config
+from diffjax.interop import unet2d
 
 
 def available() -> bool:
@@ -40,7 +40,7 @@ class Peer:
         theirs.utils.logging.set_verbosity_error()
         torch.set_num_threads(os.cpu_count() or 1)
         with tempfile.TemporaryDirectory() as folder:
-            diffusers.save(Path(folder), config, image_shape, classes, params, "raw", 0)
+            unet2d.save(Path(folder), config, image_shape, classes, params, "raw", 0)
             self.model: Any = theirs.UNet2DModel.from_pretrained(folder)
             self.scheduler: Any = theirs.DDPMScheduler.from_pretrained(folder)
         self._image_shape, self._classes = image_shape, classes

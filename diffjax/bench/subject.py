@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffjax import experiment
+from diffjax.build import build_network, build_prediction, build_schedule, build_unet, init_params
+from diffjax.config import Config, load_config
 from diffjax.denoiser import Network
-from diffjax.experiment import Config
 from diffjax.process import Prediction
 from diffjax.schedule import Schedule
 
@@ -44,14 +44,14 @@ def subject(name: str, dtype: Literal["float32", "bfloat16"] | None = None) -> S
     """The network of a configuration, computing in `dtype` if it is named. Its parameters are those of the start and a
     little noise: layers that start at zero would be all zero.
     """
-    config = experiment.load_config(name)
+    config = load_config(name)
     if dtype is not None:
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, dtype=dtype))
     image_shape, classes = SHAPES[name]
-    unet, r = experiment.build_unet(config, image_shape, classes), np.random.default_rng(0)
-    params = experiment.init_params(unet, image_shape, jax.random.key(0))
+    unet, r = build_unet(config, image_shape, classes), np.random.default_rng(0)
+    params = init_params(unet, image_shape, jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf + 0.02 * jnp.asarray(r.normal(size=leaf.shape), leaf.dtype), params)
     return Subject(
-        name, config, image_shape, classes, experiment.build_network(config, unet), params,
-        experiment.build_schedule(config), experiment.build_prediction(config),
+        name, config, image_shape, classes, build_network(config, unet), params,
+        build_schedule(config), build_prediction(config),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from diffjax.run import describe_devices
+from diffjax.inference.pipeline import describe_devices
 
 LEAST = 3  # repeats
 BLOCK = 0.05  # seconds: what takes less is called several times in a row, lest the clock and the change of turns count

@@ -12,19 +12,22 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffjax import experiment
 from diffjax.bench.timing import context, in_turns
-from diffjax.experiment import Config
-from diffjax.run import ModelInfo, count_parameters
-from diffjax.training import data, loop, parallel
-from diffjax.training.checkpoint import Checkpoints, tree_sha256, silence_orbax
-from diffjax.training.sources import Dataset
+from diffjax.build import load_data
+from diffjax.checkpoint import Checkpoints, silence_orbax, tree_sha256
+from diffjax.config import Config, load_config
+from diffjax.data.batches import READ_AHEAD, batch_stream
+from diffjax.data.dataset import Dataset
+from diffjax.devices import parallel
+from diffjax.inference.pipeline import ModelInfo, count_parameters
+from diffjax.training import loop
+from diffjax.training.setup import build_training
 from diffjax.training.step import TrainState
 
 REPEATS = 9  # at most: a step of mnist_small takes most of a second on two cores
 BLOCK = 10  # steps of a turn
 DISPATCHED = 10  # steps in one dispatch
-DRAWN = 2 * data.READ_AHEAD  # batches of a turn that only draws them: more than may lie ready
+DRAWN = 2 * READ_AHEAD  # batches of a turn that only draws them: more than may lie ready
 RANDOM = 2000  # images, where there are no real ones
 
 
@@ -38,9 +41,9 @@ class Trainer:
         self.description = ModelInfo(config, dataset.image_shape, dataset.classes if labels else 0)
         self._mesh = parallel.device_mesh()
         parallel.check_divisible(batch, self._mesh.size, "train.batch", config.train.accumulate)
-        self.real = data.batch_stream(dataset.train, batch, config.train.seed, labels=labels, flip=config.data.flip)
+        self.real = batch_stream(dataset.train, batch, config.train.seed, labels=labels, flip=config.data.flip)
         self.constant = itertools.repeat(next(self.real))
-        training = experiment.build_training(*self.description)
+        training = build_training(*self.description)
         home = parallel.state_mesh(self._mesh, mode)
         begin = jax.jit(lambda seed: training.init(jax.random.key(seed)), out_shardings=parallel.replicated(home))
         self.state: TrainState = begin(np.uint32(config.train.seed))
@@ -88,15 +91,15 @@ def trainers(npz: Path | None) -> list[Trainer]:
     """Of digits, and of mnist_small: on an .npz file of images, else on tensorflow-datasets' MNIST, else, where this
     cannot be had, on random images of its size. ValueError for an .npz file that cannot be trained on.
     """
-    small, large = experiment.load_config("digits"), experiment.load_config("mnist_small")
-    made = [Trainer("digits", small, experiment.load_data(small), str(small.data))]
+    small, large = load_config("digits"), load_config("mnist_small")
+    made = [Trainer("digits", small, load_data(small), str(small.data))]
     if npz is None:
         try:
-            dataset, images = experiment.load_data(large), str(large.data)
+            dataset, images = load_data(large), str(large.data)
         except ValueError:
             dataset, images = random_images(large), f"{RANDOM:,} random images, no {large.data} here"
     else:
-        dataset, images = experiment.load_data(of_npz(large, npz)), npz.name
+        dataset, images = load_data(of_npz(large, npz)), npz.name
     return [*made, Trainer("mnist_small", large, dataset, images)]
 
 
@@ -111,7 +114,7 @@ def random_images(config: Config) -> Dataset:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.npz"
         np.savez(path, x=r.integers(0, 256, (RANDOM, 28, 28), np.uint8), y=r.integers(0, 10, RANDOM))
-        return experiment.load_data(of_npz(config, path))
+        return load_data(of_npz(config, path))
 
 
 class Figure(NamedTuple):

@@ -1,1 +1,1 @@
-"""What is measured of samples and of samplers."""
+"""Metrics of generated images and tables of results."""

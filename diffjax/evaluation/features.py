@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from diffjax.models import inception as inception_v3
-from diffjax.training import parallel
-from diffjax.training.checkpoint import tree_sha256
+from diffjax.checkpoint import tree_sha256
+from diffjax.devices import parallel
+from diffjax.evaluation import inception as inception_v3
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

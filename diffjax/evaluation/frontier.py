@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diffjax.evaluation.record import CONTEXT, NETWORK, QualityRow, table
+from diffjax.evaluation.results import CONTEXT, NETWORK, QualityRow, table
 
 
 class Point(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from diffjax.evaluation.record import QualityRow, cells
+from diffjax.evaluation.results import QualityRow, cells
 
 STYLE = """
 body { font: 14px/1.4 sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }

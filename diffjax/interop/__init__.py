@@ -1,1 +1,1 @@
-"""Networks of other libraries."""
+"""Folders of other libraries."""

@@ -1,1 +1,1 @@
-"""Training: the step, its parallel forms, data, checkpoints and the loop."""
+"""Training state, steps and loops."""

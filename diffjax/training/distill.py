@@ -1,136 +1,249 @@
-"""Distillation: what a student that takes few steps should say, so that it does what its teacher does in many.
+"""Students of a trained run: which stages lead to them, and what trains each. `train.py distill` runs them.
 
-A teacher is a denoiser, and so is what a student learns: of x_t at one level it says an x0. Three targets, all of them
-functions of the teacher: its estimate itself, two passes of guidance in one (arXiv:2210.03142); the x0 that takes one
-step of DDIM to where the teacher's two lead (arXiv:2202.00512); and the x0 where the rest of its path ends
-(arXiv:2303.01469).
+Every stage is a run folder of its own and is trained as any run is: it starts from the weights of its teacher, the
+stage before it. A network that says eps cannot teach a student of few steps to say eps, which at the noisiest level
+tells nothing of x0; nor can its outputs be read as v. So the first stage, `any`, learns at all levels to say in v (or
+x0) what the teacher says, guided if asked for, at any scale, in one pass; the others halve that, or make it consistent.
 """
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+import tyro
 
-from diffjax.denoiser import Denoiser
-from diffjax.loss import Objective, TimeSampling, TrainingNetwork, add_noise_to_batch, squared_error
-from diffjax.process import Prediction, eps_from_x0, append_dims, sqrt_snr_ratio
-from diffjax.sampler import ddim_step
-from diffjax.schedule import Level, Schedule, at, trailing
+from diffjax import distillation, schedule
+from diffjax.build import (
+    build_network,
+    build_optimizer,
+    build_prediction,
+    build_schedule,
+    build_times,
+    build_unet,
+    build_weighting,
+    init_params,
+)
+from diffjax.checkpoint import FOLDER
+from diffjax.config import Config, Data, Distillation, Train
+from diffjax.denoiser import ConditionalDenoiser, Denoiser, classifier_free_guidance, clip, condition_on, from_network
+from diffjax.devices import parallel
+from diffjax.inference.pipeline import Guidance, TrainedModel, check_guidance, describe_weights
+from diffjax.interop import unet2d
+from diffjax.loss import Objective, t_quartile
+from diffjax.training.setup import Training
+from diffjax.training.step import QUARTERS, TrainState, init_state, make_eval_step, make_train_step, multi_step
 
-Rows = tuple[Any, ...]  # of a table [N]: the Level where the student is called, and what else its target reads
-Target = Callable[..., Any]  # (condition, x_t, *row) -> x0
-
-# ---------------------------------------------------------------------------------------------- which levels
-
-
-def all_levels(schedule: Schedule) -> tuple[Level]:
-    """Levels 1..T: of a student that any sampler may call."""
-    return (at(schedule, np.arange(1, len(schedule.t))),)
-
-
-def adjacent_levels(schedule: Schedule, steps: int) -> tuple[Level, Level]:
-    """(t, s): the levels of `trailing(schedule, steps)`, the least noisy first, and of each the one that a sampler goes
-    to from there, at last data. ValueError for other steps than 1..T.
-    """
-    t = trailing(schedule, steps)
-    return at(schedule, t[::-1]), at(schedule, np.append(t[1:], 0)[::-1])
+ANY, CONSISTENCY = "any", "consistency"  # names of stages; the others are named by their steps
+FOREIGN_RATE = 1e-4  # of learning, for a network from elsewhere, which does not tell its own
+METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    # (schedule, steps) -> rows, and (student, teacher, x_t, *row) -> x0 that the student is to say there
+    "guidance": (lambda levels, _: distillation.all_levels(levels), lambda _, teacher, x_t, level: teacher(x_t, level)),
+    "progressive": (
+        distillation.halving_levels,
+        lambda _, teacher, x_t, *row: distillation.progressive_target(teacher, x_t, *row),
+    ),
+    "consistency": (distillation.adjacent_levels, distillation.consistency_target),
+}
+OWN: dict[str, Any] = {  # of training, where students differ from their teacher
+    "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr", "label_dropout": 0.0, "ema": (0.999,),
+    "eval_every": 1000, "preview_every": 1000, "save_every": 200,
+}  # fmt: skip
 
 
-def halving_levels(schedule: Schedule, steps: int) -> tuple[Level, Level, Level, np.ndarray]:
-    """(t, m, s, share): each step t -> s of a student of so many steps with the level m between, where its teacher of
-    twice as many is called too, and the share of `progressive_target`, float64 [steps]. The least noisy first. The student is
-    called exactly where `trailing(schedule, steps)` calls it: its levels are every other one of the teacher's, at any
-    T, since they are rounded alike. ValueError unless the teacher's steps are 2..T.
+@dataclass(frozen=True)
+class Options:
+    """Distill a trained run into students of few steps. The same command again goes on where it was."""
 
-    share = (r_ms - r_ts)/(1 - r_ts), r the `sqrt_snr_ratio` of two levels: how far m is from t on the way to s, as
-    alpha/sigma goes. Onto data it is 0.
-    """
-    t, s = adjacent_levels(schedule, 2 * steps)
-    level_t, level_m, level_s = (
-        Level(*(leaf[which::2] for leaf in level)) for level, which in ((t, 1), (t, 0), (s, 0))
+    teacher: str
+    """Run folder; or hf:FOLDER or hf:OWNER/NAME, a UNet2DModel of diffusers."""
+    workdir: str
+    """Folder of the students, each a run folder in it: any (of any number of steps), 32, 16, ..., 1, or consistency."""
+    method: Literal["progressive", "guidance", "consistency"] = "progressive"
+    """Halve the steps of DDIM again and again; only make one pass of the two of guidance; or learn where the teacher's
+    path ends, for consistency sampling, from the student's own moving average."""
+    guidance: float | None = None
+    """Largest guidance scale of the students, which are told any from 1 on; None for none, or that of the teacher."""
+    start: int = 64
+    """Steps of DDIM that the first student halves, or whose path ends where a consistent one says."""
+    end: int = 1
+    """Steps of the last student of progressive distillation."""
+    prediction: Literal["v", "x0"] | None = None
+    """What the students say; None for v, or x0 where the teacher says it."""
+    weights: str = "ema"
+    """Of the teacher: the moving average (of several the first, or one by its decay), or raw."""
+    checkpoint: int | None = None
+    """Training step of the teacher's checkpoint; None for the latest."""
+    tensorboard: bool = False
+    """Also write the metrics and previews of each student for TensorBoard."""
+    hosts: Annotated[parallel.DistributedOptions, tyro.conf.arg(name="")] = field(
+        default_factory=parallel.DistributedOptions
     )
-    r_ts = sqrt_snr_ratio(level_t, level_s)
-    return level_t, level_m, level_s, (sqrt_snr_ratio(level_m, level_s) - r_ts) / (1 - r_ts)
+    data: Data = field(default_factory=Data)
+    """Those of the teacher, where it tells them."""
+    train: Train = field(default_factory=lambda: Train(**OWN))
+    """Of each student, with twice the steps for those of 2 and 1. The learning rate is a third of the teacher's, and
+    batch, seed and others are the teacher's, where not told."""
 
 
-# ---------------------------------------------------------------------------------------------- what to say there
+class Stage(NamedTuple):
+    """A student."""
+
+    name: str  # of its folder
+    config: Config
 
 
-def progressive_target(teacher: Denoiser, x_t: Any, level_t: Level, level_m: Level, level_s: Level, share: Any) -> Any:
-    """The x0 whose one step of DDIM from t to s ends where the teacher's two over m end: progressive distillation,
-    Algorithm 2 (arXiv:2202.00512).
+def defaults(options: Options, teacher: TrainedModel) -> Options:
+    """The options with the teacher's data, and of its training what is not done otherwise here."""
+    config = teacher.description.config
+    rate = config.train.learning_rate / (3 if config.distillation.method == "none" else 1)
+    if unet2d.is_source(str(config.data)):
+        rate = FOREIGN_RATE
+    train: Any = dataclasses.replace(config.train, **OWN | {"learning_rate": rate})
+    return dataclasses.replace(options, data=config.data, train=train)
 
-    Both of its steps leave the share sigma_s/sigma_t of x_t, as the one does, so that what is to be said is a mean of
-    the teacher's two estimates, share*x0(x_t) + (1 - share)*x0(x_m), with the share of `halving_levels`. Its paper divides by
-    what one step gives to x0, which cancels where the two levels are near; here nothing does. x_t: [B, ...]; leaves of
-    levels and share: scalars or [B].
+
+def stages(options: Options, teacher: TrainedModel) -> list[Stage]:
+    """The students, each the teacher of the next. ValueError for what the teacher cannot teach."""
+    config = teacher.description.config
+    task, T = config.distillation, schedule.length(teacher.schedule)
+    largest = task.guidance if options.guidance is None else options.guidance
+    said = config.diffusion.prediction
+    says = options.prediction or ("x0" if said == "x0" else "v")
+    if task.told and largest != task.guidance:
+        raise ValueError(
+            f"{teacher.name} is told guidance scales of 1 to {task.guidance:g}: leave out --guidance, or name its own"
+            " teacher"
+        )
+    if not 1 <= largest < np.inf:
+        raise ValueError(f"--guidance is {largest:g}: a student learns the scales from 1 to it, use more than 1")
+    if not task.told:
+        check_guidance(teacher, Guidance(largest))
+    if unet2d.is_source(str(options.data)):
+        raise ValueError(f"{options.teacher} does not tell its images: name them, as with --data.name cifar10")
+    if options.method != "progressive" and options.end != 1:
+        raise ValueError(f"--end belongs to --method progressive, and not to {options.method}: leave it out")
+    if options.train.label_dropout:
+        raise ValueError("students learn with every label: leave out --train.label-dropout")
+    if task.method == "consistency":
+        raise ValueError(f"{teacher.name} says where a path ends, and not where it goes: use its teacher")
+    if task.steps and said != says:
+        raise ValueError(f"{teacher.name} says {said}, which its own students say too: leave out --prediction")
+
+    def stage(name: str, method: Any, start: int = 0, visited: int = 0) -> Stage:
+        # The last two halvings are the hardest, and are given twice the time (2202.00512, appendix).
+        steps = options.train.steps * (2 if visited in (1, 2) else 1)
+        return Stage(
+            name,
+            Config(
+                data=options.data,
+                network=dataclasses.replace(config.network, dropout=0.0),
+                diffusion=dataclasses.replace(config.diffusion, prediction=says),
+                train=dataclasses.replace(options.train, steps=steps),
+                distillation=Distillation(method, "", start, visited, largest),
+            ),
+        )
+
+    start, visited = options.start, options.start
+    found = [stage(ANY, "guidance")] if said != says or (largest > 1 and not task.told) else []
+    if options.method == "guidance":
+        if task.told or largest == 1:
+            raise ValueError(
+                f"--method guidance makes one pass of guidance of two, and {teacher.name} is "
+                + ("told its scale in one already" if task.told else "to have none: name a --guidance above 1")
+            )
+        return found
+    if not 2 <= start <= T:
+        raise ValueError(f"--start is {start}: use 2 to {T}, the levels of {teacher.name}")
+    if task.steps not in (0, start):
+        raise ValueError(
+            f"{teacher.name} is a student of {task.steps} steps itself: use --start {task.steps}, or its teacher"
+        )
+    if options.method == "consistency":
+        return [*found, stage(CONSISTENCY, "consistency", start, start)]
+    while visited % 2 == 0 and visited > options.end >= 1:
+        visited //= 2
+        found.append(stage(str(visited), "progressive", start, visited))
+    if visited != options.end or visited == start:
+        raise ValueError(
+            f"--start {start} and --end {options.end}: halving once or more leads from one to the other, as from 64 to"
+            " 1"
+        )
+    return found
+
+
+def taught(config: Config, teacher: TrainedModel) -> Config:
+    """A student's configuration once its teacher is trained: one with other weights is another teacher, and a student
+    that had begun to learn from it does not go on.
     """
-    x0_t = teacher(x_t, level_t)
-    x0_m = teacher(ddim_step(x_t, x0_t, level_t, level_m), level_m)
-    weight = append_dims(share, x_t)
-    return weight * x0_t + (1 - weight) * x0_m
+    name = f"{teacher.name}, {describe_weights(teacher)}"
+    return dataclasses.replace(config, distillation=dataclasses.replace(config.distillation, teacher=name))
 
 
-def consistency_target(student: Denoiser, teacher: Denoiser, x_t: Any, level_t: Level, level_s: Level) -> Any:
-    """The x0 that the student itself says one step of the teacher's DDIM later: consistency distillation, Algorithm 2
-    (arXiv:2303.01469). On data (sigma_s 0), where the path ends, it is the sample as it is: the boundary condition,
-    from which all levels above learn where it ends. student: an average of the one that learns, held still.
+def check_workdir(workdir: Path) -> None:
+    """ValueError for what can be no folder of students."""
+    if workdir.is_file():
+        raise ValueError(f"{workdir} is a file: name a folder as --workdir")
+    if (workdir / FOLDER).exists():
+        raise ValueError(f"{workdir} is a run folder: name another --workdir, whose folders the students will be")
 
-    x_t: [B, ...]; leaves of levels: scalars or [B]. The paper's path ends at sigma 0.002 and its network is made to be
-    the identity there; here it ends on data, where no network is called, and a student that says v, with
-    x0 = alpha*x_t - sigma*v, becomes the identity by itself as sigma vanishes.
+
+def build_training(config: Config, image_shape: tuple[int, int, int], classes: int, teacher: TrainedModel) -> Training:
+    """The steps of one device that train one student: as of `experiment.build_training`, but all of them take the
+    teacher's parameters, which they only read, after the batch. ValueError for parts, or a teacher, that do not fit.
     """
-    x_s = ddim_step(x_t, teacher(x_t, level_t), level_t, level_s)
-    return jnp.where(append_dims(level_s.sigma > 0, x_t), student(x_s, level_s), x_s)
+    if (image_shape, classes) != teacher.description[1:]:
+        raise ValueError(
+            f"{teacher.name} knows images and classes {teacher.description[1:]}, and the data are"
+            f" {(image_shape, classes)}: name its data with --data"
+        )
+    task, train, levels = config.distillation, config.train, build_schedule(config)
+    prediction, times = build_prediction(config), build_times(config)
+    unet = build_unet(config, image_shape, classes)
+    network, (optimizer, rate) = build_network(config, unet), build_optimizer(config)
+    make_rows, says = METHODS[task.method]
+    rows = make_rows(levels, task.steps)
+    weights = build_weighting(config)(levels, prediction)[rows[0].t]
 
+    def guided(conditional: ConditionalDenoiser, condition: Any) -> Denoiser:
+        label, scale = condition
+        return classifier_free_guidance(conditional, label, classes, scale[:, 0])
 
-# ---------------------------------------------------------------------------------------------- the objective
+    teach = guided if task.told and not teacher.description.config.distillation.told else condition_on
 
+    def objective(frozen: Any, averaged: Any) -> Objective:
+        conditional = from_network(teacher.network, frozen, teacher.prediction)
+        own = from_network(network, averaged, prediction)
 
-def distillation_loss(
-    network: TrainingNetwork,
-    prediction: Prediction,
-    rows: Rows,
-    weights: np.ndarray,
-    target: Target,
-    times: TimeSampling,
-    largest: float = 1.0,
-) -> Objective:
-    """weight * mean of (what the student says of x_t - what it would say of the target's x0)**2 per example, at one of
-    the rows [N] that `times` draws: it draws of 1..N what it draws of 1..T else. weights: [N], of the student's
-    prediction, as a weighting of loss.py gives them.
+        def target(condition: Any, x_t: Any, *row: Any) -> Any:
+            return says(clip(condition_on(own, condition)), clip(teach(conditional, condition)), x_t, *row)
 
-    The batch is that of `loss.denoising_loss`. largest: of the guidance scales that the student is told, uniform from 1 on;
-    its condition is then (label [B], scale [B, 1]), and that of the target too. 1 for none. Nothing is learned through
-    the target. ValueError for weights of another length than the rows.
-    """
-    N = len(rows[0].t)
-    if np.shape(weights) != (N,):
-        raise ValueError(f"there are {N} rows and weights of shape {np.shape(weights)}: give one weight per row")
+        return distillation.distillation_loss(network, prediction, rows, weights, target, times, task.guidance)
 
-    def objective(params: Any, batch: Any, key: Array) -> Array:
-        (level, *rest, weight), x_t, _, for_scale, for_dropout = add_noise_to_batch(batch, key, times, (*rows, weights))
-        condition = batch.get("label")
-        if largest > 1:
-            draw = partial(jax.random.uniform, shape=(1,), minval=1.0, maxval=largest)
-            condition = condition, jax.vmap(draw)(for_scale)
-        goal = jax.lax.stop_gradient(target(condition, x_t, level, *rest))
-        output = network(params, x_t, level.t - 1, condition, for_dropout)
-        return weight * squared_error(output, prediction.target(goal, eps_from_x0(x_t, goal, level), level))
+    count = len(rows[0].t)
 
-    return objective
+    def step(state: TrainState, batch: Any, frozen: Any, axis_name: str | None = None) -> Any:
+        one = make_train_step(
+            objective(frozen, state.ema[0]), optimizer, train.ema, train.seed, accumulate=train.accumulate, rate=rate,
+            quarters=t_quartile(times, count) if count >= len(QUARTERS) else None,
+        )  # fmt: skip
+        return one(state, batch, axis_name)
 
+    def steps(state: TrainState, batches: Any, frozen: Any, axis_name: str | None = None) -> Any:
+        return multi_step(lambda s, batch, axis_name: step(s, batch, frozen, axis_name))(state, batches, axis_name)
 
-def init_from_teacher(fresh: Any, teacher: Any) -> Any:
-    """A student's parameters before its first step: the teacher's, and fresh ones for what the teacher has not.
-    ValueError, when called or traced, for a teacher with others.
-    """
-    ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (fresh, teacher))
-    for path, leaf in theirs.items():
-        if path not in ours or ours[path].shape != leaf.shape:
-            raise ValueError(f"the teacher has {jax.tree_util.keystr(path)} of {leaf.shape}, which the student has not")
-    return jax.tree.map_with_path(lambda path, leaf: theirs.get(path, leaf), fresh)
+    def eval_step(params: Any, batch: Any, frozen: Any, axis_name: str | None = None) -> jax.Array:
+        return make_eval_step(objective(frozen, params), train.seed)(params, batch, axis_name)
+
+    def init(key: jax.Array, frozen: Any) -> TrainState:
+        params = distillation.init_from_teacher(init_params(unet, image_shape, key), frozen)
+        # Copies: steps reuse the memory of their state, and go on reading the teacher.
+        params = jax.tree.map(partial(jnp.array, copy=True), params)
+        return init_state(params, optimizer, len(train.ema))
+
+    return Training(unet, network, init, steps, eval_step)

@@ -12,8 +12,7 @@ from helpers import naming
 from safetensors.numpy import load, load_file, save_file
 from sklearn.datasets import load_digits
 
-from diffjax.evaluation import features
-from diffjax.models import inception
+from diffjax.evaluation import features, inception
 
 
 @pytest.fixture(scope="module")

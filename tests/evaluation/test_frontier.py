@@ -10,9 +10,9 @@ from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffjax import picture
+from diffjax.data import image_io
 from diffjax.evaluation import frontier, report
-from diffjax.evaluation.record import CONTEXT, NETWORK, QualityRow, markdown
+from diffjax.evaluation.results import CONTEXT, NETWORK, QualityRow, markdown
 
 ROW = QualityRow(
     sampler="ddim(eta=0, trailing)", clipping="clipped", steps=50, nfe=100, guidance=2.0, guided="2",
@@ -151,7 +151,7 @@ def test_the_page_holds_all_of_it_and_needs_nothing(tmp_path):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to open the page")
 def test_a_browser_shows_the_page(tmp_path):
     frontier.plot([ROW], tmp_path / "plot.svg")
-    picture.save_png(tmp_path / "a.png", picture.grid(np.zeros((2, 8, 8, 1), np.uint8)))
+    image_io.save_png(tmp_path / "a.png", image_io.grid(np.zeros((2, 8, 8, 1), np.uint8)))
     page = report.page("Title", "All", (tmp_path / "plot.svg").read_text(), [ROW] * 3, [tmp_path / "a.png"] * 3)
     # What the page holds after a click on the head of its last column, and whether its pictures could be read.
     look = """<script>document.querySelector("th:last-child").click();

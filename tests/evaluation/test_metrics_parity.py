@@ -6,8 +6,7 @@ import chex
 import numpy as np
 import pytest
 
-from diffjax.evaluation import features, metrics
-from diffjax.models import inception
+from diffjax.evaluation import features, inception, metrics
 
 MISSING = "the parity extra is not installed"
 

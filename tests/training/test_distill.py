@@ -15,26 +15,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import sample
-import train
-from diffjax import demo, edit, evaluate, experiment, loss, pareto, plans, process, sampler, schedule, students, testing
-from diffjax.denoiser import clip, condition_on, from_network, classifier_free_guidance
-from diffjax.experiment import Config, Data, Diffusion, UNetConfig, Train
-from diffjax.interop import diffusers
-from diffjax.run import (
+from diffjax import distillation, loss, process, sampler, schedule, testing
+from diffjax.build import build_optimizer, build_schedule, build_unet, init_params
+from diffjax.checkpoint import Checkpoints
+from diffjax.cli import demo, edit, evaluate, frontier, sample, train
+from diffjax.config import Config, Data, Diffusion, Distillation, Train, UNetConfig, check_config, check_resume
+from diffjax.denoiser import classifier_free_guidance, clip, condition_on, from_network
+from diffjax.devices import parallel
+from diffjax.inference import samplers
+from diffjax.inference.pipeline import (
+    Guidance,
     ModelInfo,
     Pipeline,
-    Guidance,
     TrainedModel,
-    require_undistilled,
+    default_sampler,
     describe_weights,
     distillation_warning,
     load_model,
-    default_sampler,
+    require_undistilled,
 )
+from diffjax.interop import unet2d
 from diffjax.schedule import Level
-from diffjax.training import distill, parallel
-from diffjax.training.checkpoint import Checkpoints
 from diffjax.training.step import init_state, make_train_step, step_key
 
 # ---------------------------------------------------------------------------------------------- targets
@@ -61,17 +62,17 @@ def grids(draw, least=1, **kinds):
 @given(grids(least=2, exploding=True, terminal=True), st.integers(0, 99))
 def test_a_student_given_the_target_takes_one_step_where_its_teacher_takes_two(grid, seed):
     (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
-    rows = distill.halving_levels(levels, steps)
+    rows = distillation.halving_levels(levels, steps)
 
     def student(teacher):
-        return lambda x_t, level: distill.progressive_target(teacher, x_t, *at_row(rows, level))
+        return lambda x_t, level: distillation.progressive_target(teacher, x_t, *at_row(rows, level))
 
     testing.assert_halving(student, curved, levels, steps, x)
     # A level per image, as training has them, is no other arithmetic.
     n = min(3, steps)
-    together = distill.progressive_target(curved, x[:n], *jax.tree.map(lambda leaf: leaf[:n], rows))
+    together = distillation.progressive_target(curved, x[:n], *jax.tree.map(lambda leaf: leaf[:n], rows))
     for i in range(n):
-        alone = distill.progressive_target(curved, x[i : i + 1], *at_row(rows, Level(rows[0].t[i], 0, 0)))
+        alone = distillation.progressive_target(curved, x[i : i + 1], *at_row(rows, Level(rows[0].t[i], 0, 0)))
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -80,13 +81,13 @@ def test_a_student_given_the_target_takes_one_step_where_its_teacher_takes_two(g
 def test_the_whole_chain_of_perfect_students_is_the_teacher(name, emptied):
     """From 64 steps to 1 the target of the target of ... is DDIM in 64 steps, on every schedule that can be trained
     on, with no signal at level T too; 100 levels are not even divisible by 64."""
-    levels = experiment.build_schedule(Config(diffusion=Diffusion(schedule=name, T=100, zero_terminal_snr=emptied)))
+    levels = build_schedule(Config(diffusion=Diffusion(schedule=name, T=100, zero_terminal_snr=emptied)))
     x = np.random.default_rng(0).normal(size=(2, 2, 2))
     end = testing.run_plan(curved, sampler.ddim(levels, schedule.trailing(levels, 64)), x)
     student = curved
     for steps in (32, 16, 8, 4, 2, 1):
-        rows = distill.halving_levels(levels, steps)
-        student = lambda x_t, level, s=student, rows=rows: distill.progressive_target(s, x_t, *at_row(rows, level))  # noqa: E731
+        rows = distillation.halving_levels(levels, steps)
+        student = lambda x_t, level, s=student, rows=rows: distillation.progressive_target(s, x_t, *at_row(rows, level))  # noqa: E731
         plan = sampler.ddim(levels, schedule.trailing(levels, steps))
         np.testing.assert_allclose(testing.run_plan(student, plan, x), end, rtol=0, atol=1e-9)
 
@@ -95,10 +96,10 @@ def test_the_whole_chain_of_perfect_students_is_the_teacher(name, emptied):
 @settings(max_examples=30)
 def test_where_the_path_ends_is_a_fixed_point_of_consistency(grid, seed):
     (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
-    rows = distill.adjacent_levels(levels, steps)
+    rows = distillation.adjacent_levels(levels, steps)
 
     def target(student, teacher):
-        return lambda x_t, level: distill.consistency_target(student, teacher, x_t, *at_row(rows, level))
+        return lambda x_t, level: distillation.consistency_target(student, teacher, x_t, *at_row(rows, level))
 
     with jax.enable_x64(True):
         testing.assert_consistency(target, curved, levels, steps, x)
@@ -123,7 +124,7 @@ def batch(indices):
 @pytest.mark.parametrize("prediction", ["v", "x0"])
 def test_the_student_that_says_guided_estimates_at_its_scale_has_no_loss(x64, prediction):
     """Told label and scale, x0_null + scale*(x0_label - x0_null); one of a fixed scale has a loss."""
-    said, rows, scales = process.PREDICTIONS[prediction], distill.all_levels(LEVELS), []
+    said, rows, scales = process.PREDICTIONS[prediction], distillation.all_levels(LEVELS), []
 
     def network(guided, x, t, condition, keys):
         label, scale = condition
@@ -139,7 +140,7 @@ def test_the_student_that_says_guided_estimates_at_its_scale_has_no_loss(x64, pr
         return classifier_free_guidance(knowing, label, 2, scale[:, 0])(x_t, level)
 
     weights = loss.truncated_snr(LEVELS, said)[rows[0].t]
-    objective = distill.distillation_loss(network, said, rows, weights, target, loss.uniform, largest=3.0)
+    objective = distillation.distillation_loss(network, said, rows, weights, target, loss.uniform, largest=3.0)
     assert objective(None, batch(range(64)), jax.random.key(0)).max() < 1e-10  # squares of float32's rounding: tables
     assert objective(2.0, batch(range(64)), jax.random.key(0)).max() > 1e-3
     drawn = scales[0]
@@ -153,7 +154,7 @@ def test_the_student_that_says_guided_estimates_at_its_scale_has_no_loss(x64, pr
 
 def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_devices():
     """Consistency asks a copy of the student itself, which is held still."""
-    rows, said = distill.adjacent_levels(LEVELS, 4), process.PREDICTIONS["v"]
+    rows, said = distillation.adjacent_levels(LEVELS, 4), process.PREDICTIONS["v"]
     weights = loss.truncated_snr(LEVELS, said)[rows[0].t]
 
     def network(params, x, t, condition, keys=None):
@@ -162,9 +163,11 @@ def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_d
     def objective(own, target_params):
         def target(condition, x_t, level, after):
             student = condition_on(from_network(network, target_params(own), said), condition)
-            return distill.consistency_target(student, lambda x, level: knowing(x, level, condition), x_t, level, after)
+            return distillation.consistency_target(
+                student, lambda x, level: knowing(x, level, condition), x_t, level, after
+            )
 
-        return distill.distillation_loss(network, said, rows, weights, target, loss.uniform)
+        return distillation.distillation_loss(network, said, rows, weights, target, loss.uniform)
 
     params = {"w": jnp.float32(0.3), "b": jnp.float32(0.1)}
     images = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32 if leaf.dtype == np.float64 else leaf.dtype),
@@ -175,7 +178,7 @@ def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_d
     ]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *slopes)
 
-    optimizer = experiment.build_optimizer(Config(train=Train(warmup=0)))[0]
+    optimizer = build_optimizer(Config(train=Train(warmup=0)))[0]
 
     def step(state, batch, frozen, axis_name=None):
         made = make_train_step(objective(None, lambda _: frozen), optimizer, (0.9,), 5)
@@ -197,8 +200,8 @@ def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_d
 
 def test_weights_are_one_per_row():
     with pytest.raises(ValueError, match=naming(20, "weights", (3,))):
-        distill.distillation_loss(
-            lambda *_: None, process.PREDICTIONS["v"], distill.all_levels(LEVELS), np.ones(3), lambda *_: None,
+        distillation.distillation_loss(
+            lambda *_: None, process.PREDICTIONS["v"], distillation.all_levels(LEVELS), np.ones(3), lambda *_: None,
             loss.uniform,
         )  # fmt: skip
 
@@ -215,13 +218,13 @@ TEACHER = Config(
 
 def write_run(folder, config, classes=CLASSES, seed=0):
     """A run folder of a network with random weights, none of them zero, of step 3."""
-    params = experiment.init_params(experiment.build_unet(config, SHAPE, classes), SHAPE, jax.random.key(seed))
+    params = init_params(build_unet(config, SHAPE, classes), SHAPE, jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     params = tree.unflatten(
         [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     )
-    state = init_state(params, experiment.build_optimizer(config)[0])
+    state = init_state(params, build_optimizer(config)[0])
     checkpoints = Checkpoints(folder)
     checkpoints.save(state._replace(step=state.step + 3), ModelInfo(config, SHAPE, classes).to_dict())
     checkpoints.close()
@@ -229,7 +232,7 @@ def write_run(folder, config, classes=CLASSES, seed=0):
 
 
 def student_of(method, steps, guidance=1.0):
-    task = experiment.Distillation(method, "a teacher", 4, steps, guidance)
+    task = Distillation(method, "a teacher", 4, steps, guidance)
     return dataclasses.replace(
         TEACHER, distillation=task, diffusion=dataclasses.replace(TEACHER.diffusion, prediction="v"),
         train=dataclasses.replace(TEACHER.train, label_dropout=0.0, weighting="truncated_snr"),
@@ -256,7 +259,7 @@ def runs(tmp_path_factory):
 def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
     """A pass of what will be told the scale is a pass of the teacher, to the rounding of float32."""
     teacher, config = load_model(runs / "teacher"), student_of("guidance", 0, 3.0)
-    training = students.build_training(config, SHAPE, CLASSES, teacher)
+    training = distillation.build_training(config, SHAPE, CLASSES, teacher)
     params = training.init(jax.random.key(7), teacher.params).params
     x, t, label = jnp.ones((2, *SHAPE)), jnp.array([3, 12]), jnp.array([1, 7])
     scale = jnp.array([[1.0], [2.5]])
@@ -264,9 +267,9 @@ def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
         training.network(params, x, t, (label, scale)), teacher.network(teacher.params, x, t, label), atol=1e-5
     )
     with pytest.raises(ValueError, match=naming(teacher.name, SHAPE, (8, 8, 3))):
-        students.build_training(config, (8, 8, 3), CLASSES, teacher)
+        distillation.build_training(config, (8, 8, 3), CLASSES, teacher)
     with pytest.raises(ValueError, match=naming("a", (2,))):
-        distill.init_from_teacher({"a": jnp.zeros(3)}, {"a": jnp.zeros(2)})
+        distillation.init_from_teacher({"a": jnp.zeros(3)}, {"a": jnp.zeros(2)})
 
 
 @pytest.mark.parametrize(("method", "steps"), [("guidance", 0), ("progressive", 2), ("consistency", 4)])
@@ -275,16 +278,18 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
     """Written out with the weights, levels and networks as they are, for a teacher of two passes and of one."""
     teacher = load_model(runs / ("whole" if told else "teacher"))
     config, levels = student_of(method, steps, 3.0), teacher.schedule
-    training = students.build_training(config, SHAPE, CLASSES, teacher)
+    training = distillation.build_training(config, SHAPE, CLASSES, teacher)
     own, averaged = (load_model(runs / name).params for name in ("two", "whole"))
-    state = init_state(own, experiment.build_optimizer(config)[0])._replace(ema=(averaged,))
+    state = init_state(own, build_optimizer(config)[0])._replace(ema=(averaged,))
     images = np.random.default_rng(5).uniform(-1, 1, (16, *SHAPE)).astype(np.float32)
     batch = {"image": images, "label": np.arange(16) % 10, "index": np.arange(16, dtype=np.uint32)}
     batches = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
     found = jax.jit(training.step)(state, batches, teacher.params)[1]["loss"][0]
 
     t, _ = levels_of(method, levels, steps)
-    drawn = loss.add_noise_to_batch(batch, step_key(config.train.seed, 0), loss.uniform, (schedule.at(levels, np.sort(t)),))
+    drawn = loss.add_noise_to_batch(
+        batch, step_key(config.train.seed, 0), loss.uniform, (schedule.at(levels, np.sort(t)),)
+    )
     scale = jax.vmap(lambda key: jax.random.uniform(key, (1,), minval=1.0, maxval=3.0))(drawn.for_condition)
 
     def says(network, params, x, level, *condition):
@@ -322,7 +327,11 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
         x_s = moved(x_m, teaches(x_m, middle), middle, to)
         alpha, sigma, alpha_s, sigma_s = (process.append_dims(v, x) for v in (level.alpha, level.sigma, *to[1:]))
         goal = (x_s - sigma_s / sigma * x) / (alpha_s - sigma_s / sigma * alpha)
-    v = process.append_dims(level.alpha, x) * (x - process.append_dims(level.alpha, x) * goal) / process.append_dims(level.sigma, x)
+    v = (
+        process.append_dims(level.alpha, x)
+        * (x - process.append_dims(level.alpha, x) * goal)
+        / process.append_dims(level.sigma, x)
+    )
     v -= process.append_dims(level.sigma, x) * goal
     snr = (level.alpha / level.sigma) ** 2
     weight = jnp.maximum(snr, 1) / (snr + 1)  # truncated SNR of x0, as it weighs v
@@ -341,7 +350,7 @@ def levels_of(method, levels, steps):
 def test_a_student_is_sampled_as_it_was_distilled_with_its_scale_in_one_pass(runs):
     run = load_model(runs / "two")
     assert default_sampler(run.description.config.distillation, run.schedule) == ("ddim", 2)
-    plan, _ = plans.named("ddim", run.schedule, schedule.trailing(run.schedule, 2), "trailing")
+    plan, _ = samplers.named("ddim", run.schedule, schedule.trailing(run.schedule, 2), "trailing")
     labels = np.array([3, 8], np.int32)
     made = [
         Pipeline.of(run)(run.params, plan, labels, 2, guidance=Guidance(scale), seed=1, batch=8) for scale in (1.5, 3)
@@ -361,7 +370,7 @@ def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
     levels = two.schedule
 
     def said(run, name, t, **dials):
-        return distillation_warning(run, plans.named(name, levels, t, "trailing", **dials)[0])
+        return distillation_warning(run, samplers.named(name, levels, t, "trailing", **dials)[0])
 
     right = schedule.trailing(levels, 2)
     assert said(two, "ddim", right) == said(two, "euler", right) == ""
@@ -382,8 +391,8 @@ def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
 
 def chain(runs, teacher="teacher", **options):
     run = load_model(runs / teacher)
-    given = students.Options(teacher, "", **{"start": 16, **options})
-    return students.stages(students.defaults(given, run), run)
+    given = distillation.Options(teacher, "", **{"start": 16, **options})
+    return distillation.stages(distillation.defaults(given, run), run)
 
 
 def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
@@ -392,7 +401,7 @@ def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
     assert [stage.config.distillation.steps for stage in found] == [0, 8, 4, 2, 1]
     assert [stage.config.train.steps for stage in found] == [2000, 2000, 2000, 4000, 4000]
     for stage in found:
-        experiment.check_config(stage.config)
+        check_config(stage.config)
         assert (stage.config.diffusion.prediction, stage.config.distillation.guidance) == ("v", 2.0)
     assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance")] == ["any"]
     assert [stage.name for stage in chain(runs, "unlabelled", method="consistency")] == ["any", "consistency"]
@@ -403,14 +412,14 @@ def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
 
 def test_a_teacher_from_diffusers_does_not_tell_its_images(runs, tmp_path):
     teacher = load_model(runs / "teacher")
-    diffusers.save(tmp_path / "theirs", *teacher.description, teacher.params, "ema", 3)
+    unet2d.save(tmp_path / "theirs", *teacher.description, teacher.params, "ema", 3)
     run = load_model(f"hf:{tmp_path / 'theirs'}")
-    options = students.defaults(students.Options("hf:theirs", "", guidance=2.0, start=16), run)
+    options = distillation.defaults(distillation.Options("hf:theirs", "", guidance=2.0, start=16), run)
     with pytest.raises(ValueError, match=naming("hf:theirs")):
-        students.stages(options, run)
-    found = students.stages(dataclasses.replace(options, data=Data(name="digits")), run)
+        distillation.stages(options, run)
+    found = distillation.stages(dataclasses.replace(options, data=Data(name="digits")), run)
     assert [stage.name for stage in found] == ["any", "8", "4", "2", "1"]
-    training = students.build_training(found[0].config, SHAPE, CLASSES, run)
+    training = distillation.build_training(found[0].config, SHAPE, CLASSES, run)
     state = jax.eval_shape(training.init, jax.random.key(0), run.params)
     like = {"image": np.zeros((8, *SHAPE), np.float32), "label": np.zeros(8, int), "index": np.zeros(8, np.uint32)}
     assert jax.eval_shape(training.eval_step, state.params, like, run.params).shape == ()
@@ -423,11 +432,11 @@ def test_what_takes_a_whole_network_refuses_a_student(runs, tmp_path):
         with pytest.raises(ValueError, match=naming(student.name)):
             require_undistilled(student)
     # What goes to diffusers and back knows its steps.
-    diffusers.save(tmp_path / "few", *consistent.description, consistent.params, "ema", 3)
+    unet2d.save(tmp_path / "few", *consistent.description, consistent.params, "ema", 3)
     back = load_model(f"hf:{tmp_path / 'few'}")
     assert back.description.config.distillation == consistent.description.config.distillation
     with pytest.raises(ValueError, match=naming("UNet2DModel", "guidance")):
-        diffusers.save(tmp_path / "theirs", *two.description, two.params, "ema", 3)
+        unet2d.save(tmp_path / "theirs", *two.description, two.params, "ema", 3)
 
 
 MISTAKES = [
@@ -497,20 +506,22 @@ def test_programs_say_what_a_student_was_not_distilled_for(runs, in_suite_data, 
         assert capsys.readouterr().out.count(said) == told
         evaluate.main([str(runs / "two"), "--steps", steps, *few])
         assert capsys.readouterr().out.count(said) == told
-    pareto.main([str(runs / "two"), "--samplers", "ddim:3", "--guidance", "1,3", *few, "--out", str(tmp_path)])
+    frontier.main([str(runs / "two"), "--samplers", "ddim:3", "--guidance", "1,3", *few, "--out", str(tmp_path)])
     assert capsys.readouterr().out.count(said) == 1
 
 
 def test_a_sweep_takes_students_as_they_were_made(runs):
     names = ("teacher", "two", "consistent")
-    options = pareto.Options(names, steps="2,20", samplers=None)
-    alone = pareto.combine(options, [load_model(runs / name) for name in names[1:]])
+    options = frontier.Options(names, steps="2,20", samplers=None)
+    alone = frontier.combine(options, [load_model(runs / name) for name in names[1:]])
     assert [(c.run.name.split("/")[1], c.sampler, c.plan.steps, c.scale) for c in alone] == [
         ("two", "ddim(eta=0, trailing)", 2, 1.0), ("consistent", "consistency(trailing)", 2, 1.0),
         ("two", "ddim(eta=0, trailing)", 2, 3.0),
     ]  # fmt: skip
-    asked = pareto.combine(dataclasses.replace(options, samplers="ddim"), [load_model(runs / name) for name in names])
-    assert {(c.run.name, c.plan.steps) for c in asked} == {(load_model(runs / n).name, k) for n in names for k in (2, 20)}
+    asked = frontier.combine(dataclasses.replace(options, samplers="ddim"), [load_model(runs / name) for name in names])
+    assert {(c.run.name, c.plan.steps) for c in asked} == {
+        (load_model(runs / n).name, k) for n in names for k in (2, 20)
+    }
 
 
 def test_the_usual_plan_of_a_student_raises_no_doubt():
@@ -519,7 +530,10 @@ def test_the_usual_plan_of_a_student_raises_no_doubt():
         config = student_of(method, steps)
         name, many = default_sampler(config.distillation, levels)
         run = open_fake(config, levels)
-        assert distillation_warning(run, plans.named(name, levels, schedule.trailing(levels, many), "trailing")[0]) == ""
+        assert (
+            distillation_warning(run, samplers.named(name, levels, schedule.trailing(levels, many), "trailing")[0])
+            == ""
+        )
 
 
 def open_fake(config, levels):
@@ -567,14 +581,14 @@ def test_a_student_does_not_go_on_with_another_teacher(runs):
     """One that has learned more since, or stands in its place."""
     first, second = (load_model(runs / name) for name in ("teacher", "undropped"))
     config = student_of("progressive", 2)
-    ours = students.taught(config, first)
-    assert experiment.check_resume(ours, students.taught(config, load_model(runs / "teacher"))) == []
+    ours = distillation.taught(config, first)
+    assert check_resume(ours, distillation.taught(config, load_model(runs / "teacher"))) == []
     more = first._replace(params=jax.tree.map(lambda leaf: leaf + 1, first.params))
     for other in (second, more, first._replace(step=4)):
-        theirs = students.taught(config, other)
+        theirs = distillation.taught(config, other)
         names = naming("teacher", ours.distillation.teacher, theirs.distillation.teacher)
         with pytest.raises(ValueError, match=names):
-            experiment.check_resume(ours, theirs)
+            check_resume(ours, theirs)
 
 
 def test_two_processes_of_four_devices_distill_what_one_of_eight_does(runs, program, data_dir, tmp_path):

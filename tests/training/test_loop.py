@@ -8,7 +8,7 @@ import pytest
 from helpers import naming
 from tensorboardX.proto import event_pb2
 
-from diffjax.training.loop import PeriodicAction, JsonlWriter, TensorBoard, fit
+from diffjax.training.loop import JsonlWriter, PeriodicAction, TensorBoard, fit
 from diffjax.training.step import TrainState
 
 

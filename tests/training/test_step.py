@@ -9,8 +9,8 @@ import pytest
 from helpers import naming
 
 from diffjax import loss, process, schedule
-from diffjax.models.unet import UNet
-from diffjax.training import parallel
+from diffjax.devices import parallel
+from diffjax.nn.unet import UNet
 from diffjax.training.step import QUARTERS, ema_decay, init_state, make_eval_step, make_train_step, multi_step, step_key
 
 UNET = UNet(channels=4, out_channels=1, multipliers=(1,), blocks=1, num_classes=3, dropout=0.1)

@@ -1,1 +1,0 @@
-"""One file per experiment: its docstring tells the command, the hardware and the expected result."""

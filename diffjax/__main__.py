@@ -1,0 +1,5 @@
+"""`python -m diffjax` is the command `diffjax`."""
+
+from diffjax.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Device meshes, data parallelism and processes."""

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+from helpers import naming
+from PIL import Image, ImageSequence
+
+from diffjax.data import image_io
+
+
+def test_eight_bits_survive_the_way_to_floats_and_back():
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    floats = image_io.to_float(images)
+    assert (floats.min(), floats.max(), floats.dtype) == (-1, 1, np.float32)
+    assert (image_io.to_uint8(floats) == images).all()
+    assert image_io.to_uint8(np.array([-9.0, 9.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_holds_every_image_where_it_belongs(channels):
+    images = np.random.default_rng(0).integers(0, 255, (7, 60, 50, channels), np.uint8)
+    sheet = np.asarray(image_io.grid(images, [str(i) for i in range(7)], columns=3, titles=["a", "bb", "ccc"]))
+    for i, image in enumerate(images):
+        found = [
+            (y, x)
+            for y in range(sheet.shape[0] - 59)
+            for x in range(sheet.shape[1] - 49)
+            if (sheet[y, x] == image[0, 0]).all() and (sheet[y : y + 60, x : x + 50] == image).all()
+        ]
+        assert len(found) == 1
+        assert found[0][0] // 70 == i // 3
+
+
+def test_a_picture_has_one_or_three_channels():
+    with pytest.raises(ValueError, match=naming("channels", "2", "1", "3")):
+        image_io.grid(np.zeros((1, 4, 4, 2), np.uint8))
+
+
+def written(tmp_path, image, name="a.png"):
+    image.save(tmp_path / name)
+    return tmp_path / name
+
+
+def test_an_image_that_fits_is_read_as_it_is(tmp_path):
+    for mode, shape in [("L", (6, 4, 1)), ("RGB", (6, 4, 3))]:
+        pixels = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+        path = written(tmp_path, Image.fromarray(pixels.squeeze(), mode))
+        found, said = image_io.read(path, shape)
+        assert (found == pixels).all()
+        assert said == ""
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "said"),
+    [
+        (Image.new("RGB", (640, 480), "red"), "a.jpg", "640x480 RGB: cut to its middle, resized to 8x8, made grey"),
+        (Image.new("L", (16, 16), 7), "a.png", "16x16 L: resized to 8x8"),
+        (Image.new("P", (8, 8)), "a.gif", "8x8 P: made grey"),
+        (Image.new("1", (24, 8), 1), "a.png", "24x8 1: cut to its middle, resized to 8x8, made grey"),
+        (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "a.png", "8x8 RGBA: laid over white, made grey"),
+        (Image.new("CMYK", (8, 8)), "a.jpg", "8x8 CMYK: made grey"),
+    ],
+)
+def test_what_is_done_to_an_image_is_said(tmp_path, image, name, said):
+    path = written(tmp_path, image, name)
+    found, sentence = image_io.read(path, (8, 8, 1))
+    assert (found.shape, found.dtype) == ((8, 8, 1), np.uint8)
+    assert sentence == f"{path} is {said}"
+    assert name != "a.png" or image.mode != "RGBA" or found.min() == 255
+
+
+def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+    image = Image.new("RGB", (4, 8))
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned right
+    image.save(tmp_path / "a.png", exif=exif)
+    found, _ = image_io.read(tmp_path / "a.png", (4, 8, 3))
+    assert found[0, 7].tolist() == [255, 255, 255]
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match=naming(tmp_path / "a.png", "PNG", "JPEG")):
+        image_io.read(tmp_path / "a.png", (8, 8, 1))
+    path = written(tmp_path, Image.new("RGB", (99, 99), "red"), "b.png")
+    path.write_bytes(path.read_bytes()[:80])
+    with pytest.raises(ValueError, match=naming(path, "PNG", "JPEG")) as raised:
+        image_io.read(path, (8, 8, 1))
+    assert str(raised.value.__cause__) in str(raised.value)  # the reason, as the decoder has it
+    path = written(tmp_path, Image.fromarray(np.full((8, 8), 40000, np.uint16)), "c.png")
+    with pytest.raises(ValueError, match=naming(path, "8", "I;16")):
+        image_io.read(path, (8, 8, 1))
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "none.png")):
+        image_io.read(tmp_path / "none.png", (8, 8, 1))
+
+
+def test_an_animation_shows_every_frame_and_rests_on_the_last(tmp_path):
+    frames = [image_io.grid(np.full((1, 8, 8, 1), value, np.uint8)) for value in (0, 90, 180)]
+    image_io.save_gif(tmp_path / "folder" / "a.gif", frames)
+    animation = Image.open(tmp_path / "folder" / "a.gif")
+    shown = [(f.convert("L").getpixel((20, 20)), f.info["duration"]) for f in ImageSequence.Iterator(animation)]
+    assert [value for value, _ in shown] == [0, 90, 180]
+    assert shown[-1][1] == 2000
+    assert animation.info["loop"] == 0
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+    image_io.save_png(tmp_path / "a.png", Image.new("L", (3, 3)))
+    before = (tmp_path / "a.png").read_bytes()
+
+    class Torn:
+        def save(self, path, kind):
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        image_io.save_png(tmp_path / "a.png", Torn())
+    assert (tmp_path / "a.png").read_bytes() == before
