@@ -1,121 +1,213 @@
-"""The parts of the library that a configuration describes: plain modules, functions and tables."""
+"""The parts of the library that a configuration describes: plain functions, modules and tables."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 
-from diffjax import denoiser, loss, process, schedule
-from diffjax.config import BETAS, DTYPES, SCHEDULES, Config
-from diffjax.nn.unet import UNet
+from diffjax import denoiser, loss, parameterization, process, schedule
+from diffjax.config import BETAS, SCHEDULES, Config, Data, config_from_dict, config_to_dict
+from diffjax.data.codec import PIXELS, Codec
+from diffjax.nn import registry
+from diffjax.nn.conditioning import (
+    Conditioning,
+    WithGuidanceScale,
+    conditioning_from_dict,
+    conditioning_to_dict,
+    select,
+)
+from diffjax.parameterization import Parameterization
+
+
+class ModelInfo(NamedTuple):
+    """The description of a model, stored beside its weights: all that is needed to use them."""
+
+    config: Config
+    x_shape: tuple[int, ...]  # of x, without the batch axis
+    conditioning: Conditioning  # what samples are conditioned on
+
+    def to_dict(self) -> dict[str, Any]:
+        """The model's description for JSON."""
+        return {
+            "config": config_to_dict(self.config),
+            "x_shape": list(self.x_shape),
+            "conditioning": conditioning_to_dict(self.conditioning),
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "ModelInfo":
+        """The inverse of `to_dict`."""
+        return ModelInfo(
+            config_from_dict(values["config"]),
+            tuple(values["x_shape"]),
+            conditioning_from_dict(values["conditioning"]),
+        )
+
+    def describe_x(self) -> str:
+        """The shape of x, as in "32x32x3"."""
+        return "x".join(map(str, self.x_shape))
+
+
+# ------------------------------------------------------------------------------- data
 
 
 def load_data(config: Config) -> Any:
-    """The images, as a `training.sources.Dataset`. ValueError or OSError for data that cannot be used."""
-    from diffjax.data import dataset
+    """The data set, as a `data.dataset.Dataset`.
 
-    data = config.data
-    if data.source == "tfds":
-        found = dataset.load_tfds(data.name, data.dir, data.size)
-    elif data.source == "folder":
-        found = dataset.load_folder(Path(data.path or ""), data.size or 0, grey=data.grey)
-    else:
-        found = dataset.load_npz(Path(data.path or ""))
-    if data.labels and not found.classes:
-        raise ValueError(f"{data} has no class labels: train with --data.no-labels")
-    return dataset.preprocess(found, data.size, data.pad, grey=data.grey)
-
-
-def describe_data(config: Config) -> tuple[tuple[int, int, int], int]:
-    """The shape of the images, and the number of classes that the network is told of, 0 for none. Nothing is downloaded
-    for it. ValueError or OSError as of `load_data`.
+    Raises: ValueError or OSError for data that cannot be used.
     """
-    from diffjax.data import dataset
+    # Imported here: sampling does not wait for libraries of data sets.
+    from diffjax.data import arrays, dataset, folder, tfds
 
     data = config.data
+    _check_known(data)
+    if data.source == "tfds":
+        images = tfds.load_tfds(data.name, data.dir, data.size)
+    elif data.source == "folder":
+        images = folder.load_folder(Path(data.path or ""), data.size or 0, grey=data.grey)
+    else:
+        images = arrays.load_npz(Path(data.path or ""))
+    return dataset.preprocess(images, data.size, data.pad, grey=data.grey)
+
+
+def _check_known(data: Data) -> None:
+    if not data.known:
+        raise ValueError(
+            f"data.name is {data.name}: the data of an imported network are unknown, so name them"
+            " when it is converted"
+        )
+
+
+def model_info(config: Config, dataset: Any) -> ModelInfo:
+    """The description of a model that is trained on a data set.
+
+    Raises: ValueError for a condition that the data has not.
+    """
+    return ModelInfo(config, dataset.image_shape, select(dataset.fields, config.data.conditions))
+
+
+def describe_model(config: Config) -> ModelInfo:
+    """The description of a configuration's model, without downloading its data.
+
+    Raises: ValueError or OSError as `load_data` and `model_info`.
+    """
+    from diffjax.data import dataset, tfds
+
+    data = config.data
+    _check_known(data)
     if data.source != "tfds":
-        found = load_data(config)
-        return found.image_shape, found.classes if data.labels else 0
-    shape, classes = dataset.describe_tfds(data.name, data.dir, data.size)
-    if data.labels and not classes:
-        raise ValueError(f"{data} has no class labels: train with --data.no-labels")
-    return dataset.preprocessed_shape(shape, None, data.pad, grey=data.grey), classes if data.labels else 0
+        return model_info(config, load_data(config))
+    shape, fields = tfds.describe_tfds(data.name, data.dir, data.size)
+    shape = dataset.preprocessed_shape(shape, None, data.pad, grey=data.grey)
+    return ModelInfo(config, shape, select(fields, data.conditions))
+
+
+def build_codec(config: Config) -> Codec:
+    """The map between images and x: the identity, for models of pixels."""
+    return PIXELS
+
+
+# ------------------------------------------------------------------------------- process
 
 
 def build_schedule(config: Config) -> schedule.Schedule:
-    """The noise schedule. ValueError for too few levels: linear betas reach 1 at T = 20."""
+    """The noise schedule.
+
+    Raises: ValueError for too few levels: linear betas reach 1 at T = 20.
+    """
     chosen = config.diffusion
-    usual = SCHEDULES[chosen.schedule]
-    levels = BETAS[chosen.schedule](chosen.T, *chosen.betas) if chosen.betas else usual(chosen.T)
+    if chosen.betas:
+        levels = BETAS[chosen.schedule](chosen.T, *chosen.betas)
+    else:
+        levels = SCHEDULES[chosen.schedule](chosen.T)
     return schedule.zero_terminal_snr(levels) if chosen.zero_terminal_snr else levels
 
 
-def build_prediction(config: Config) -> process.Prediction:
-    """What the network says."""
-    return process.PREDICTIONS[config.diffusion.prediction]
+def build_parameterization(config: Config) -> Parameterization:
+    """The parameterization of the network."""
+    return parameterization.ddpm(process.PREDICTIONS[config.diffusion.prediction])
 
 
 def build_weighting(config: Config) -> loss.Weighting:
-    """What the squared error counts at each level."""
+    """The loss weighting over noise levels."""
     return loss.WEIGHTINGS[config.train.weighting]
 
 
 def build_times(config: Config) -> loss.TimeSampling:
-    """How a batch draws its levels. ValueError for antithetic pairs in an odd batch."""
-    if config.train.times == "antithetic" and config.train.batch % 2:
-        raise ValueError(f"train.batch is {config.train.batch}: antithetic levels come in pairs, use an even number")
+    """The sampling of noise levels for a batch."""
     stratified = functools.partial(loss.stratified, batch=config.train.batch)
-    return {"uniform": loss.uniform, "stratified": stratified, "antithetic": loss.antithetic}[config.train.times]
+    times = {"uniform": loss.uniform, "stratified": stratified, "antithetic": loss.antithetic}
+    return times[config.train.times]
 
 
-def build_unet(config: Config, image_shape: tuple[int, int, int], classes: int) -> UNet:
-    """The network, for images of a shape [H, W, C] and a number of classes, 0 for none."""
-    options: dict[str, Any] = dataclasses.asdict(config.network) | {"dtype": DTYPES[config.network.dtype]}
-    says = image_shape[-1] * (2 if options.pop("learned_variance") else 1)
-    told = config.distillation.told  # the scale, beside the label
-    return UNet(**options, out_channels=says, num_classes=classes, condition_width=int(told))
+# ------------------------------------------------------------------------------- network
 
 
-def build_network(config: Config, unet: UNet) -> Callable[..., jax.Array]:
-    """The UNet as a plain function (params, x, t, condition) -> output, or with keys for dropout after them. A variance
-    that it has learned is dropped.
+def network_conditioning(info: ModelInfo) -> Conditioning:
+    """The conditioning of the network itself: with a guidance scale where it is distilled."""
+    if info.config.distillation.guidance_conditioned:
+        return WithGuidanceScale(info.conditioning)
+    return info.conditioning
+
+
+def build_module(info: ModelInfo) -> nn.Module:
+    """The network's Flax module."""
+    return info.config.network.build(info.x_shape, network_conditioning(info))
+
+
+def build_network(info: ModelInfo, module: nn.Module) -> Callable[..., jax.Array]:
+    """The module as a function (params, x, t, condition, keys) -> output.
+
+    keys: for dropout, optional. A learned variance is dropped.
     """
-    apply: Any = unet.apply
+    apply: Any = module.apply
 
     def network(params: Any, *inputs: Any) -> jax.Array:
         return apply({"params": params}, *inputs)
 
-    return denoiser.drop_learned_variance(network) if config.network.learned_variance else network
+    learned_variance = info.config.network.learned_variance
+    return denoiser.drop_learned_variance(network) if learned_variance else network
 
 
-def init_params(unet: UNet, image_shape: tuple[int, int, int], key: jax.Array) -> Any:
-    """Fresh parameters. ValueError for images that the network cannot take."""
-    label = jnp.zeros(1, jnp.int32) if unet.num_classes else None
-    numbers = jnp.zeros((1, unet.condition_width)) if unet.condition_width else None
-    condition = (label, numbers) if unet.num_classes and unet.condition_width else label if numbers is None else numbers
-    return jax.jit(unet.init)(key, jnp.zeros((1, *image_shape)), jnp.zeros(1), condition)["params"]
+def init_params(info: ModelInfo, module: nn.Module, key: jax.Array) -> Any:
+    """Initial parameters of the model's module.
+
+    Raises: ValueError for x of a shape that the network cannot take.
+    """
+    return registry.init_params(module, info.x_shape, network_conditioning(info), key)
 
 
-def params_like(unet: UNet, image_shape: tuple[int, int, int]) -> Any:
-    """The shapes and types of its parameters, which take no memory. ValueError as of `init_params`."""
-    return jax.eval_shape(lambda key: init_params(unet, image_shape, key), jax.random.key(0))
+def abstract_params(info: ModelInfo, module: nn.Module) -> Any:
+    """The shapes and dtypes of the parameters, which take no memory.
+
+    Raises: ValueError as `init_params`.
+    """
+    return registry.abstract_params(module, info.x_shape, network_conditioning(info))
+
+
+def count_parameters(params: Any) -> int:
+    """The number of numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+# ------------------------------------------------------------------------------- optimizer
 
 
 def build_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW behind a clip of the gradient's norm, and its learning rate by step."""
     train = config.train
     warmup = min(train.warmup, train.steps)
-    rate = optax.linear_schedule(0.0, train.learning_rate, warmup) if warmup else None
-    then = (
-        optax.cosine_decay_schedule(train.learning_rate, max(1, train.steps - warmup))
-        if train.decay == "cosine"
-        else optax.constant_schedule(train.learning_rate)
-    )
-    rate = optax.join_schedules([rate, then], [warmup]) if rate else then
+    if train.decay == "cosine":
+        decay_steps = max(1, train.steps - warmup)
+        rate = optax.cosine_decay_schedule(train.learning_rate, decay_steps)
+    else:
+        rate = optax.constant_schedule(train.learning_rate)
+    if warmup:
+        ramp = optax.linear_schedule(0.0, train.learning_rate, warmup)
+        rate = optax.join_schedules([ramp, rate], [warmup])
     adamw = optax.adamw(rate, weight_decay=train.weight_decay)
     return optax.chain(optax.clip_by_global_norm(train.clip), adamw), rate

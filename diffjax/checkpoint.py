@@ -1,7 +1,7 @@
-"""Checkpoints of a run, with Orbax: the training state, the configuration that it belongs to, and a digest of both.
+"""Checkpoints of a run: trees of arrays and their configuration, with Orbax and checksums.
 
-A save is written beside the others and renamed when it is whole, so that a kill leaves all or nothing of it. What disks
-do to it later, Orbax does not notice; the digest does.
+A save is written beside the others and renamed when it is complete, so that a kill leaves all or
+nothing of it. Orbax does not detect corrupted files on restore; the stored SHA-256 does.
 """
 
 import functools
@@ -25,214 +25,243 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from diffjax.training.step import TrainState
-
 FOLDER = "checkpoints"
-QUARANTINE_DIR = "damaged"  # beside it: what could not be read, out of the way
+QUARANTINE_DIR = "damaged"  # beside FOLDER
+
+# Errors that say nothing about the checkpoint, which may be intact: raised as they are.
+TRANSIENT_ERRORS = (
+    PermissionError,
+    InterruptedError,
+    TimeoutError,
+    MemoryError,
+    jax.errors.JaxRuntimeError,
+)
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 @functools.cache
 def silence_orbax() -> None:
-    """Let Orbax say nothing of its own: neither every save at length, nor, of one that fails, the traceback of each of
-    its threads, where it raises the same error in ours.
-    """
+    """Silence Orbax's logs and the duplicate tracebacks of its threads when a save fails."""
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-
-    def without_threads(before: Callable[..., Any]) -> Callable[..., None]:
-        def hook(*arguments: Any) -> None:
-            # One argument that tells of a thread or of something that was ignored, or type, value, and traceback.
-            trace = arguments[-1] if len(arguments) == 3 else arguments[0].exc_traceback
-            modules = {frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(trace)}
-            ours = len(arguments) == 3 and threading.current_thread() is threading.main_thread()
-            if ours or not modules & {"orbax", "asyncio"}:
-                before(*arguments)
-
-        return hook
-
-    sys.excepthook = without_threads(sys.excepthook)
-    sys.unraisablehook = without_threads(sys.unraisablehook)
-    threading.excepthook = without_threads(threading.excepthook)
+    sys.excepthook = functools.partial(_skip_orbax_threads, sys.excepthook)
+    sys.unraisablehook = functools.partial(_skip_orbax_threads, sys.unraisablehook)
+    threading.excepthook = functools.partial(_skip_orbax_threads, threading.excepthook)
 
 
-# A checkpoint that could not be read for one of these may be well.
-TRANSIENT_ERRORS = (PermissionError, InterruptedError, TimeoutError, MemoryError, jax.errors.JaxRuntimeError)
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+def _skip_orbax_threads(hook: Callable[..., Any], *arguments: Any) -> None:
+    # Either (type, value, traceback), or one object that describes an error in a thread or a
+    # finalizer.
+    uncaught = len(arguments) == 3
+    trace = arguments[-1] if uncaught else arguments[0].exc_traceback
+    modules = {
+        frame.f_globals.get("__name__", "").split(".")[0] for frame, _ in traceback.walk_tb(trace)
+    }
+    in_main_thread = uncaught and threading.current_thread() is threading.main_thread()
+    if in_main_thread or not modules & {"orbax", "asyncio"}:
+        hook(*arguments)
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, by number of steps done. Saves in the background: `close` waits for them."""
+    """The checkpoints of one run folder, by training step.
+
+    Saves run in the background; `close` waits for them.
+    """
 
     def __init__(self, workdir: Path, keep: int = 3, *, clean: bool = False) -> None:
-        """keep: how many of the latest to keep. clean: remove what kills have left of saves; for the one program that
-        writes, since a save of another that is under way looks the same.
+        """Open the checkpoints of a run folder, which is created if need be.
+
+        keep: number of latest checkpoints to keep. clean: remove what killed saves have left; only
+        for the one program that writes, since a save under way in another looks the same.
         """
         self._workdir = workdir.resolve()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=clean
         )
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
-        # Orbax would ask the hosts about a SIGTERM by the number of the step, where `loop.catch_signals` asks by the
-        # number of the call: asked by two counts, they would never agree.
+        # Orbax would ask the processes about a SIGTERM by the training step, where
+        # `loop.catch_signals` asks by the number of the call: by two counts they never agree.
         self._manager.reached_preemption = lambda step: False
 
     def steps(self) -> list[int]:
-        """Those on disk, in order."""
+        """The training steps of the checkpoints on disk, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, config: dict[str, Any]) -> None:
-        """Copy the state and write it in the background; nothing if this step is there already. SaveError if this one
-        cannot be written, or the one before it could not be.
+    def save(self, step: int, trees: dict[str, Any], config: dict[str, Any]) -> None:
+        """Copy the named trees of arrays, and write them in the background.
+
+        config: any JSON. A step that is on disk already is not written again.
+
+        Raises: SaveError if this checkpoint, or the one before it, cannot be written.
         """
-        step = int(state.step)
         if step in self._manager.all_steps():
             return
-        trees = _trees(state)
-        stored = {"config": config, "digests": {name: tree_sha256(tree) for name, tree in trees.items()}}
-        stored |= {"digest": _of_json(stored)}
+        digests = {name: tree_sha256(tree) for name, tree in trees.items()}
+        stored = {"config": config, "digests": digests}
+        stored |= {"digest": _json_sha256(stored)}
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, config=ocp.args.JsonSave(stored))
 
         def write() -> None:
-            # A folder that is not there any more, or is full, Orbax finds too, but a thread of it then keeps the
-            # process alive for five minutes.
-            probe = self._workdir / FOLDER / f".probe-{jax.process_index()}"
-            try:
-                probe.write_bytes(bytes(4096))
-            finally:
-                probe.unlink(missing_ok=True)
+            self._probe()
             self._manager.save(step, args=args)
 
-        self._writing(write)
+        self._write(write)
 
     def config(self, step: int) -> dict[str, Any]:
-        """The configuration of checkpoint `step`, as it was saved. ValueError where there is none, or a damaged one."""
+        """The configuration that checkpoint `step` was saved with.
+
+        Raises: ValueError if it is missing or damaged.
+        """
         return self._stored(step)["config"]
 
-    def restore(self, step: int, like: TrainState, sharding: Sharding) -> TrainState:
-        """Checkpoint `step` as a state of the structure of `like` (arrays or ShapeDtypeStructs), placed by sharding.
-        ValueError where it is damaged, or not of this structure.
+    def restore(self, step: int, like: dict[str, Any], sharding: Sharding) -> dict[str, Any]:
+        """The trees of checkpoint `step` that `like` names, placed by a sharding.
+
+        like: trees of arrays or ShapeDtypeStructs, which give the structure.
+
+        Raises: ValueError for a checkpoint that is damaged, or of another structure.
         """
-        items = self._restore(step, _trees(like), sharding)
-        rest, ema = items["rest"], tuple(items[ema_key(i)] for i in range(len(like.ema)))
-        return TrainState(rest["step"], rest["skipped"], items["params"], ema, rest["opt_state"])
+        folder = self._folder(step)
+        digests = self._stored(step)["digests"]
+        args = {name: ocp.args.StandardRestore(_placed(like[name], sharding)) for name in like}
+        try:
+            trees = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except TRANSIENT_ERRORS:
+            raise
+        except Exception as error:  # Orbax raises any type for files that are missing or cut short
+            raise ValueError(
+                f"checkpoint {folder} does not fit the network of its configuration: it is damaged,"
+                " or from another version of diffjax"
+            ) from error
+        if any(digests.get(name) != tree_sha256(trees[name]) for name in like):
+            raise _damaged(folder)
+        return {name: trees[name] for name in like}
 
-    def restore_weights(self, step: int, weights: str, like: Any, sharding: Sharding) -> Any:
-        """Only the parameters of checkpoint `step`, "params" or as `ema_key` names them, of the structure of `like`."""
-        return self._restore(step, {weights: like}, sharding)[weights]
+    def restore_weights(self, step: int, key: str, like: Any, sharding: Sharding) -> Any:
+        """One tree of checkpoint `step` alone: "params", or a moving average by its `ema_key`.
 
-    def set_aside(self, step: int) -> Path:
-        """Move checkpoint `step` out of the way, into the run's folder of damaged ones. Returns where it is."""
+        Raises: ValueError as `restore`.
+        """
+        return self.restore(step, {key: like}, sharding)[key]
+
+    def quarantine(self, step: int) -> Path:
+        """Move checkpoint `step` into the folder of damaged ones, and return where it is."""
         place = self._workdir / QUARANTINE_DIR / str(step)
         if jax.process_index() == 0:
             shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(exist_ok=True)
-            shutil.move(self._workdir / FOLDER / str(step), place)
+            shutil.move(self._folder(step), place)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
+            multihost_utils.sync_global_devices(f"quarantine {step}")
         self._manager.reload()
         return place
 
     def wait(self) -> None:
-        """Wait until every save is on disk. SaveError where one could not be written."""
-        self._writing(self._manager.wait_until_finished)
+        """Wait until every save is on disk.
+
+        Raises: SaveError if one could not be written.
+        """
+        self._write(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Wait until every save is on disk, and end. SaveError where one could not be written."""
+        """Wait until every save is on disk, and release the manager.
+
+        Raises: SaveError if one could not be written.
+        """
         try:
             self.wait()
         finally:
             self._manager.close()
 
-    def _stored(self, step: int) -> dict[str, Any]:
-        folder = self._workdir / FOLDER / str(step)
+    def _folder(self, step: int) -> Path:
+        return self._workdir / FOLDER / str(step)
+
+    def _probe(self) -> None:
+        # Orbax finds a missing folder or a full disk too, but then a thread of it keeps the process
+        # alive for five minutes.
+        probe = self._workdir / FOLDER / f".probe-{jax.process_index()}"
         try:
-            stored = self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        folder, args = self._folder(step), ocp.args.Composite(config=ocp.args.JsonRestore())
+        try:
+            stored = self._manager.restore(step, args=args)["config"]
         except TRANSIENT_ERRORS:
             raise
-        except Exception as error:  # whatever Orbax may raise of files that are not there, or cut short
-            raise ValueError(f"checkpoint {folder} is incomplete: remove it, and an earlier one is used") from error
-        if "digest" not in stored:  # from before there were digests: the configuration alone
-            return {"config": stored, "digests": {}}
-        if stored.pop("digest") != _of_json(stored):
-            raise ValueError(f"checkpoint {folder} is damaged: remove it, and an earlier one is used")
+        except Exception as error:  # as in `restore`
+            raise ValueError(
+                f"checkpoint {folder} is incomplete: remove it, and an earlier one is used"
+            ) from error
+        if not isinstance(stored, dict) or stored.pop("digest", None) != _json_sha256(stored):
+            raise _damaged(folder)
         return stored
 
-    def _restore(self, step: int, trees: dict[str, Any], sharding: Sharding) -> Any:
-        folder = self._workdir / FOLDER / str(step)
-        digests = self._stored(step)["digests"]
-        args = {name: ocp.args.StandardRestore(_placed(tree, sharding)) for name, tree in trees.items()}
-        try:
-            items = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except TRANSIENT_ERRORS:
-            raise
-        except Exception as error:  # as above
-            raise ValueError(
-                f"checkpoint {folder} does not fit the network of its configuration: it is damaged, or from another"
-                " version of diffjax"
-            ) from error
-        if any(
-            digests.get(name, found) != found for name, found in ((name, tree_sha256(items[name])) for name in trees)
-        ):
-            raise ValueError(f"checkpoint {folder} is damaged: remove it, and an earlier one is used")
-        return items
-
-    def _writing(self, write: Callable[[], Any]) -> None:
+    def _write(self, write: Callable[[], Any]) -> None:
         try:
             write()
-        except Exception as error:  # Orbax raises of a full disk what its parts raise: OSError, ValueError or others
-            code = re.search(r"os_error_code='(\d+)'", str(error))
-            known = int(code[1]) if code else getattr(error, "errno", None)
-            reason = os.strerror(known) if known else (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SaveError(f"a checkpoint could not be written to {self._workdir / FOLDER} ({reason})") from error
+        except Exception as error:  # for a full disk Orbax raises OSError, ValueError or others
+            raise SaveError(
+                f"a checkpoint could not be written to {self._workdir / FOLDER} ({_reason(error)})"
+            ) from error
+
+
+def _damaged(folder: Path) -> ValueError:
+    return ValueError(f"checkpoint {folder} is damaged: remove it, and an earlier one is used")
+
+
+def _reason(error: Exception) -> str:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    if number:
+        return os.strerror(number)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def ema_key(index: int) -> str:
-    """The name of a moving average in a checkpoint, by its position in TrainState.ema."""
+    """The name of a moving average in a checkpoint, by its position in train.ema."""
     return f"ema_{index}" if index else "ema"
 
 
 def tree_sha256(tree: Any) -> str:
-    """Of the names, types, shapes and bytes of all arrays, as hexadecimal digits."""
-    whole = hashlib.sha256()
+    """The SHA-256 of the names, dtypes, shapes and bytes of all arrays, in hexadecimal."""
+    digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         array = np.ascontiguousarray(leaf)
-        whole.update(f"{jax.tree_util.keystr(path)} {array.dtype} {leaf.shape}".encode())
-        whole.update(array.reshape(-1).view(np.uint8).data)
-    return whole.hexdigest()
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {leaf.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints, int]:
-    """The checkpoints of an existing run and the chosen step, the latest if None.
+    """The checkpoints of an existing run, and the chosen training step; the latest if None.
 
-    FileNotFoundError for a folder that is not there, holds no checkpoint, or not this one.
+    Raises: FileNotFoundError for a folder that does not exist, or has no such checkpoint.
     """
     if not workdir.is_dir():
-        raise FileNotFoundError(
-            f"there is no run folder {workdir}: train one with 'diffjax train CONFIG --workdir {workdir}'"
-        )
+        raise FileNotFoundError(f"run folder {workdir} does not exist: train a model there first")
     checkpoints = Checkpoints(workdir) if (workdir / FOLDER).is_dir() else None
     steps = checkpoints.steps() if checkpoints else []
     if not checkpoints or not steps:
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoint: train one with 'diffjax train CONFIG --workdir {workdir}'"
-        )
+        raise FileNotFoundError(f"{workdir} has no checkpoint: train a model there first")
     if step is not None and step not in steps:
-        raise FileNotFoundError(f"{workdir} holds no checkpoint of step {step}: it has {', '.join(map(str, steps))}")
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}"
+        )
     return checkpoints, steps[-1] if step is None else step
 
 
-def _trees(state: TrainState) -> dict[str, Any]:
-    rest = {"step": state.step, "skipped": state.skipped, "opt_state": state.opt_state}
-    return {"params": state.params, "rest": rest} | {ema_key(i): tree for i, tree in enumerate(state.ema)}
-
-
-def _of_json(values: dict[str, Any]) -> str:
+def _json_sha256(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _placed(tree: Any, sharding: Sharding) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

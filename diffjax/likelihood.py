@@ -1,10 +1,14 @@
-"""How probable a denoiser finds data: exactly, by the probability-flow ODE (arXiv:2011.13456, section 4.3), and by the
-variational bound of the chain (arXiv:2006.11239, section 3.3). In nats per image; `bits_per_dim` turns them.
+"""Log probability of data under a denoiser, exactly and by a variational bound.
 
-Both judge images as the process sees them: the flow says the density of what it makes of noise, followed down to level
-1 and divided by alpha there; the chain decodes what it comes to at level 1 by a Gaussian.
+Exactly by the probability-flow ODE (arXiv:2011.13456, section 4.3); as a bound by the chain of DDPM
+(arXiv:2006.11239, section 3.3). Both in nats per image, which `bits_per_dim` converts.
+
+Both measure images as the process has them: the flow gives the density of what it makes of noise,
+followed down to level 1 and divided by alpha there; the chain decodes what it arrives at on level
+1 by a Gaussian.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,17 +20,18 @@ from diffjax import sde
 from diffjax.denoiser import Condition, ConditionalDenoiser
 from diffjax.process import q_sample, sqrt_snr_ratio
 from diffjax.sampler import Std, fixed_small, level_pairs, noise
-from diffjax.schedule import Level, Schedule, check_variance_preserving
+from diffjax.schedule import Schedule, check_variance_preserving, level_at
 
-BIN = 1 / 127.5  # between two neighbours of the 256 values of images in [-1, 1]
+BIN = 1 / 127.5  # distance of neighbours among the 256 values of images in [-1, 1]
 
 
 class Likelihood(NamedTuple):
-    """Of a batch of images."""
+    """Log densities of a batch of images."""
 
     nats: Array  # [B], log density
-    steps: Array  # [B], of the solver, rejected ones too; each takes 6 evaluations, and its beginning one more
-    solved: Array  # [B], whether the solver came to the end in as many steps as it may take
+    # [B], steps of the solver, rejected ones too. Each takes 6 evaluations, and the start one more.
+    steps: Array
+    solved: Array  # [B], true if the solver arrived within the steps that it may take
 
 
 def log_density(
@@ -38,20 +43,25 @@ def log_density(
     probes: int | None,
     tolerance: float = 1e-4,
 ) -> Likelihood:
-    """log p(x0) = log N(x_T; 0, 1) + integral of div(dx/du) du along the probability flow from level 1, where x is
-    alpha*x0, up to the last level with signal; plus log alpha per dimension. To be jitted by the caller.
+    """The log density of images under the probability flow, by an adaptive solver.
 
-    x0: [B, ...]; condition: [B, ...], or None; keys: [B]. probes: random signs per image whose mean estimates the
-    divergence (Hutchinson), the same all along the flow; None for the exact divergence, at as many derivatives as an
-    image has numbers. tolerance: relative and absolute, of Tsitouras' 5(4) with adaptive steps, for each image alone;
-    the log density misses its limit by more, since it adds up, and by as much rounding may move it, in another batch.
-    Needs diffrax, and a variance-preserving schedule (else ImportError, ValueError). Denoisers must not clip, which
-    loses volume.
+    log p(x0) = log N(x_T; 0, 1) + integral of div(dx/du) du along the flow from level 1, where x
+    is alpha*x0, up to the last level with signal; plus log alpha per dimension. To be jitted by
+    the caller.
+
+    x0: [B, ...]; condition: a pytree of arrays [B, ...], or None; keys: [B]. probes: random signs
+    per image whose mean estimates the divergence (Hutchinson), the same all along the flow; None
+    for the exact divergence, at as many derivatives as an image has numbers. tolerance: relative
+    and absolute, of Tsitouras' 5(4) with adaptive steps, for each image alone. Errors add up
+    along the flow, so the log density misses its limit by more than that, and differs as much
+    between batches that round differently. Denoisers must not clip, which loses volume.
+
+    Raises: ImportError without diffrax; ValueError for a schedule that is not variance-preserving.
     """
     diffrax = _diffrax()
     last = -1 if schedule.alpha[-1] else -2
-    u_1, u_T = sde.noise_time(Level(*(leaf[[1, last]] for leaf in schedule)))
-    level_at, alpha_1 = sde.level_at(schedule), schedule.alpha[1]
+    u_1, u_T = sde.noise_time(level_at(schedule, [1, last]))
+    level_of, alpha_1 = sde.level_of_noise_time(schedule), schedule.alpha[1]
 
     def one(x0: Array, condition: Condition, key: Array) -> Likelihood:
         n = x0.size
@@ -60,29 +70,33 @@ def log_density(
         else:
             # The mean over probes of e*(J e), as a sum.
             tangents = jax.random.rademacher(key, (probes, *x0.shape), x0.dtype) / probes**0.5
+        batch_of_one = jax.tree.map(lambda leaf: leaf[None], condition)
 
         def field(u: Array, state: tuple[Array, Array], _: None) -> tuple[Array, Array]:
-            level = level_at(u)
+            level = level_of(u)
 
             def velocity(x: Array) -> Array:
-                batch_of_one = None if condition is None else condition[None]
                 return sde.probability_flow(x, denoise(x[None], level, batch_of_one)[0], level)
 
-            # e*(J e) = (e J)*e, and backwards, since XLA knows the convolutions of that way inside loops on CPUs too.
+            # e*(J e) = (e J)*e, and backwards, since XLA has fast convolutions of that way inside
+            # loops on CPUs too.
             speed, back = jax.vjp(velocity, state[0])
             return speed, jnp.sum(jax.vmap(lambda e: jnp.sum(e * back(e)[0]))(tangents))
 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Tsit5(),
-            t0=u_1, t1=u_T, dt0=0.01,
+            t0=u_1,
+            t1=u_T,
+            dt0=0.01,
             y0=(alpha_1 * x0, jnp.zeros((), x0.dtype)),
             stepsize_controller=diffrax.PIDController(rtol=tolerance, atol=tolerance),
             throw=False,  # or the host is called back from inside the program
-        )  # fmt: skip
+        )
         x_T, volume = solution.ys[0][-1], solution.ys[1][-1]
         nats = -0.5 * jnp.sum(x_T**2) - 0.5 * n * np.log(2 * np.pi) + volume + n * np.log(alpha_1)
-        return Likelihood(nats, solution.stats["num_steps"], solution.result == diffrax.RESULTS.successful)
+        solved = solution.result == diffrax.RESULTS.successful
+        return Likelihood(nats, solution.stats["num_steps"], solved)
 
     return jax.vmap(one)(x0, condition, keys)
 
@@ -98,29 +112,39 @@ def variational_bound(
     evaluations: int | None = None,
     bin_width: float | None = BIN,
 ) -> Array:
-    """A lower bound [B] of log p(x0) for the DDPM over the levels t: minus (equation 5 of arXiv:2006.11239)
+    """A lower bound [B] of log p(x0) for the DDPM over the levels t.
 
-        KL(q(x_T|x0) | noise) + sum over steps t to s of KL(q(x_s|x_t, x0) | p(x_s|x_t)) - log p(x0|x_1)
+    It is minus equation 5 of arXiv:2006.11239:
 
-    The noise of a step is `std`: fixed_small is the right one for data without spread, and fixed_large for standard
-    normal data, where the bound is log p itself. The last step is a Gaussian of the standard deviation sigma of its
-    level (DDPM's, beta_1 being its square) about the estimate, integrated over bins of `bin_width`, the outermost ones
-    to infinity, or as a density where that is None. To be jitted by the caller.
+        KL(q(x_T|x0) | noise) - log p(x0|x_1)
+            + sum over steps t to s of KL(q(x_s|x_t, x0) | p(x_s|x_t))
 
-    x0: [B, ...] in [-1, 1]; condition: [B, ...], or None; keys: [B]; t: strictly decreasing in 1..T, of a
-    variance-preserving schedule. evaluations: of the denoiser besides the last step's, one per step if None; fewer are
-    drawn from as many equal parts of the steps, each image its own, and estimate the sum without bias. ValueError for
-    another schedule, other levels, or evaluations not in 1..len(t)-1.
+    The noise of a step is `std`: fixed_small is the right one for data without spread, and
+    fixed_large for standard normal data, where the bound is log p itself. The last step is a
+    Gaussian of the standard deviation sigma of its level (DDPM's, beta_1 being its square) about
+    the estimate, integrated over bins of `bin_width`, the outermost ones to infinity, or taken as
+    a density if that is None. To be jitted by the caller.
+
+    x0: [B, ...] in [-1, 1]; condition: a pytree of arrays [B, ...], or None; keys: [B]; t:
+    strictly decreasing in 1..T. evaluations: of the denoiser besides the last step's, one per
+    step if None; fewer are drawn from as many equal parts of the steps, for each image its own,
+    and estimate the sum without bias.
+
+    Raises: ValueError for a schedule that is not variance-preserving, other levels, or evaluations
+    outside 1..len(t)-1.
     """
     check_variance_preserving(schedule, "the variational bound")
     level_t, level_s = level_pairs(schedule, t)
     N = len(level_t.t) - 1  # steps that do not decode
     M = N if evaluations is None else evaluations
     if not min(1, N) <= M <= N:
-        raise ValueError(f"evaluations is {evaluations}: this chain has {N} steps before the last one, use 1 to {N}")
+        raise ValueError(
+            f"evaluations is {evaluations}: use 1 to {N}, the steps before the last one"
+        )
     # KL of two Gaussians: constant + weight*|x0 - estimate|**2.
-    inner_t, inner_s = (Level(*(leaf[:-1] for leaf in level)) for level in (level_t, level_s))
-    r2, noise_q, noise_p = sqrt_snr_ratio(inner_t, inner_s) ** 2, fixed_small(inner_t, inner_s), std(inner_t, inner_s)
+    inner_t, inner_s = (level_at(level, slice(None, -1)) for level in (level_t, level_s))
+    r2 = sqrt_snr_ratio(inner_t, inner_s) ** 2
+    noise_q, noise_p = fixed_small(inner_t, inner_s), std(inner_t, inner_s)
     weights = (inner_s.alpha * (1 - r2) / noise_p) ** 2 / 2
     constant = float(np.sum(np.log(noise_p / noise_q) + (noise_q / noise_p) ** 2 / 2 - 0.5))
     weights = jnp.asarray(np.append(weights, 0.0), x0.dtype)
@@ -128,7 +152,7 @@ def variational_bound(
     axes, size = tuple(range(1, x0.ndim)), x0[0].size
 
     def squared_error(rows: Array, number: Any) -> tuple[Array, Array]:
-        level = Level(*(leaf[rows] for leaf in table))
+        level = level_at(table, rows)
         x_t = q_sample(x0, noise(keys, x0.shape[1:], number, x0.dtype), level)
         estimate = denoise(x_t, level, condition)
         return estimate, weights[rows] * jnp.sum((x0 - estimate) ** 2, axes)
@@ -165,23 +189,29 @@ def _log_gaussian(x: Array, mean: Array, std: float, bin_width: float | None) ->
 
 
 def dequantise(images: Array, keys: Array) -> Array:
-    """Images of 8 bits in [-1, 1], with uniform noise of one bin: the mean log density of these, plus log(BIN) per
-    dimension, is at most the log probability of the images (arXiv:1511.01844, section 3.1).
+    """Images of 8 bits in [-1, 1], with uniform noise of one bin.
+
+    The mean log density of these, plus log(BIN) per dimension, is at most the log probability of
+    the images (arXiv:1511.01844, section 3.1).
     """
-    return images + jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-BIN / 2, maxval=BIN / 2))(
-        keys
-    )
+
+    def draw(key: Array) -> Array:
+        return jax.random.uniform(key, images.shape[1:], minval=-BIN / 2, maxval=BIN / 2)
+
+    return images + jax.vmap(draw)(keys)
 
 
 def bits_per_dim(nats: Any, image_shape: tuple[int, ...], density: bool) -> np.ndarray:
-    """-log2 of the probability of each number of an image, from log probabilities in nats [B], or from log densities of
-    dequantised images in [-1, 1].
+    """-log2 of the probability of each number of an image.
+
+    nats: [B], log probabilities, or, if `density`, log densities of dequantised images in [-1, 1].
     """
-    per_dim = np.asarray(nats, np.float64) / np.prod(image_shape) + (np.log(BIN) if density else 0.0)
+    log_bin = np.log(BIN) if density else 0.0
+    per_dim = np.asarray(nats, np.float64) / np.prod(image_shape) + log_bin
     return -per_dim / np.log(2)
 
 
-def _diffrax() -> Any:
+def _diffrax() -> ModuleType:
     try:
         import diffrax
     except ImportError as error:

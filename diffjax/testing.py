@@ -1,5 +1,6 @@
-"""Laws as code, public: hypothesis strategies, exact oracles, and checks that hold your own schedule, sampler or
-denoiser to what the library's own are held to.
+"""Laws as code: hypothesis strategies, exact oracles, and checks.
+
+They hold your own schedule, sampler or denoiser to what the library's own are held to.
 
     import numpy as np
     from hypothesis import given, strategies as st
@@ -13,7 +14,8 @@ denoiser to what the library's own are held to.
     def test_my_sampler_converges_at_order_two():
         testing.assert_order(my_sampler, 2)
 
-Everything here is numpy in float64. `python -m diffjax.testing` prints the measured orders of the library's solvers.
+Everything here is numpy in float64. `python -m diffjax.testing` prints the measured orders of the
+library's solvers.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,18 +29,21 @@ from diffjax import sampler, schedule, sde, solvers
 from diffjax.denoiser import Denoiser
 from diffjax.process import append_dims
 from diffjax.sampler import Plan
-from diffjax.schedule import Level, Schedule
+from diffjax.schedule import Level, Schedule, level_at
 
 Maker = Callable[[Schedule, Any], Plan]  # (schedule, t) -> plan
 DATA = Level(0, 1.0, 0.0)
 
-# ---------------------------------------------------------------------------------------------- strategies
+# ----------------------------------------------------------------------------- strategies
 
 
 @st.composite
-def schedules(draw: st.DrawFn, most: int = 300, exploding: bool = False, terminal: bool = False) -> Schedule:
-    """Variance-preserving schedules of 1..most levels, of every kind and of any betas; with `exploding` also
-    variance-exploding ones, with `terminal` also such without signal at level T.
+def schedules(
+    draw: st.DrawFn, most: int = 300, exploding: bool = False, terminal: bool = False
+) -> Schedule:
+    """Variance-preserving schedules of 1..most levels, of every kind and of any betas.
+
+    exploding: variance-exploding ones too; terminal: such without signal at level T too.
     """
     T = draw(st.integers(1, most))
     kinds = ["linear", "scaled_linear", "cosine", "sigmoid", "logsnr", "betas"]
@@ -62,13 +67,18 @@ def schedules(draw: st.DrawFn, most: int = 300, exploding: bool = False, termina
     levels = schedule.from_betas(10 ** generator.uniform(-4, -0.1, T))
     if kind == "exploding":
         # Far from the data alpha**2 vanishes in float64, where no such form exists.
-        return schedule.variance_exploding(Level(*(leaf[: 1 + min(T, 30)] for leaf in levels)))
+        return schedule.variance_exploding(level_at(levels, slice(1 + min(T, 30))))
     return schedule.zero_terminal_snr(levels) if kind == "terminal" else levels
 
 
 @st.composite
-def visits(draw: st.DrawFn, levels: Schedule, most: int = 20, fractions: bool = False) -> np.ndarray:
-    """Levels that a sampler may visit: any decreasing choice of 1..T; with `fractions` of what lies between, too."""
+def visits(
+    draw: st.DrawFn, levels: Schedule, most: int = 20, fractions: bool = False
+) -> np.ndarray:
+    """Levels that a sampler may visit: any decreasing choice of 1..T.
+
+    fractions: levels between two of the table too.
+    """
     T = schedule.length(levels)
     chosen = draw(st.sets(st.integers(1, T), min_size=1, max_size=min(T, most)))
     t = np.array(sorted(chosen, reverse=True))
@@ -79,13 +89,16 @@ def visits(draw: st.DrawFn, levels: Schedule, most: int = 20, fractions: bool = 
 
 @st.composite
 def pairs(draw: st.DrawFn, **kinds: bool) -> tuple[Level, Level]:
-    """Two levels (t, s) of a schedule, t noisier than s, s perhaps data; kinds as in `schedules`."""
+    """Two levels (t, s) of a schedule, t noisier than s, s perhaps data.
+
+    kinds: the keyword arguments of `schedules`.
+    """
     levels = draw(schedules(**kinds))
     t = draw(st.integers(1, schedule.length(levels)))
     return schedule.at(levels, t), schedule.at(levels, draw(st.integers(0, t - 1)))
 
 
-# ---------------------------------------------------------------------------------------------- oracles
+# ----------------------------------------------------------------------------- oracles
 
 
 def at_noise_time(u: Any) -> Level:
@@ -94,7 +107,7 @@ def at_noise_time(u: Any) -> Level:
 
 
 def gaussian_denoiser(mean: Any, std: Any) -> Denoiser:
-    """E[x0 | x_t] where data is N(mean, std**2), elementwise: the denoiser that training would find, in closed form.
+    """E[x0 | x_t] for data N(mean, std**2), elementwise, in closed form.
 
     x0 = mean + alpha*std**2/(alpha**2*std**2 + sigma**2) * (x_t - alpha*mean)
     """
@@ -108,8 +121,10 @@ def gaussian_denoiser(mean: Any, std: Any) -> Denoiser:
 
 
 def gaussian_flow(x_t: Any, level: Level, mean: Any, std: Any, to: Level = DATA) -> Any:
-    """Where the probability flow of N(mean, std**2) takes x_t at `level`: it keeps the distance to the mean in units of
-    the standard deviation.
+    """The point to which the probability flow of N(mean, std**2) takes x_t.
+
+    x_t is at `level`; the point is at level `to`. The flow keeps the distance to the mean in
+    units of the standard deviation.
     """
     before = (level.alpha**2 * std**2 + level.sigma**2) ** 0.5
     after = (to.alpha**2 * std**2 + to.sigma**2) ** 0.5
@@ -117,8 +132,10 @@ def gaussian_flow(x_t: Any, level: Level, mean: Any, std: Any, to: Level = DATA)
 
 
 def finite_denoiser(points: np.ndarray, std: float = 0.0) -> Denoiser:
-    """E[x0 | x_t] where data is one of the points [M, ...] at random, blurred by noise of `std`: the mean of what each
-    point says, weighted by how well it explains x_t. Nonlinear, and exact for any data set. Levels: scalar leaves.
+    """E[x0 | x_t] for data that is one of the points [M, ...], plus noise of `std`.
+
+    It is the mean of the estimates from each point alone, weighted by the probability of x_t
+    under it: nonlinear, and exact for any data set. Levels: scalar leaves.
     """
     flat = points.reshape(len(points), -1)
 
@@ -128,20 +145,29 @@ def finite_denoiser(points: np.ndarray, std: float = 0.0) -> Denoiser:
         misfit = ((x[:, None] - level.alpha * flat) ** 2).sum(-1) / (2 * spread)
         weights = np.exp(misfit.min(1, keepdims=True) - misfit)
         center = weights / weights.sum(1, keepdims=True) @ flat
-        return (center + level.alpha * std**2 / spread * (x - level.alpha * center)).reshape(np.shape(x_t))
+        return (center + level.alpha * std**2 / spread * (x - level.alpha * center)).reshape(
+            np.shape(x_t)
+        )
 
     return denoise
 
 
 def run_plan(
-    denoise: Denoiser, plan: Plan, x: Any, z: Any = None, history: tuple[Any, Any] | None = None, rows: Any = None
+    denoise: Denoiser,
+    plan: Plan,
+    x: Any,
+    z: Any = None,
+    history: tuple[Any, Any] | None = None,
+    rows: Any = None,
 ) -> Any:
-    """A plan row by row, with the noise z [N, ...] given: what `sampler.scan_plan` must agree with. history: the two
-    estimates of x0 before the first row, zeros if None; rows: their indices, all if None.
+    """Run a plan row by row in numpy: the reference for `sampler.scan_plan`.
+
+    z: the noise [N, ...], for a plan that draws; history: the two estimates of x0 before the
+    first row, zeros if None; rows: the indices of the rows to run, all if None.
     """
     x0_1, x0_2 = history or (np.zeros_like(x), np.zeros_like(x))
     for i in range(plan.steps) if rows is None else rows:
-        x0 = denoise(x, row_level(plan, i))
+        x0 = denoise(x, level_at(plan.level, i))
         x = plan.a[i] * x + plan.b[i] * x0 + plan.c[i, 0] * x0_1 + plan.c[i, 1] * x0_2
         if plan.d is not None:
             x = x + plan.d[i] * z[i]
@@ -149,19 +175,16 @@ def run_plan(
     return x
 
 
-def row_level(plan: Plan, i: int) -> Level:
-    """The level where row i calls the denoiser."""
-    return Level(*(leaf[i] for leaf in plan.level))
-
-
 def moments(plan: Plan, denoise: Denoiser, mean: float, variance: float) -> tuple[float, float]:
-    """Mean and variance of what a plan makes of x_T ~ N(mean, variance), without sampling: with a denoiser that is
-    affine in x, rows pass the joint mean and covariance of (x, x0_1, x0_2) on exactly. Elementwise.
+    """Mean and variance of a plan's samples from x_T ~ N(mean, variance), exactly.
+
+    For a denoiser that is affine in x: then rows transform the joint mean and covariance of
+    (x, x0_1, x0_2) in closed form. Elementwise.
     """
     m, cov = np.array([mean, 0.0, 0.0]), np.diag([variance, 0.0, 0.0])
     zero: Any = np.zeros(1)
     for i in range(plan.steps):
-        level = row_level(plan, i)
+        level = level_at(plan.level, i)
         offset = denoise(zero, level)[0]
         slope = denoise(zero + 1, level)[0] - offset
         c_1, c_2 = plan.c[i]
@@ -172,14 +195,21 @@ def moments(plan: Plan, denoise: Denoiser, mean: float, variance: float) -> tupl
     return float(m[0]), float(cov[0, 0])
 
 
-# ---------------------------------------------------------------------------------------------- laws
+# ----------------------------------------------------------------------------- laws
 
 
 def assert_schedule(levels: Schedule) -> None:
-    """Index 0 is data, logsnr decreases at every level, all is finite float64, and respacing is indexing."""
-    assert (levels.t[0], levels.alpha[0], levels.sigma[0]) == (0, 1, 0), "index 0 is data: alpha 1, sigma 0"
+    """Check a schedule: index 0 is data, and logsnr decreases at every level.
+
+    All of it is finite float64, and respacing is indexing.
+    """
+    assert (levels.t[0], levels.alpha[0], levels.sigma[0]) == (0, 1, 0), (
+        "index 0 is data: alpha 1, sigma 0"
+    )
     assert list(levels.t) == list(range(len(levels.t))), "t counts the levels"
-    assert all(leaf.dtype == np.float64 and np.isfinite(leaf).all() for leaf in levels[1:]), "tables: finite float64"
+    assert all(leaf.dtype == np.float64 and np.isfinite(leaf).all() for leaf in levels[1:]), (
+        "tables: finite float64"
+    )
     assert (np.diff(schedule.logsnr(levels)) < 0).all(), "logsnr decreases"
     for t in (np.arange(len(levels.t))[::-1], 0, schedule.length(levels)):
         for picked, leaf in zip(schedule.at(levels, t), levels, strict=True):
@@ -187,45 +217,62 @@ def assert_schedule(levels: Schedule) -> None:
 
 
 def plan_errors(plan: Plan) -> dict[str, np.ndarray]:
-    """By how much each row of a plan misses what every sampler owes, [N]; level s is where the row lands:
+    """The errors of each row of a plan in the laws that samplers obey, [N].
 
-    mean: a*alpha_t + b + c1 + c2 - alpha_s, so that the true x0 stays the mean;
-    variance: (a**2*sigma_t**2 + d**2)/sigma_s**2 - 1, so that x_s is as noisy as its level says. Owed by all but the
-    variances larger than fixed_small and by inflated churn, which exceed it; where sigma_s is 0, of d**2 itself.
+    With s the level where the row lands:
+
+    mean: a*alpha_t + b + c1 + c2 - alpha_s, so that the true x0 stays the mean; variance:
+    (a**2*sigma_t**2 + d**2)/sigma_s**2 - 1, so that x_s is as noisy as its level; where sigma_s
+    is 0, the numerator itself. Variances larger than fixed_small, and churn with s_noise above 1,
+    exceed it.
     """
-    alpha_s, sigma_s = np.append(plan.level.alpha[1:], DATA.alpha), np.append(plan.level.sigma[1:], DATA.sigma)
+    alpha_s, sigma_s = (
+        np.append(plan.level.alpha[1:], DATA.alpha),
+        np.append(plan.level.sigma[1:], DATA.sigma),
+    )
     d = 0.0 if plan.d is None else plan.d
     noise = plan.a**2 * plan.level.sigma**2 + d**2
     return {
         # b and c first: Heun's corrections are large, and cancel.
         "mean": plan.a * plan.level.alpha + (plan.b + plan.c.sum(1)) - alpha_s,
-        "variance": np.where(sigma_s > 0, noise / np.where(sigma_s > 0, sigma_s, 1) ** 2 - 1, noise),
+        "variance": np.where(
+            sigma_s > 0, noise / np.where(sigma_s > 0, sigma_s, 1) ** 2 - 1, noise
+        ),
     }
 
 
 def assert_plan(plan: Plan, variance: bool = True, tolerance: float = 1e-12) -> None:
-    """Rows keep the mean, and (unless not owed) the variance; levels never get noisier but by churn, whose rows draw
-    noise; the last row returns x0 exactly; and rows are numbered from 1.
+    """Check a plan: its rows keep the mean and the variance, and the last returns x0.
+
+    Levels get noisier by churn only, whose rows draw noise; and rows are numbered from 1.
+    variance: False for plans that exceed it by design, see `plan_errors`.
     """
     sampler.check_plan(plan)
     errors = plan_errors(plan)
     worst = np.abs(errors["mean"]).max()
-    assert worst <= tolerance, f"a*alpha_t + b + c1 + c2 misses alpha_s by {worst:.3g}"
+    assert worst <= tolerance, f"mean: a*alpha_t + b + c1 + c2 differs from alpha_s by {worst:.3g}"
     worst = np.abs(errors["variance"]).max()
-    assert not variance or worst <= tolerance, f"a**2*sigma_t**2 + d**2 misses sigma_s**2 by {worst:.3g} of it"
+    assert not variance or worst <= tolerance, (
+        f"variance: a**2*sigma_t**2 + d**2 differs from sigma_s**2 by {worst:.3g} of it"
+    )
     rises = np.flatnonzero(np.diff(plan.level.t) > 0)
-    assert not len(rises) or (plan.d is not None and (plan.d[rises] > 0).all()), "levels rise without noise"
+    assert not len(rises) or (plan.d is not None and (plan.d[rises] > 0).all()), (
+        "level: rises in a row that draws no noise"
+    )
     last = (plan.a[-1], plan.b[-1], *plan.c[-1], 0.0 if plan.d is None else plan.d[-1])
-    assert last == (0, 1, 0, 0, 0), f"the last row is not x0: its coefficients are {last}"
-    assert list(plan.number) == list(range(1, plan.steps + 1)), "rows are numbered from 1"
+    assert last == (0, 1, 0, 0, 0), f"x0: the last row is {last}, expected a 0, b 1 and no others"
+    numbers = list(range(1, plan.steps + 1))
+    assert list(plan.noise_index) == numbers, "noise_index: rows are numbered from 1"
 
 
-def measured_order(make: Maker, steps: Sequence[int] = (40, 80, 160, 320), warm: int = 0) -> np.ndarray:
-    """Order of convergence to the exact probability flow of Gaussian data, one slope per doubling of the steps.
+def measured_order(
+    make: Maker, steps: Sequence[int] = (40, 80, 160, 320), warm: int = 0
+) -> np.ndarray:
+    """The order of convergence to the exact probability flow of Gaussian data.
 
-    On lambda = log(alpha/sigma) from -1 to 2 in equal steps, both ends away from infinity, since onto data every
-    sampler is of order one. warm: rows at the start that are replaced by the exact solution, for samplers that need
-    history.
+    One slope per doubling of the steps, on lambda = log(alpha/sigma) from -1 to 2 in equal steps:
+    both ends away from infinity, since onto data every sampler is of order one. warm: rows at the
+    start that are replaced by the exact solution, for samplers that need history.
     """
     mean, std, x = 0.3, 0.5, np.linspace(-2, 2, 5)
     denoise, errors = gaussian_denoiser(mean, std), []
@@ -233,41 +280,58 @@ def measured_order(make: Maker, steps: Sequence[int] = (40, 80, 160, 320), warm:
         # Level n + 1 has lambda -1, level 1 has 2; the row from level 1 onto data is left out.
         levels = schedule.from_logsnr(lambda u, n=n: 2 * (2 - 3 * (u * (n + 1) - 1) / n), n + 1)
         plan = make(levels, np.arange(n + 1, 0, -1))
-        exact = [gaussian_flow(x, row_level(plan, 0), mean, std, row_level(plan, i)) for i in range(warm + 1)]
-        estimates = [denoise(exact[i], row_level(plan, i)) for i in range(warm)]
+        exact = [
+            gaussian_flow(x, level_at(plan.level, 0), mean, std, level_at(plan.level, i))
+            for i in range(warm + 1)
+        ]
+        estimates = [denoise(exact[i], level_at(plan.level, i)) for i in range(warm)]
         history = (estimates[-1], estimates[-2]) if warm > 1 else None
-        found = run_plan(denoise, plan, exact[warm], history=history, rows=range(warm, plan.steps - 1))
-        expected = gaussian_flow(x, row_level(plan, 0), mean, std, schedule.at(levels, 1))
+        found = run_plan(
+            denoise, plan, exact[warm], history=history, rows=range(warm, plan.steps - 1)
+        )
+        expected = gaussian_flow(x, level_at(plan.level, 0), mean, std, schedule.at(levels, 1))
         errors.append(np.abs(found - expected).max())
     return np.log2(np.divide(errors[:-1], errors[1:])) / np.log2(np.divide(steps[1:], steps[:-1]))
 
 
 def assert_order(make: Maker, order: float, warm: int = 0) -> None:
-    """The measured order of convergence is `order`, to a quarter, at every doubling of the steps from 40 to 320."""
+    """Check the order of convergence, to a quarter, at doublings from 40 to 320 steps."""
     slopes = measured_order(make, warm=warm)
-    assert (np.abs(slopes - order) <= 0.25).all(), f"the measured order is {slopes}, not {order}"
+    assert (np.abs(slopes - order) <= 0.25).all(), f"order: measured {slopes}, expected {order}"
 
 
 def assert_denoiser(denoise: Denoiser, x: Any, levels: Schedule, tolerance: float = 1e-5) -> None:
-    """A denoiser is a function of each image and its level alone: finite, of the shape of x [B, ...], the same for a
-    level given once and given per image, and the same whatever else is in the batch. tolerance: of the largest value.
+    """Check that a denoiser is a function of each image and its level alone.
+
+    It is finite, has the shape of x [B, ...], is the same for a level given once and given per
+    image, and the same whatever else is in the batch. tolerance: relative to the largest value.
     """
     T = schedule.length(levels)
     for t in {1, (T + 1) // 2, T}:
         level = schedule.at(levels, t)
         whole = np.asarray(denoise(x, level))
-        assert whole.shape == np.shape(x), f"{whole.shape} for samples of {np.shape(x)}"
-        assert np.isfinite(whole).all(), f"not finite at level {t}"
+        assert whole.shape == np.shape(x), f"shape: {whole.shape}, expected {np.shape(x)}"
+        assert np.isfinite(whole).all(), f"finite: the estimate at level {t} is not"
         bound = tolerance * max(1, np.abs(whole).max())
         each = schedule.at(levels, np.full(len(x), t))
-        assert np.abs(np.asarray(denoise(x, each)) - whole).max() <= bound, "a level per image changes the estimate"
-        assert np.abs(np.asarray(denoise(x[:1], level)) - whole[:1]).max() <= bound, "the batch changes the estimate"
-        assert np.abs(np.asarray(denoise(x[::-1], level))[::-1] - whole).max() <= bound, "the order of a batch matters"
+        assert np.abs(np.asarray(denoise(x, each)) - whole).max() <= bound, (
+            "level: one per image changes the estimate"
+        )
+        assert np.abs(np.asarray(denoise(x[:1], level)) - whole[:1]).max() <= bound, (
+            "batch: its size changes the estimate"
+        )
+        assert np.abs(np.asarray(denoise(x[::-1], level))[::-1] - whole).max() <= bound, (
+            "batch: its order changes the estimate"
+        )
 
 
-def assert_interval(guided: Denoiser, plain: Denoiser, x: Any, levels: Schedule, low: float, high: float) -> None:
-    """Guidance in an interval is scale 1 outside: at every level whose sigma/alpha is not in low..high, `guided` says
-    what the conditional denoiser `plain` says; where there are levels within, it says something else at one of them.
+def assert_interval(
+    guided: Denoiser, plain: Denoiser, x: Any, levels: Schedule, low: float, high: float
+) -> None:
+    """Check that guidance in an interval low..high of sigma/alpha is scale 1 outside.
+
+    Outside, `guided` is the conditional denoiser `plain`; if there are levels inside, it differs
+    at one of them.
     """
     ratio, differs = np.exp(sde.noise_time(levels)), []
     for t in range(1, len(ratio)):
@@ -276,34 +340,48 @@ def assert_interval(guided: Denoiser, plain: Denoiser, x: Any, levels: Schedule,
         if low <= ratio[t] <= high:
             differs.append((one != other).any())
         else:
-            assert np.allclose(one, other, rtol=1e-5, atol=1e-6), f"guided at sigma/alpha {ratio[t]:.3g}, outside"
-    assert not differs or any(differs), "nothing is guided"
+            assert np.allclose(one, other, rtol=1e-5, atol=1e-6), (
+                f"interval: guided outside of it, at sigma/alpha {ratio[t]:.3g}"
+            )
+    assert not differs or any(differs), "interval: nothing is guided inside of it"
 
 
-def assert_bounded(denoise: Denoiser, x: Any, levels: Schedule, low: float = -1.0, high: float = 1.0) -> None:
-    """Every estimate lies in low..high, as clipping and thresholding promise, at the first, middle and last level."""
+def assert_bounded(
+    denoise: Denoiser, x: Any, levels: Schedule, low: float = -1.0, high: float = 1.0
+) -> None:
+    """Check that estimates lie in low..high, at the first, middle and last level."""
     for t in {1, (schedule.length(levels) + 1) // 2, schedule.length(levels)}:
         x0 = np.asarray(denoise(x, schedule.at(levels, t)))
         slack = 1e-6 * max(abs(low), abs(high))
-        assert (low - slack <= x0).all(), f"an estimate of {x0.min()} at level {t}, below {low}"
-        assert (x0 <= high + slack).all(), f"an estimate of {x0.max()} at level {t}, above {high}"
+        assert (low - slack <= x0).all(), f"x0: {x0.min()} at level {t}, below {low}"
+        assert (x0 <= high + slack).all(), f"x0: {x0.max()} at level {t}, above {high}"
 
 
-def assert_inpainting(inpainted: Denoiser, denoise: Denoiser, known: Any, mask: Any, x: Any, levels: Schedule) -> None:
-    """Where the mask is 1 every estimate is what is known, exactly; where it is 0, what `denoise` says. So is the image
-    that a plan ends at, since its last row returns the estimate.
+def assert_inpainting(
+    inpainted: Denoiser, denoise: Denoiser, known: Any, mask: Any, x: Any, levels: Schedule
+) -> None:
+    """Check that inpainting keeps the known part exactly, and `denoise` elsewhere.
+
+    Then so do samples, since the last row of a plan returns the estimate.
     """
     mask = np.broadcast_to(mask, np.shape(x))
     for t in {1, (schedule.length(levels) + 1) // 2, schedule.length(levels)}:
         level = schedule.at(levels, t)
         found, free = np.asarray(inpainted(x, level)), np.asarray(denoise(x, level))
-        assert (found[mask == 1] == np.asarray(known)[mask == 1]).all(), f"known pixels change at level {t}"
-        assert np.allclose(found[mask == 0], free[mask == 0], rtol=1e-5, atol=1e-6), f"made otherwise at level {t}"
+        assert (found[mask == 1] == np.asarray(known)[mask == 1]).all(), (
+            f"known: pixels of it change at level {t}"
+        )
+        assert np.allclose(found[mask == 0], free[mask == 0], rtol=1e-5, atol=1e-6), (
+            f"mask: where it is 0 the estimate changes at level {t}"
+        )
 
 
-def reconstruction_errors(denoise: Denoiser, x0: Any, levels: Schedule, steps: Sequence[int]) -> np.ndarray:
-    """Mean squared error, [len(steps)], of x0 encoded and decoded by DDIM in so many steps, as values in [0, 1]: half
-    of those in [-1, 1] (arXiv:2010.02502, table 2).
+def reconstruction_errors(
+    denoise: Denoiser, x0: Any, levels: Schedule, steps: Sequence[int]
+) -> np.ndarray:
+    """Mean squared errors of x0 encoded and decoded by DDIM, one for each of `steps`.
+
+    Of values in [0, 1], half of those in [-1, 1], as in table 2 of arXiv:2010.02502.
     """
     errors = []
     for n in steps:
@@ -315,16 +393,23 @@ def reconstruction_errors(denoise: Denoiser, x0: Any, levels: Schedule, steps: S
 
 
 def assert_reconstruction(
-    denoise: Denoiser, x0: Any, levels: Schedule, steps: Sequence[int] = (10, 20, 50, 100, 200, 500, 1000)
+    denoise: Denoiser,
+    x0: Any,
+    levels: Schedule,
+    steps: Sequence[int] = (10, 20, 50, 100, 200, 500, 1000),
 ) -> None:
-    """The error of encoding and decoding falls with the steps, as in table 2 of arXiv:2010.02502."""
+    """Check that the error of encoding and decoding falls with the steps.
+
+    As in table 2 of arXiv:2010.02502.
+    """
     errors = reconstruction_errors(denoise, x0, levels, steps)
-    assert (np.diff(errors) < 0).all(), f"the error does not fall: {errors} for {steps} steps"
+    assert (np.diff(errors) < 0).all(), f"error: {errors} for {steps} steps, expected to fall"
 
 
 def assert_probability_flow(velocity: Callable[[Any, Any, Level], Any], levels: Schedule) -> None:
-    """velocity(x, x0, level) is dx/du of the probability flow, u = log(sigma/alpha): for Gaussian data it is tangent to
-    the exact flow at every level.
+    """Check that velocity(x, x0, level) is dx/du of the probability flow.
+
+    With u = log(sigma/alpha): for Gaussian data it is tangent to the exact flow at every level.
     """
     mean, std, width = 0.3, 0.5, 1e-4
     x: Any = np.linspace(-2, 2, 5)
@@ -335,12 +420,16 @@ def assert_probability_flow(velocity: Callable[[Any, Any, Level], Any], levels: 
         up, down = (gaussian_flow(x, level, mean, std, end) for end in ends)
         found = velocity(x, denoise(x, level), level)
         wrong = np.abs((up - down) / (2 * width) - found).max()
-        assert wrong <= 1e-6, f"the flow at level {t} is missed by {wrong:.3g}"
+        assert wrong <= 1e-6, f"velocity: differs from the flow by {wrong:.3g} at level {t}"
 
 
-def assert_exponential_euler(step: Callable[[Any, Any, Level, Level], Any], level_t: Level, level_s: Level) -> None:
-    """step(x_t, x0, level_t, level_s) is the exact solution of the probability flow from t to s with eps held constant:
-    the exponential Euler step, which DDIM is. Against Runge and Kutta's method in small steps.
+def assert_exponential_euler(
+    step: Callable[[Any, Any, Level, Level], Any], level_t: Level, level_s: Level
+) -> None:
+    """Check that step(x_t, x0, level_t, level_s) is the exponential Euler step.
+
+    DDIM is that step. It is the exact solution of the probability flow from t to s with eps held
+    constant, here found by Runge and Kutta's method in small steps.
     """
     x_t, x0 = np.linspace(-2, 2, 5), np.linspace(1, -1, 5)
     eps = (x_t - level_t.alpha * x0) / level_t.sigma
@@ -356,44 +445,63 @@ def assert_exponential_euler(step: Callable[[Any, Any, Level, Level], Any], leve
         k_3 = velocity(x + h / 2 * k_2, u + h / 2)
         x = x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + velocity(x + h * k_3, u + h))
     wrong = np.abs(step(x_t, x0, level_t, level_s) - x).max()
-    assert wrong <= 1e-6 * np.abs(x).max(), f"the flow with constant eps is missed by {wrong:.3g}"
+    assert wrong <= 1e-6 * np.abs(x).max(), (
+        f"step: differs from the flow with constant eps by {wrong:.3g}"
+    )
 
 
-def assert_log_density(log_density: Callable[[Any], Any], mean: Any, std: Any, x: Any, tolerance: float = 0.01) -> None:
-    """log_density(x) [B], in nats, is that of N(mean, std**2) elementwise: of each image to `tolerance` of it, or of
-    one nat per dimension where that is more. x: [B, ...].
+def assert_log_density(
+    log_density: Callable[[Any], Any], mean: Any, std: Any, x: Any, tolerance: float = 0.01
+) -> None:
+    """Check that log_density(x) [B], in nats, is that of N(mean, std**2) elementwise.
+
+    x: [B, ...]; tolerance: for each image, relative to its log density, or to one nat per
+    dimension if that is more.
     """
     exact = -0.5 * ((x - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
     exact = np.sum(np.broadcast_to(exact, np.shape(x)), axis=tuple(range(1, np.ndim(x))))
     found = np.asarray(log_density(x))
-    assert found.shape == exact.shape, f"{found.shape} for {len(exact)} images"
+    assert found.shape == exact.shape, f"shape: {found.shape}, expected {exact.shape}"
     wrong = np.abs(found - exact) / np.maximum(np.abs(exact), np.size(x) / len(exact))
     i = int(np.argmax(wrong))
-    assert wrong[i] <= tolerance, f"the log density of image {i} is {found[i]:.6g}, not {exact[i]:.6g}"
+    assert wrong[i] <= tolerance, (
+        f"log_density: {found[i]:.6g} for image {i}, expected {exact[i]:.6g}"
+    )
 
 
 def assert_halving(
     student: Callable[[Denoiser], Denoiser], teacher: Denoiser, levels: Schedule, steps: int, x: Any
 ) -> None:
-    """One step of DDIM by `student(teacher)`, over the trailing levels of so many steps, ends where the teacher's two
-    do, over those of twice as many: from x [B, ...], at every step, onto data too, to 1e-9 of the largest number. So do
-    all of them, one after the other.
+    """Check that one DDIM step by `student(teacher)` ends where the teacher's two end.
+
+    The student takes so many steps over trailing levels, the teacher twice as many: from x [B,
+    ...], at every step, onto data too, to 1e-9 of the largest number; and so for all of them in
+    sequence.
     """
     one, two = (sampler.ddim(levels, schedule.trailing(levels, n)) for n in (steps, 2 * steps))
-    learned = student(teacher)
+    halved = student(teacher)
     for rows in [*([i] for i in range(steps)), list(range(steps))]:
         expected = run_plan(teacher, two, x, rows=[row for i in rows for row in (2 * i, 2 * i + 1)])
-        wrong = np.abs(run_plan(learned, one, x, rows=rows) - expected).max()
+        wrong = np.abs(run_plan(halved, one, x, rows=rows) - expected).max()
         bound = 1e-9 * max(1, np.abs(expected).max(), np.abs(x).max())
-        assert wrong <= bound, f"from level {one.level.t[rows[0]]} two steps are missed by {wrong:.3g}"
+        assert wrong <= bound, (
+            f"student: differs by {wrong:.3g} from two steps from level {one.level.t[rows[0]]}"
+        )
 
 
 def assert_consistency(
-    target: Callable[[Denoiser, Denoiser], Denoiser], teacher: Denoiser, levels: Schedule, steps: int, x: Any
+    target: Callable[[Denoiser, Denoiser], Denoiser],
+    teacher: Denoiser,
+    levels: Schedule,
+    steps: int,
+    x: Any,
 ) -> None:
-    """`target(student, teacher)` is what the student says, to 1e-9, where the student says the end of the teacher's
-    path: of its DDIM over the trailing levels of so many steps, from each of them. And at the last of them nothing is
-    asked of the student, so that it has to learn the end from the teacher: the boundary condition.
+    """Check that the end of the teacher's path is a fixed point of the target.
+
+    The target is `target(student, teacher)`. If the student outputs the end of the teacher's DDIM
+    over the trailing levels of so many steps, from each of them, so does the target, to 1e-9. At
+    the last of them the student is not called, so that it has to learn the end from the teacher:
+    the boundary condition.
     """
     plan = sampler.ddim(levels, schedule.trailing(levels, steps))
     first = {t: i for i, t in enumerate(plan.level.t)}
@@ -404,14 +512,16 @@ def assert_consistency(
         return run_plan(teacher, plan, x_t, rows=range(first[int(level.t)], steps))
 
     for i in range(steps):
-        level = row_level(plan, i)
+        level = level_at(plan.level, i)
         expected = end(x, level)
         wrong = np.abs(np.asarray(target(end, teacher)(x, level)) - expected).max()
-        assert wrong <= 1e-9 * max(1, np.abs(expected).max()), f"at level {level.t} it is missed by {wrong:.3g}"
+        assert wrong <= 1e-9 * max(1, np.abs(expected).max()), (
+            f"target: differs from the end of the path by {wrong:.3g} at level {level.t}"
+        )
 
 
 def _resampled(make: Maker) -> Maker:
-    return lambda levels, t: solvers.repaint(make(levels, t), times=3, jump=2)
+    return lambda levels, t: solvers.repaint(make(levels, t), resamples=3, jump_length=2)
 
 
 # Every kind of plan that the library makes, for laws that hold for all.
@@ -431,15 +541,17 @@ MAKERS: dict[str, Maker] = {
     "ddim, resampled": _resampled(sampler.ddim),
     "ddpm, resampled": _resampled(sampler.ddpm),
 }
-CHURNING: dict[str, Maker] = {"edm": partial(solvers.edm, inflation=1.0)}  # needs signal at every level
-EXCESSIVE: dict[str, Maker] = {  # leave more noise than a level has; for variance-preserving schedules
+# They need signal at every level.
+CHURNING: dict[str, Maker] = {"edm": partial(solvers.edm, s_noise=1.0)}
+# They leave more noise than a level has; for variance-preserving schedules.
+EXCESSIVE: dict[str, Maker] = {
     "ddpm, fixed_large": sampler.sigma_hat,
     "ddpm, interpolated 0.3": partial(sampler.ddpm, std=sampler.interpolated_variance(0.3)),
 }
 
-# Order of convergence, and how many first rows it is measured without: those of order 3 start from exact history, as
-# their own first rows have none and are of lower order. UniPC's corrector looks one estimate further than its
-# predictor.
+# Order of convergence, and the number of first rows that it is measured without: solvers of order
+# 3 start from exact history, as their own first rows have none and are of lower order. UniPC's
+# corrector uses one estimate more than its predictor.
 ORDERS: dict[str, tuple[int, int]] = {
     "ddim": (1, 0),
     "heun": (2, 0),
@@ -450,7 +562,8 @@ ORDERS: dict[str, tuple[int, int]] = {
 }
 
 if __name__ == "__main__":
-    print("| sampler | order | measured, 40 to 80 steps | 80 to 160 | 160 to 320 |\n|---|---|---|---|---|")
+    print("| sampler | order | measured, 40 to 80 steps | 80 to 160 | 160 to 320 |")
+    print("|---|---|---|---|---|")
     for name, (order, warm) in ORDERS.items():
         slopes = " | ".join(f"{slope:.2f}" for slope in measured_order(MAKERS[name], warm=warm))
         print(f"| `{name}`{', from exact history' if warm else ''} | {order} | {slopes} |")

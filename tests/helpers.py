@@ -1,4 +1,4 @@
-"""What tests share that is no fixture. Nothing here imports JAX: conftest sets its environment first."""
+"""Helpers of tests. They do not import JAX, since conftest sets its environment first."""
 
 import re
 import socket
@@ -29,13 +29,16 @@ def free_port():
         return listening.getsockname()[1]
 
 
-# ------------------------------------------------------------------------------------------- what is said
-# Tests ask for the names and values in what is said, and leave its sentences free.
+# ------------------------------------------------------------------------------- messages
+# Tests ask for the names and values in a message, and leave its sentences free.
 
 
 def naming(*words):
-    """A regex of text that has every word, as a whole and in any order: match=naming("steps", 0). A name may be an
-    option (save_every is also --save-every), and 2 is also 2.0, but neither 2.5 nor 12."""
+    """A regex of text that has every word, as a whole and in any order: match=naming("steps", 0).
+
+    A name may be an option (save_every is also --save-every), and 2 is also 2.0, but neither 2.5
+    nor 12.
+    """
     return r"(?s)\A" + "".join(f"(?=.*{_whole(str(word))})" for word in words)
 
 
@@ -46,27 +49,38 @@ def _whole(word):
 
 
 def of_steps(folder, done, steps):
-    """A regex of text that has a run folder, and after it how many steps are done, and of how many."""
+    """A regex of text with a run folder, and after it the steps done and the steps in total."""
     return rf"{re.escape(str(folder))}\D+\b{done}\D+\b{steps}\b"
 
 
+# Progress as tqdm draws it, with a total and without, and its cursor's way back up.
+PROGRESS = re.compile(
+    r"[^\r\n]*?(?:\d+%\|[^|\r\n]*\|[^[\r\n]*|\d+ \w+ )\[\d+:\d\d[^]\r\n]*\]|\x1b\[A"
+)
+
+
+def lines_of(err):
+    """The lines of stderr, without progress; an error may stand on the line of a bar."""
+    return [line for line in PROGRESS.sub("", err).splitlines() if line.strip()]
+
+
 def check_told(code, err, names, after_progress=False, **places):
-    """A program has ended with exit code 2 and a line on stderr that has the names: ("steps", "0"). It is the only
-    line, or the last one after those of a progress bar.
+    """A program ended with exit code 2 and one line on stderr that has the names: ("steps", "0").
+
+    after_progress: there may be progress bars too, which have names and numbers of their own.
     """
-    *before, line = err.strip().splitlines() or [""]
+    lines = lines_of(err) if after_progress else err.strip().splitlines()
     assert code == 2, err
-    assert after_progress or not before, err
+    assert len(lines) == 1, err
     assert "Traceback" not in err
     names = [name.format(**places) for name in ([names] if isinstance(names, str) else names)]
     assert names
     assert all(names)
-    assert [name for name in names if not re.search(naming(name), line)] == [], line
+    assert [name for name in names if not re.search(naming(name), lines[0])] == [], lines[0]
 
 
 def check_mistake(main, command, names, capsys, **places):
-    """A command, run in this process, ends as check_told says."""
-    arguments = [word.format(**places) for word in command.split()]
+    """A command, run in this process by main(words), ends as `check_told` says."""
     with pytest.raises(SystemExit) as end:
-        main(arguments)
+        main([word.format(**places) for word in command.split()])
     check_told(end.value.code, capsys.readouterr().err, names, **places)

@@ -9,11 +9,12 @@ import optax
 from flax import linen as nn
 from flax import nnx
 
-from diffjax import denoiser, loss, process, sampler, schedule
+from diffjax import denoiser, loss, parameterization, process, sampler, schedule
 from diffjax.testing import gaussian_denoiser
-from diffjax.training.step import init_state, make_train_step
+from diffjax.training.state import init_state
+from diffjax.training.step import make_train_step
 
-EPS, LEVELS = process.PREDICTIONS["eps"], schedule.linear(1000)
+EPS, LEVELS = parameterization.ddpm(process.PREDICTIONS["eps"]), schedule.linear(1000)
 SHAPE = (2, 2, 1)
 
 
@@ -23,7 +24,9 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, t, condition):
         flat = x.reshape(len(x), -1)
-        h = jnp.concatenate([flat, jnp.sin(t[:, None] / 1000 * jnp.arange(1, 9)), jax.nn.one_hot(condition, 2)], -1)
+        h = jnp.concatenate(
+            [flat, jnp.sin(t[:, None] / 1000 * jnp.arange(1, 9)), jax.nn.one_hot(condition, 2)], -1
+        )
         h = nn.silu(nn.Dense(64)(h))
         h = nn.silu(nn.Dense(64)(h))
         return nn.Dense(flat.shape[-1])(h).reshape(x.shape)
@@ -48,13 +51,16 @@ def test_a_linen_network_of_twenty_lines_is_trained_and_sampled():
     params = module.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), jnp.zeros(1), labels[:1])
     optimizer = optax.adam(3e-3)
     step = jax.jit(
-        make_train_step(loss.denoising_loss(network, EPS, LEVELS), optimizer, (0.99,), seed=0), donate_argnums=0
+        make_train_step(loss.denoising_loss(network, EPS, LEVELS), optimizer, (0.99,), seed=0),
+        donate_argnums=0,
     )
     state, losses, r = init_state(params, optimizer), [], np.random.default_rng(0)
     for n in range(400):
-        image = (labels[:, None, None, None] - 0.5) + 0.1 * r.normal(size=(256, *SHAPE)).astype(np.float32)
+        image = (labels[:, None, None, None] - 0.5) + 0.1 * r.normal(size=(256, *SHAPE)).astype(
+            np.float32
+        )
         index = np.arange(256 * n, 256 * (n + 1), dtype=np.uint32)
-        state, metrics = step(state, {"image": image, "label": labels, "index": index})
+        state, metrics = step(state, {"x": image, "condition": labels, "index": index})
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-20:]) < 0.3 * losses[0]
     images = sampled(network, state.ema[0], labels)
@@ -69,7 +75,10 @@ class Oracle(nnx.Module):
         self.mean = nnx.Param(jnp.float32(0.3))
 
     def __call__(self, x, t, condition):
-        at = [jnp.asarray(leaf, jnp.float32)[jnp.round(t).astype(int) + 1].reshape(-1, 1, 1, 1) for leaf in LEVELS]
+        at = [
+            jnp.asarray(leaf, jnp.float32)[jnp.round(t).astype(int) + 1].reshape(-1, 1, 1, 1)
+            for leaf in LEVELS
+        ]
         level = schedule.Level(*at)
         return process.eps_from_x0(x, gaussian_denoiser(self.mean[...], 0.5)(x, level), level)
 
@@ -93,4 +102,6 @@ def test_a_network_with_a_learned_variance_says_its_estimate_alone():
         return jnp.concatenate([params * x, 100 + x], axis=-1)
 
     x = jnp.ones((3, *SHAPE))
-    np.testing.assert_array_equal(denoiser.drop_learned_variance(network)(2.0, x, None, None), 2 * x)
+    np.testing.assert_array_equal(
+        denoiser.drop_learned_variance(network)(2.0, x, None, None), 2 * x
+    )

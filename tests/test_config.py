@@ -47,7 +47,9 @@ def test_every_configuration_builds_and_tells_commands_that_parse(name):
     doc = ast.get_docstring(ast.parse((config_folder() / f"{name}.py").read_text()))
     commands = re.findall(rf"diffjax train {name} (.*)", doc)
     for command in commands:
-        parsed = common.parse(train.Options, name, command.split(), train.Options(tyro.MISSING, config=config))
+        parsed = common.parse(
+            train.Options, name, command.split(), train.Options(tyro.MISSING, config=config)
+        )
         check_config(parsed.config)
     assert commands
     assert "Hardware:" in doc
@@ -57,7 +59,11 @@ def test_every_configuration_builds_and_tells_commands_that_parse(name):
     if name in ALIASES:
         return
     state = jax.eval_shape(training.init, jax.random.key(0))
-    like = {"image": np.zeros((4, *shape), np.float32), "label": np.zeros(4, int), "index": np.zeros(4, np.uint32)}
+    like = {
+        "image": np.zeros((4, *shape), np.float32),
+        "label": np.zeros(4, int),
+        "index": np.zeros(4, np.uint32),
+    }
     batch = {key: value for key, value in like.items() if key != "label" or config.data.labels}
     assert jax.eval_shape(training.eval_step, state.params, batch).shape == ()
 
@@ -67,8 +73,18 @@ def test_the_recipes_are_those_of_their_papers():
         assert load_config(name) == load_config(paper)
     cifar = load_config("cifar10")
     train = cifar.train
-    assert (train.batch, train.steps, train.learning_rate, train.warmup) == (128, 800_000, 2e-4, 5000)
-    assert (train.ema, train.clip, cifar.network.dropout, cifar.data.flip) == ((0.9999,), 1, 0.1, True)
+    assert (train.batch, train.steps, train.learning_rate, train.warmup) == (
+        128,
+        800_000,
+        2e-4,
+        5000,
+    )
+    assert (train.ema, train.clip, cifar.network.dropout, cifar.data.flip) == (
+        (0.9999,),
+        1,
+        0.1,
+        True,
+    )
     imagenet = load_config("imagenet64")
     assert (imagenet.network.dtype, imagenet.train.parallel) == ("bfloat16", "shard_map")
 
@@ -111,8 +127,12 @@ def test_resuming_may_change_the_training_but_not_the_network():
 
 def test_the_learning_rate_warms_up_and_decays():
     _, rate = build_optimizer(Config(train=Train(steps=100, warmup=10, learning_rate=1.0)))
-    assert [float(rate(n)) for n in (0, 5, 10, 55, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
-    _, constant = build_optimizer(Config(train=Train(steps=100, warmup=0, learning_rate=1.0, decay="none")))
+    assert [float(rate(n)) for n in (0, 5, 10, 55, 100)] == pytest.approx(
+        [0, 0.5, 1, 0.5, 0], abs=1e-6
+    )
+    _, constant = build_optimizer(
+        Config(train=Train(steps=100, warmup=0, learning_rate=1.0, decay="none"))
+    )
     assert [float(constant(n)) for n in (0, 100)] == [1, 1]
 
 
@@ -131,7 +151,9 @@ def test_every_named_schedule_keeps_the_variance_and_reaches_noise(name, T):
     assert_schedule(levels)
     assert schedule.is_variance_preserving(levels)
     assert levels.alpha[-1] < 0.07  # scaled_linear stops there, the others far below
-    emptied = build_schedule(Config(diffusion=Diffusion(schedule=name, T=T, zero_terminal_snr=True)))
+    emptied = build_schedule(
+        Config(diffusion=Diffusion(schedule=name, T=T, zero_terminal_snr=True))
+    )
     assert emptied.alpha[-1] == 0
 
 

@@ -8,11 +8,12 @@ from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffjax import loss, process, schedule
+from diffjax import loss, parameterization, process, schedule
 from diffjax.testing import schedules
 
 LEVELS = schedule.linear(1000)
-EPS = process.PREDICTIONS["eps"]
+EPS = parameterization.ddpm(process.PREDICTIONS["eps"])
+X0 = parameterization.ddpm(process.PREDICTIONS["x0"])
 KEY = jax.random.key(0)
 
 
@@ -26,7 +27,11 @@ def keys(n):
 
 # ------------------------------------------------------------------------------------------- draws of t
 
-TIMES = {"uniform": loss.uniform, "antithetic": loss.antithetic, "stratified": partial(loss.stratified, batch=50)}
+TIMES = {
+    "uniform": loss.uniform,
+    "antithetic": loss.antithetic,
+    "stratified": partial(loss.stratified, batch=50),
+}
 
 
 @pytest.mark.parametrize("name", TIMES)
@@ -62,10 +67,12 @@ def test_draws_do_not_depend_on_how_a_batch_is_split(name):
 # ------------------------------------------------------------------------------------------- weightings
 
 
-@given(schedules(exploding=True).filter(lambda levels: schedule.length(levels) > 1), st.floats(0.5, 10))
+@given(
+    schedules(exploding=True).filter(lambda levels: schedule.length(levels) > 1), st.floats(0.5, 10)
+)
 def test_weightings_are_those_of_their_papers_for_every_prediction(levels, gamma):
     """Stated on the squared error of x0, and met by every prediction: weight * (output error)**2, where an error of x0
-    moves the output by its gain."""
+    moves the output by the root of its output_sensitivity."""
     snr = np.exp(schedule.logsnr(levels)[1:])
     expected = {
         partial(loss.min_snr, gamma=gamma): np.minimum(snr, gamma),
@@ -76,16 +83,24 @@ def test_weightings_are_those_of_their_papers_for_every_prediction(levels, gamma
         for name in ("eps", "x0", "v"):
             prediction = process.PREDICTIONS[name]
             weight = weighting(levels, prediction)[1:]
-            noisy = schedule.Level(*(leaf[1:] for leaf in levels))
+            noisy = schedule.level_at(levels, slice(1, None))
             x_t, x0 = 0.3 * levels.sigma[1:], 0.1
-            said = [prediction.target(x, process.eps_from_x0(x_t, x, noisy), noisy) for x in (x0, x0 + 1)]
+            said = [
+                prediction.target(x, process.eps_from_x0(x_t, x, noisy), noisy)
+                for x in (x0, x0 + 1)
+            ]
             np.testing.assert_allclose(weight * (said[1] - said[0]) ** 2, of_x0, rtol=1e-6)
 
 
 def test_min_snr_as_its_paper_writes_it_per_prediction():
     snr = np.exp(schedule.logsnr(LEVELS)[1:])
-    for name, expected in {"eps": np.minimum(snr, 5) / snr, "v": np.minimum(snr, 5) / (snr + 1)}.items():
-        np.testing.assert_allclose(loss.min_snr(LEVELS, process.PREDICTIONS[name])[1:], expected, rtol=1e-10)
+    for name, expected in {
+        "eps": np.minimum(snr, 5) / snr,
+        "v": np.minimum(snr, 5) / (snr + 1),
+    }.items():
+        np.testing.assert_allclose(
+            loss.min_snr(LEVELS, process.PREDICTIONS[name])[1:], expected, rtol=1e-10
+        )
 
 
 def test_the_sigmoid_weighting_is_one_of_logsnr_whatever_the_schedule():
@@ -97,7 +112,9 @@ def test_the_sigmoid_weighting_is_one_of_logsnr_whatever_the_schedule():
     for function in (lambda u: 8 - 16 * u, lambda u: 8 - 16 * u**2):
         levels = schedule.from_logsnr(function, 4000)
         weight = loss.sigmoid(levels, process.PREDICTIONS["eps"], bias=1.0)[1:]
-        assert np.mean(weight * np.cos(schedule.logsnr(levels)[1:] / 4)) == pytest.approx(integral, rel=2e-3)
+        assert np.mean(weight * np.cos(schedule.logsnr(levels)[1:] / 4)) == pytest.approx(
+            integral, rel=2e-3
+        )
 
 
 @pytest.mark.parametrize(
@@ -105,15 +122,32 @@ def test_the_sigmoid_weighting_is_one_of_logsnr_whatever_the_schedule():
     [
         (lambda s: loss.min_snr(s, process.PREDICTIONS["eps"], gamma=0.0), "gamma 0"),
         (lambda s: loss.edm(s, process.PREDICTIONS["eps"], sigma_data=-1.0), "sigma_data -1"),
-        (lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["eps"]), "1000 alpha eps"),
-        (lambda s: loss.sigmoid(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]), "sigmoid logsnr T"),
-        (lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]), "weighting level 1000"),
-        (lambda s: loss.denoising_loss(None, EPS, s, lambda s, p: np.ones(1000)), "weighting 1001 (1000,)"),
-        (lambda s: loss.denoising_loss(None, EPS, s, lambda s, p: np.full(1001, np.nan)), "weighting nan"),
+        (
+            lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["eps"]),
+            "1000 alpha eps",
+        ),
+        (
+            lambda s: loss.sigmoid(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]),
+            "sigmoid logsnr T",
+        ),
+        (
+            lambda s: loss.min_snr(schedule.zero_terminal_snr(s), process.PREDICTIONS["v"]),
+            "weighting level 1000",
+        ),
+        (
+            lambda s: loss.denoising_loss(None, EPS, s, lambda s, p: np.ones(1000)),
+            "weighting 1001 (1000,)",
+        ),
+        (
+            lambda s: loss.denoising_loss(None, EPS, s, lambda s, p: np.full(1001, np.nan)),
+            "weighting nan",
+        ),
         (lambda s: loss.denoising_loss(None, EPS, s, drop_rate=1.5), "drop_rate 1.5"),
         (lambda s: loss.denoising_loss(None, EPS, s, drop_rate=0.1), "null"),
         (
-            lambda s: loss.denoising_loss(None, EPS, s)(None, {"image": np.zeros((1, 2), np.uint8), "index": [0]}, KEY),
+            lambda s: loss.denoising_loss(None, EPS, s)(
+                None, {"x": np.zeros((1, 2), np.uint8), "index": [0]}, KEY
+            ),
             "uint8",
         ),
         (lambda s: loss.denoising_loss(None, EPS, schedule.zero_terminal_snr(s)), "1000 alpha eps"),
@@ -150,6 +184,31 @@ def test_conditions_of_several_numbers_are_dropped_whole():
     assert (dropped[:, 0] == 0).mean() == pytest.approx(0.3, abs=0.03)
 
 
+def test_a_pytree_is_dropped_whole_and_as_its_leaves_are():
+    """One draw per example for all leaves, the same as for each leaf alone."""
+    label = jnp.arange(4000) % 7
+    condition = {"label": label, "vector": jnp.ones((4000, 3)), "scale": jnp.full((4000, 1), 2.0)}
+    null = {"label": 7, "vector": np.zeros(3, np.float32), "scale": -1.0}
+    found = loss.drop_condition(keys(4000), condition, null, 0.3)
+    dropped = np.asarray(found["label"] == 7)
+    assert dropped.mean() == pytest.approx(0.3, abs=0.03)
+    np.testing.assert_array_equal(found["vector"], np.where(dropped[:, None], 0, np.ones(3)))
+    np.testing.assert_array_equal(found["scale"][:, 0], np.where(dropped, -1, 2))
+    for name, leaf in condition.items():
+        alone = loss.drop_condition(keys(4000), leaf, null[name], 0.3)
+        np.testing.assert_array_equal(found[name], alone)
+        assert alone.dtype == leaf.dtype
+
+
+def test_quartiles_are_those_of_the_levels():
+    """0 for the least noisy quarter of 1..T, and so on."""
+    objective = loss.denoising_loss(lambda p, x, t, c, keys: x + t[:, None], X0, LEVELS)
+    found = objective(None, {"x": jnp.zeros((400, 2)), "index": indices(400)}, KEY)
+    t = loss.sample_t(loss.uniform, KEY, indices(400), 1000)
+    np.testing.assert_array_equal(found.quartile, (t - 1) // 250)
+    assert set(np.asarray(found.quartile)) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("weighting", loss.WEIGHTINGS.values(), ids=loss.WEIGHTINGS)
 @pytest.mark.parametrize("name", ["eps", "x0", "v"])
 def test_the_loss_is_the_weighted_distance_to_the_target(name, weighting):
@@ -162,9 +221,10 @@ def test_the_loss_is_the_weighted_distance_to_the_target(name, weighting):
         level = jax.tree.map(lambda leaf: leaf[t + 1], table)
         return prediction.target(x0, process.eps_from_x0(x_t, x0, level), level) + offset
 
-    objective = loss.denoising_loss(network, prediction, LEVELS, weighting)
+    parameters = parameterization.ddpm(prediction)
+    objective = loss.denoising_loss(network, parameters, LEVELS, weighting)
     for offset in (0.0, 0.5):
-        found = objective(offset, {"image": x0, "index": indices(8)}, KEY)
+        found = objective(offset, {"x": x0, "index": indices(8)}, KEY).value
         weight = weighting(LEVELS, prediction)[np.asarray(seen[-1])]
         np.testing.assert_allclose(found / weight, offset**2, atol=3e-3)
 
@@ -179,17 +239,17 @@ def at_level_500(key, index, T):
 
 def test_examples_do_not_share_noise_nor_depend_on_their_batch():
     x0 = jnp.zeros((8, 4, 4, 1))
-    objective = loss.denoising_loss(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
-    whole = objective(None, {"image": x0, "index": indices(8)}, KEY)
+    objective = loss.denoising_loss(echo, X0, LEVELS, times=at_level_500)
+    whole = objective(None, {"x": x0, "index": indices(8)}, KEY).value
     assert len(np.unique(whole)) == 8
-    part = objective(None, {"image": x0[:3], "index": indices(3, start=5)}, KEY)
+    part = objective(None, {"x": x0[:3], "index": indices(3, start=5)}, KEY).value
     np.testing.assert_allclose(part, whole[5:], rtol=1e-6)
 
 
 def test_every_step_draws_anew():
-    objective = loss.denoising_loss(echo, process.PREDICTIONS["x0"], LEVELS, times=at_level_500)
-    batch = {"image": jnp.zeros((4, 3)), "index": indices(4)}
-    drawn = [objective(None, batch, jax.random.key(seed)) for seed in range(3)]
+    objective = loss.denoising_loss(echo, X0, LEVELS, times=at_level_500)
+    batch = {"x": jnp.zeros((4, 3)), "index": indices(4)}
+    drawn = [objective(None, batch, jax.random.key(seed)).value for seed in range(3)]
     assert len(np.unique(np.concatenate(drawn))) == 12
 
 
@@ -202,10 +262,12 @@ def test_the_objective_withholds_labels_and_its_noises_are_apart():
         return x
 
     objective = loss.denoising_loss(
-        network, process.PREDICTIONS["x0"], LEVELS, times=at_level_500, null=10, drop_rate=0.3
+        network, X0, LEVELS, times=at_level_500, null=10, drop_rate=0.3
     )  # fmt: skip
     n = 4000
-    objective(None, {"image": jnp.zeros((n, 2)), "index": indices(n), "label": jnp.arange(n) % 10}, KEY)
+    objective(
+        None, {"x": jnp.zeros((n, 2)), "index": indices(n), "condition": jnp.arange(n) % 10}, KEY
+    )
     dropped = np.asarray(seen["condition"] == 10)
     assert dropped.mean() == pytest.approx(0.3, abs=0.03)
     assert (seen["condition"] == np.where(dropped, 10, np.arange(n) % 10)).all()

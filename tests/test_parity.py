@@ -1,13 +1,15 @@
 """Samplers and schedules against diffusers.
 
-DDIM runs compiled: everywhere against arrays that `python tests/test_parity.py` stored, and live where the parity extra
-is installed (`make parity`). All other comparisons are live, of plans run row by row in float64.
+DDIM runs compiled: everywhere against arrays that `python tests/test_parity.py` stored, and live
+where the parity extra is installed (`make parity`). All other comparisons are live, of plans run
+row by row in float64.
 
-The network is a formula, so that nothing but the samplers can differ: tanh(x + t/1000) / 2 + x / 4, with t counted from
-0 as diffusers does.
+The network is a formula, so that nothing but the samplers can differ: tanh(x + t/1000) / 2 + x /
+4, with t counted from 0 as diffusers does.
 
-diffusers computes in float32, where rounding hides all beyond the fifth or sixth digit. So live tests run it twice: as
-it is, and with float64 under the name of float32 in its modules, where ten digits must agree.
+diffusers computes in float32, where rounding hides all beyond the fifth or sixth digit. So live
+tests run it twice: as it is, and with float64 under the name of float32 in its modules, where ten
+digits must agree.
 """
 
 import sys
@@ -20,13 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import denoiser, process, sampler, schedule, solvers
+from diffjax import denoiser, parameterization, process, sampler, schedule, solvers
 from diffjax.testing import run_plan
 
 STORED = Path(__file__).parent / "diffusers_ddim.npz"
 BETAS = {
     "linear": (schedule.linear, "linear", {"beta_start": 0.0001, "beta_end": 0.02}),
-    "scaled_linear": (schedule.scaled_linear, "scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),
+    "scaled_linear": (
+        schedule.scaled_linear,
+        "scaled_linear",
+        {"beta_start": 0.00085, "beta_end": 0.012},
+    ),
     "cosine": (schedule.cosine, "squaredcos_cap_v2", {}),
 }
 SCHEDULES = {name: make for name, (make, _, _) in BETAS.items()}
@@ -51,11 +57,16 @@ def error(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-# ------------------------------------------------------------------------------------------- DDIM, compiled
+# ----------------------------------------------------------------------------- DDIM, compiled
 
 # diffusers' tables are float32, and its cosine loses alpha-bar_T = 2.4e-9 there.
 TOLERANCE = {"linear": 1e-5, "cosine": 2e-5}
-CASES = [(betas, spacing, n) for betas in TOLERANCE for spacing in ("leading", "trailing") for n in (10, 25, 50)]
+CASES = [
+    (betas, spacing, n)
+    for betas in TOLERANCE
+    for spacing in ("leading", "trailing")
+    for n in (10, 25, 50)
+]
 
 
 def compiled(betas, spacing, steps):
@@ -64,9 +75,14 @@ def compiled(betas, spacing, steps):
 
     levels = SCHEDULES[betas](1000)
     plan = sampler.ddim(levels, schedule.SPACINGS[spacing](levels, steps))
-    denoise = denoiser.condition_on(denoiser.from_network(apply, None, process.PREDICTIONS["eps"]), None)
+    parameters = parameterization.ddpm(process.PREDICTIONS["eps"])
+    denoise = denoiser.condition_on(denoiser.from_network(apply, None, parameters), None)
     keys = sampler.image_keys(jax.random.key(0), np.arange(4))
-    return np.asarray(sampler.sample(jax.jit(partial(sampler.scan_plan, denoise)), plan, jnp.float32(start()), keys))
+    return np.asarray(
+        sampler.sample(
+            jax.jit(partial(sampler.scan_plan, denoise)), plan, jnp.float32(start()), keys
+        )
+    )
 
 
 def theirs(betas, spacing, steps):
@@ -93,7 +109,7 @@ def test_ddim_is_diffusers_live(betas, spacing, steps):
     assert error(compiled(betas, spacing, steps), theirs(betas, spacing, steps)) <= TOLERANCE[betas]
 
 
-# ------------------------------------------------------------------------------------------- diffusers, live
+# ----------------------------------------------------------------------------- diffusers, live
 
 
 class Double:
@@ -118,16 +134,23 @@ class Diffusers:
         made = getattr(self.library, name)
         if self.precision == "float64":
             for imported, module in (("torch", self.torch), ("np", np)):
-                self.monkeypatch.setattr(sys.modules[made.__module__], imported, Double(module), raising=False)
+                self.monkeypatch.setattr(
+                    sys.modules[made.__module__], imported, Double(module), raising=False
+                )
         scheduler = made(**config)
         scheduler.set_timesteps(steps)
         return scheduler
 
     def run(self, scheduler, x, z=(), **arguments):
         """Down its timesteps from x, with z[i] for the i-th noise that it draws."""
-        tensor, drawn = partial(self.torch.as_tensor, dtype=getattr(self.torch, self.precision)), iter(z)
+        tensor, drawn = (
+            partial(self.torch.as_tensor, dtype=getattr(self.torch, self.precision)),
+            iter(z),
+        )
         module = sys.modules[type(scheduler).__module__]
-        self.monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: tensor(next(drawn)), raising=False)
+        self.monkeypatch.setattr(
+            module, "randn_tensor", lambda *_, **__: tensor(next(drawn)), raising=False
+        )
         x = tensor(x)
         for t in scheduler.timesteps:
             output = network(scheduler.scale_model_input(x, t), float(t), self.torch)
@@ -135,7 +158,8 @@ class Diffusers:
         return x.numpy()
 
     def check(self, found, expected, single=1e-5):
-        # The 1e-10 is DDPMScheduler's, which clamps variances at 1e-20, onto data too; all others meet 1e-13.
+        # The 1e-10 is DDPMScheduler's, which clamps variances at 1e-20, onto data too; all others
+        # meet 1e-13.
         assert error(found, expected) <= {"float32": single, "float64": 1e-10}[self.precision]
 
 
@@ -157,15 +181,25 @@ def ours(plan, z=None, seen=lambda t: t):
     return run_plan(denoise, plan, start(), z)
 
 
-# Where every scheduler is right but DDPM's fixed_large, which takes LEADING; see "diffusers is wrong" below.
+# Where every scheduler is right but DDPM's fixed_large, which takes LEADING; see "diffusers is
+# wrong" below.
 LEADING = [("linear", "leading", 20), ("cosine", "leading", 50)]
-EVEN = [*LEADING, ("linear", "trailing", 50), ("scaled_linear", "trailing", 20), ("cosine", "trailing", 25)]
+EVEN = [
+    *LEADING,
+    ("linear", "trailing", 50),
+    ("scaled_linear", "trailing", 20),
+    ("cosine", "trailing", 25),
+]
 # Where those are that look the next level up in their own grid.
 GRIDS = [*EVEN, ("linear", "trailing", 30), ("scaled_linear", "linspace", 20)]
 
 DDIM, DDPM, HEUN = "DDIMScheduler", "DDPMScheduler", "HeunDiscreteScheduler"
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
-UNCLIPPED, LARGE, SDE = {"clip_sample": False}, {"variance_type": "fixed_large"}, {"algorithm_type": "sde-dpmsolver++"}
+UNCLIPPED, LARGE, SDE = (
+    {"clip_sample": False},
+    {"variance_type": "fixed_large"},
+    {"algorithm_type": "sde-dpmsolver++"},
+)
 SAMPLERS = {  # their class, its arguments, those of its step(), our plan, where
     "ddim, eta 0": (DDIM, UNCLIPPED, {}, sampler.ddim, EVEN),
     "ddim, eta 0.3": (DDIM, UNCLIPPED, {"eta": 0.3}, partial(sampler.ddim, eta=0.3), EVEN),
@@ -178,31 +212,41 @@ SAMPLERS = {  # their class, its arguments, those of its step(), our plan, where
     # In 15 steps or more: in fewer, their last row but one is of order 2, ours of order 3.
     "3m": (DPM, {"solver_order": 3}, {}, solvers.dpm_solver_pp_3m, GRIDS),
     "unipc": (UNIPC, {}, {}, solvers.unipc_2, GRIDS),
-    # Not by linspace, which is of fractions here, between which sigma/alpha is linear; our logarithm of it is.
-    # Nor where cosine starts at T: ours leaves out the correction of so long a first step.
+    # Not by linspace, which is of fractions here, between which sigma/alpha is linear; our
+    # logarithm of it is. Nor where cosine starts at T: ours leaves out the correction of so long
+    # a first step.
     "heun": (HEUN, {}, {}, solvers.heun, EVEN[:-1]),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "betas", "spacing", "steps"), [(name, *grid) for name, row in SAMPLERS.items() for grid in row[-1]]
+    ("name", "betas", "spacing", "steps"),
+    [(name, *grid) for name, row in SAMPLERS.items() for grid in row[-1]],
 )
 def test_samplers_are_diffusers(diffusers, name, betas, spacing, steps):
     """Over the levels that diffusers chooses, whatever they are."""
     of, config, arguments, plan_of, _ = SAMPLERS[name]
     scheduler = diffusers.scheduler(of, steps, timestep_spacing=spacing, **THEIRS[betas], **config)
-    levels, t = SCHEDULES[betas](1000), 1 + np.unique(scheduler.timesteps.numpy().astype(np.int64))[::-1]
-    scale = levels.alpha[t[0]] if of == HEUN else 1.0  # that one speaks of x/alpha, and has most of its levels twice
+    levels, t = (
+        SCHEDULES[betas](1000),
+        1 + np.unique(scheduler.timesteps.numpy().astype(np.int64))[::-1],
+    )
+    scale = (
+        levels.alpha[t[0]] if of == HEUN else 1.0
+    )  # that one speaks of x/alpha, and has most of its levels twice
     found = diffusers.run(scheduler, start() / scale, noise(steps), **arguments)
     diffusers.check(found, ours(plan_of(levels, t), noise(steps)))
 
 
 @pytest.mark.parametrize("variance", sampler.VARIANCES)
 def test_the_thousand_step_chain_is_diffusers(diffusers, variance):
-    """Its beta_t is 1 - alpha_bar_t/alpha_bar_s, about 1e-4 near the data: float32 has three digits of it."""
+    """Its beta_t is 1 - alpha_bar_t/alpha_bar_s, about 1e-4 near the data: float32 has three
+    digits of it."""
     scheduler = diffusers.scheduler(DDPM, 1000, **UNCLIPPED, variance_type=variance)
     plan = sampler.ddpm(schedule.linear(1000), np.arange(1000, 0, -1), sampler.VARIANCES[variance])
-    diffusers.check(diffusers.run(scheduler, start(), noise(1000)), ours(plan, noise(1000)), single=3e-5)
+    diffusers.check(
+        diffusers.run(scheduler, start(), noise(1000)), ours(plan, noise(1000)), single=3e-5
+    )
 
 
 FRACTIONS = [
@@ -217,17 +261,24 @@ FRACTIONS = [
 @pytest.mark.parametrize(("of", "chosen", "spacing", "plan_of"), FRACTIONS)
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
 def test_levels_between_two_are_diffusers(diffusers, betas, of, chosen, spacing, plan_of):
-    """The multistep schedulers round the t that the network sees, though not its alpha and sigma; Heun's does not."""
-    levels, scheduler = SCHEDULES[betas](1000), diffusers.scheduler(of, 20, **THEIRS[betas], **{chosen: True})
+    """The multistep schedulers round the t that the network sees, though not its alpha and sigma;
+    Heun's does not."""
+    levels, scheduler = (
+        SCHEDULES[betas](1000),
+        diffusers.scheduler(of, 20, **THEIRS[betas], **{chosen: True}),
+    )
     scale, seen = (levels.alpha[-1], lambda t: t) if of == HEUN else (1.0, np.round)
     plan = plan_of(levels, schedule.SPACINGS[spacing](levels, 20))
     diffusers.check(diffusers.run(scheduler, start() / scale), ours(plan, seen=seen))
 
 
 def edm_denoise(x, level):
-    """The network in the preconditioning of EDM, table 1 (arXiv:2206.00364), with sigma_data = 0.5."""
+    """The network in the preconditioning of EDM, table 1 (arXiv:2206.00364), with sigma_data =
+    0.5."""
     total = level.sigma**2 + 0.25
-    return 0.25 / total * x + level.sigma * 0.5 / total**0.5 * network(x / total**0.5, np.log(level.sigma) / 4, np)
+    return 0.25 / total * x + level.sigma * 0.5 / total**0.5 * network(
+        x / total**0.5, np.log(level.sigma) / 4, np
+    )
 
 
 EDM_DPM = "EDMDPMSolverMultistepScheduler"
@@ -240,7 +291,9 @@ EDM = {
 
 
 @pytest.mark.parametrize("name", EDM)
-@pytest.mark.parametrize(("spacing", "called"), [("karras", "karras"), ("uniform_logsnr", "exponential")])
+@pytest.mark.parametrize(
+    ("spacing", "called"), [("karras", "karras"), ("uniform_logsnr", "exponential")]
+)
 def test_variance_exploding_samplers_are_diffusers(diffusers, name, spacing, called):
     (of, config, plan_of), levels, x, z = EDM[name], schedule.edm(1000), 80 * start(), noise(20)
     plan = plan_of(levels, schedule.SPACINGS[spacing](levels, 20))
@@ -248,7 +301,8 @@ def test_variance_exploding_samplers_are_diffusers(diffusers, name, spacing, cal
     diffusers.check(found, run_plan(edm_denoise, plan, x, z))
 
 
-# Both consistency schedulers mix x into the network's x0, each in its way, so that level 1 returns x.
+# Both consistency schedulers mix x into the network's x0, each in its way, so that level 1
+# returns x.
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -264,7 +318,8 @@ def test_consistency_sampling_is_diffusers_of_latents(diffusers, steps):
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_consistency_sampling_is_diffusers_but_for_the_noise_of_data(diffusers, steps):
-    """Algorithm 1 of arXiv:2303.01469 takes level 1 for data, and adds sqrt(sigma**2 - 0.002**2); ours adds sigma."""
+    """Algorithm 1 of arXiv:2303.01469 takes level 1 for data, and adds sqrt(sigma**2 - 0.002**2);
+    ours adds sigma."""
 
     def denoise(x, level):
         total, above = level.sigma**2 + 0.25, level.sigma - 0.002
@@ -272,7 +327,11 @@ def test_consistency_sampling_is_diffusers_but_for_the_noise_of_data(diffusers, 
         return 0.25 / (above**2 + 0.25) * x + above * 0.5 / total**0.5 * output
 
     scheduler = diffusers.scheduler("CMStochasticIterativeScheduler", steps, clip_denoised=False)
-    plan, x, z = solvers.consistency(schedule.edm(40), 40 - 40 // steps * np.arange(steps)), 80 * start(), noise(steps)
+    plan, x, z = (
+        solvers.consistency(schedule.edm(40), 40 - 40 // steps * np.arange(steps)),
+        80 * start(),
+        noise(steps),
+    )
     plan = plan._replace(d=np.sqrt(np.maximum(plan.d**2 - 0.002**2, 0)))
     diffusers.check(diffusers.run(scheduler, x, z), run_plan(denoise, plan, x, z))
 
@@ -282,31 +341,39 @@ def test_consistency_sampling_is_diffusers_but_for_the_noise_of_data(diffusers, 
 def test_schedules_are_diffusers(diffusers, betas, T):
     levels = SCHEDULES[betas](T)
     for made, zero in ((levels, False), (schedule.zero_terminal_snr(levels), True)):
-        scheduler = diffusers.scheduler(DDIM, 10, num_train_timesteps=T, **THEIRS[betas], rescale_betas_zero_snr=zero)
+        scheduler = diffusers.scheduler(
+            DDIM, 10, num_train_timesteps=T, **THEIRS[betas], rescale_betas_zero_snr=zero
+        )
         diffusers.check(scheduler.alphas_cumprod.numpy(), made.alpha[1:] ** 2, single=1e-6)
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_spacings_are_diffusers(spacing):
-    """To one level, where they round: linspace ties to even levels, which diffusers counts from 0; and trailing, where
-    steps does not divide T, to the nearest, and ours down. (One step by its linspace is at level 1, by ours at T.)
+    """To one level, where they round: linspace ties to even levels, which diffusers counts from
+    0; and trailing, where steps does not divide T, to the nearest, and ours down. (One step by
+    its linspace is at level 1, by ours at T.)
     """
     library = pytest.importorskip("diffusers", reason="the parity extra is not installed")
     scheduler = library.DDIMScheduler(timestep_spacing=spacing)
     for steps in (2, 5, 10, 20, 25, 50, 100, 250, 500, 1000, 30, 7):
         scheduler.set_timesteps(steps)
-        away = np.abs(1 + scheduler.timesteps.numpy() - schedule.SPACINGS[spacing](schedule.linear(1000), steps))
+        away = np.abs(
+            1
+            + scheduler.timesteps.numpy()
+            - schedule.SPACINGS[spacing](schedule.linear(1000), steps)
+        )
         assert away.max() <= (spacing == "linspace" or (spacing == "trailing" and 1000 % steps > 0))
 
 
-# ------------------------------------------------------------------------------------------- diffusers is wrong
+# ----------------------------------------------------------------------------- diffusers is wrong
 # A test that fails here may say that diffusers has been mended: then its case belongs above.
 
 
 @pytest.mark.parametrize(("spacing", "steps"), [("linspace", 50), ("trailing", 30)])
 def test_ddim_of_diffusers_steps_beside_its_grid(diffusers, spacing, steps):
-    """Its step() goes from t to t - T // steps, which is right for leading, and for trailing where steps divides T.
-    Elsewhere that is not the next of its own timesteps: huggingface/diffusers, issues 11347 and 12633.
+    """Its step() goes from t to t - T // steps, which is right for leading, and for trailing
+    where steps divides T. Elsewhere that is not the next of its own timesteps:
+    huggingface/diffusers, issues 11347 and 12633.
     """
     scheduler = diffusers.scheduler(DDIM, steps, **UNCLIPPED, timestep_spacing=spacing)
     timesteps = scheduler.timesteps.tolist()
@@ -323,8 +390,8 @@ def test_ddim_of_diffusers_steps_beside_its_grid(diffusers, spacing, steps):
 
 
 def test_ddpm_of_diffusers_adds_noise_to_data(diffusers):
-    """Its step() adds noise where t > 0, but the last of trailing timesteps lands on data from t > 0: there fixed_large
-    leaves noise of sigma_t in the images. All else agrees.
+    """Its step() adds noise where t > 0, but the last of trailing timesteps lands on data from t
+    > 0: there fixed_large leaves noise of sigma_t in the images. All else agrees.
     """
     levels, z = schedule.linear(1000), noise(20)
     scheduler = diffusers.scheduler(DDPM, 20, **UNCLIPPED, **LARGE, timestep_spacing="trailing")

@@ -25,7 +25,12 @@ def test_every_prediction_gives_back_x0(levels, data, name, seed):
     assert (np.abs(found - x0) < bound * 10).all()
 
 
-@given(schedules(exploding=True), st.data(), st.sampled_from([np.float32, np.float64]), st.integers(0, 99))
+@given(
+    schedules(exploding=True),
+    st.data(),
+    st.sampled_from([np.float32, np.float64]),
+    st.integers(0, 99),
+)
 def test_every_conversion_can_be_undone(levels, data, dtype, seed):
     """From what any prediction says to any other and back. In units of rounding, an error in x0 is one in x_t over
     alpha, and one in eps is one over sigma: near either end these are large, and bounded."""
@@ -33,7 +38,12 @@ def test_every_conversion_can_be_undone(levels, data, dtype, seed):
     level = Level(*(dtype(leaf) for leaf in schedule.at(levels, t)))
     x0, eps = draw(seed).astype(dtype)
     x_t = process.q_sample(x0, eps, level)
-    unit = 32 * np.finfo(dtype).eps * max(1, np.abs(x_t).max()) * max(np.abs(x0).max(), np.abs(eps).max())
+    unit = (
+        32
+        * np.finfo(dtype).eps
+        * max(1, np.abs(x_t).max())
+        * max(np.abs(x0).max(), np.abs(eps).max())
+    )
     error_x0 = unit * (1 + 1 / level.alpha)
     error_eps = unit * (1 + 1 / level.sigma) + error_x0 * level.alpha / level.sigma
     bounds = {
@@ -48,23 +58,33 @@ def test_every_conversion_can_be_undone(levels, data, dtype, seed):
             pair = process.PREDICTIONS[source], process.PREDICTIONS[target]
             there = process.convert(x_t, said, level, *pair)
             np.testing.assert_array_less(
-                np.abs(there - pair[1].target(x0, eps, level)), bounds[target], f"{source} to {target}"
+                np.abs(there - pair[1].target(x0, eps, level)),
+                bounds[target],
+                f"{source} to {target}",
             )
             back = process.convert(x_t, there, level, *pair[::-1])
             # The way back starts with the error of the way there: in x0, whichever prediction carried it.
-            loss = bounds[target] / pair[1].gain(level) ** 0.5 * pair[0].gain(level) ** 0.5
+            loss = bounds[target] / pair[1].output_sensitivity(level) ** 0.5 * pair[0].output_sensitivity(level) ** 0.5
             np.testing.assert_array_less(
                 np.abs(back - said), 2 * (bounds[source] + loss), f"{source} to {target} and back"
             )
             assert back.dtype == dtype
 
 
-@given(schedules(exploding=True), st.data(), st.sampled_from(sorted(process.PREDICTIONS)), st.integers(0, 99))
+@given(
+    schedules(exploding=True),
+    st.data(),
+    st.sampled_from(sorted(process.PREDICTIONS)),
+    st.integers(0, 99),
+)
 def test_gain_is_how_far_an_error_of_x0_moves_the_output(levels, data, name, seed):
     level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
     x_t, x0 = draw(seed)
-    said = [process.PREDICTIONS[name].target(x, process.eps_from_x0(x_t, x, level), level) for x in (x0, x0 + 1.0)]
-    gain = process.PREDICTIONS[name].gain(level)
+    said = [
+        process.PREDICTIONS[name].target(x, process.eps_from_x0(x_t, x, level), level)
+        for x in (x0, x0 + 1.0)
+    ]
+    gain = process.PREDICTIONS[name].output_sensitivity(level)
     np.testing.assert_allclose((said[1] - said[0]) ** 2, gain, rtol=1e-6, atol=1e-9)
 
 
@@ -75,7 +95,9 @@ def test_the_score_is_the_slope_of_the_log_density():
         return -((x - level.alpha * x0) ** 2) / (2 * level.sigma**2)
 
     slope = (log_density(x_t + step) - log_density(x_t - step)) / (2 * step)
-    assert process.score_from_eps(process.eps_from_x0(x_t, x0, level), level) == pytest.approx(slope, rel=1e-8)
+    assert process.score_from_eps(process.eps_from_x0(x_t, x0, level), level) == pytest.approx(
+        slope, rel=1e-8
+    )
 
 
 @pytest.mark.parametrize("name", ["eps", "score"])
@@ -96,7 +118,9 @@ def test_eps_is_what_x0_implies_also_after_clipping(levels, data, seed):
     x_t, x0 = draw(seed)
     level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
     x0 = np.clip(x0, -1, 1)
-    np.testing.assert_allclose(process.q_sample(x0, process.eps_from_x0(x_t, x0, level), level), x_t, atol=1e-12)
+    np.testing.assert_allclose(
+        process.q_sample(x0, process.eps_from_x0(x_t, x0, level), level), x_t, atol=1e-12
+    )
 
 
 @given(pairs(), st.integers(0, 99))

@@ -9,10 +9,11 @@ from helpers import naming
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffjax import denoiser, process, sampler, schedule, solvers
+from diffjax import denoiser, guidance, parameterization, process, sampler, schedule, solvers
 from diffjax.devices import parallel
-from diffjax.nn.unet import UNet
-from diffjax.schedule import Level
+from diffjax.nn.conditioning import UNCONDITIONAL
+from diffjax.nn.unet import UNet, UNetConfig
+from diffjax.schedule import Level, level_at
 from diffjax.testing import (
     CHURNING,
     EXCESSIVE,
@@ -40,25 +41,37 @@ def draw(seed, count=3, shape=(4, 2)):
     return np.random.default_rng(seed).normal(size=(count, *shape))
 
 
-# ------------------------------------------------------------------------------------------- equations
+# ----------------------------------------------------------------------------- equations
 
 
 @given(pairs(), ETAS, st.integers(0, 99))
 def test_ddim_is_equation_12_of_the_paper(levels, eta, seed):
-    """As printed, in alpha-bars: sigma of equation 16, with the cancellation that the code avoids."""
+    """As printed, in alpha-bars: sigma of equation 16, with the cancellation that the code
+    avoids."""
     level_t, level_s = levels
     x_t, x0, z = draw(seed)
     abar_t, abar_s = level_t.alpha**2, level_s.alpha**2
     sigma = eta * np.sqrt((1 - abar_s) / (1 - abar_t)) * np.sqrt(1 - abar_t / abar_s)
     eps = (x_t - np.sqrt(abar_t) * x0) / np.sqrt(1 - abar_t)
-    expected = np.sqrt(abar_s) * x0 + np.sqrt(np.maximum(0, 1 - abar_s - sigma**2)) * eps + sigma * z
+    expected = (
+        np.sqrt(abar_s) * x0 + np.sqrt(np.maximum(0, 1 - abar_s - sigma**2)) * eps + sigma * z
+    )
     # The printed form loses digits: sqrt of a difference of numbers near 1.
-    np.testing.assert_allclose(sampler.ddim_step(x_t, x0, level_t, level_s, eta, z), expected, atol=2e-6)
+    np.testing.assert_allclose(
+        sampler.ddim_step(x_t, x0, level_t, level_s, eta, z), expected, atol=2e-6
+    )
 
 
-@given(st.integers(2, 1000), st.floats(1e-5, 0.01), st.floats(0.01, 0.05), st.data(), st.integers(0, 99))
+@given(
+    st.integers(2, 1000),
+    st.floats(1e-5, 0.01),
+    st.floats(0.01, 0.05),
+    st.data(),
+    st.integers(0, 99),
+)
 def test_ddpm_is_algorithm_2_of_its_paper(T, first, last, data, seed):
-    """As printed, in the paper's alpha = 1 - beta, its product alpha-bar, and eps: both choices of its sigma."""
+    """As printed, in the paper's alpha = 1 - beta, its product alpha-bar, and eps: both choices
+    of its sigma."""
     levels, beta = schedule.linear(T, first, last), np.linspace(first, last, T)
     alpha, abar = 1 - beta, np.append(1.0, np.cumprod(1 - beta))
     t = data.draw(st.integers(1, T))
@@ -66,7 +79,10 @@ def test_ddpm_is_algorithm_2_of_its_paper(T, first, last, data, seed):
     level_t, level_s = schedule.at(levels, t), schedule.at(levels, t - 1)
     x0 = process.x0_from_eps(x_t, eps, level_t)
     mean = (x_t - (1 - alpha[t - 1]) / np.sqrt(1 - abar[t]) * eps) / np.sqrt(alpha[t - 1])
-    variances = {sampler.fixed_large: beta[t - 1], sampler.fixed_small: (1 - abar[t - 1]) / (1 - abar[t]) * beta[t - 1]}
+    variances = {
+        sampler.fixed_large: beta[t - 1],
+        sampler.fixed_small: (1 - abar[t - 1]) / (1 - abar[t]) * beta[t - 1],
+    }
     for std, variance in variances.items():
         noise = np.sqrt(variance) * z if t > 1 else 0  # "z ~ N(0, I) if t > 1, else z = 0"
         found = sampler.ddpm_step(x_t, x0, level_t, level_s, z, std)
@@ -97,10 +113,14 @@ def test_steps_compile_and_take_a_level_per_image():
     x_t, x0, z = draw(0, shape=(3, 4, 2))
     t, s = [900, 500, 1], [500, 20, 0]
     steps = {
-        "ddim": lambda x_t, x0, level_t, level_s, z: sampler.ddim_step(x_t, x0, level_t, level_s, 0.5, z),
+        "ddim": lambda x_t, x0, level_t, level_s, z: sampler.ddim_step(
+            x_t, x0, level_t, level_s, 0.5, z
+        ),
         "ddpm": sampler.ddpm_step,
         "ddpm, fixed_large": partial(sampler.ddpm_step, std=sampler.fixed_large),
-        "posterior": lambda x_t, x0, level_t, level_s, z: process.q_posterior(x_t, x0, level_t, level_s)[0],
+        "posterior": lambda x_t, x0, level_t, level_s, z: process.q_posterior(
+            x_t, x0, level_t, level_s
+        )[0],
     }
     for name, step in steps.items():
         found = jax.jit(step)(x_t, x0, schedule.at(LEVELS, t), schedule.at(LEVELS, s), z)
@@ -143,9 +163,10 @@ def test_interpolated_variances_lie_between_in_the_logarithm(levels, v):
 
 @given(pairs(), st.floats(0.01, 0.99), st.floats(0.1, 0.9), st.integers(0, 99))
 def test_steps_compose_where_the_estimate_does_not_change(levels, w, eta, seed):
-    """t -> s -> u equals t -> u: with eta 0 sample by sample, with eta 1 in mean and variance, for any eta onto data.
-    With an eta between the two, only the marginal is kept: half steps forget more of x_t. u is a level between s and
-    data, at signal-to-noise ratios that w draws."""
+    """t -> s -> u equals t -> u: with eta 0 sample by sample, with eta 1 in mean and variance,
+    for any eta onto data. With an eta between the two, only the marginal is kept: half steps
+    forget more of x_t. u is a level between s and data, at signal-to-noise ratios that w
+    draws."""
     level_t, level_s = levels
     assume(level_s.sigma >= 1e-3)
     sigma_u = w * level_s.sigma
@@ -159,10 +180,15 @@ def test_steps_compose_where_the_estimate_does_not_change(levels, w, eta, seed):
     np.testing.assert_allclose(halves, whole, atol=1e-9)
 
     def gain_and_std(eta, level_t, level_s):
-        return [sampler.ddim_step(x, 0.0, level_t, level_s, eta, z) for x, z in ((1.0, 0.0), (0.0, 1.0))]
+        return [
+            sampler.ddim_step(x, 0.0, level_t, level_s, eta, z) for x, z in ((1.0, 0.0), (0.0, 1.0))
+        ]
 
     for each in (1.0, eta):
-        (gain_s, std_s), (gain_u, std_u) = gain_and_std(each, level_t, level_s), gain_and_std(each, level_s, level_u)
+        (gain_s, std_s), (gain_u, std_u) = (
+            gain_and_std(each, level_t, level_s),
+            gain_and_std(each, level_s, level_u),
+        )
         gain, std = gain_and_std(each, level_t, level_u)
         variance = std_u**2 + gain_u**2 * std_s**2
         marginal = gain_s**2 * gain_u**2 * level_t.sigma**2 + variance
@@ -176,7 +202,7 @@ def test_steps_compose_where_the_estimate_does_not_change(levels, w, eta, seed):
     assert gain_s * gain_u < gain * (1 - 1e-6 if max(r_s, r_u) < 0.9 else 1 + 1e-9)
 
 
-# ------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------- tables
 
 
 @given(schedules(exploding=True, terminal=True), st.data())
@@ -195,9 +221,12 @@ def test_rows_of_every_sampler_keep_mean_and_variance_and_land_on_data(levels, d
     [
         (lambda p: p._replace(b=p.b * 1.0001), {"alpha_s"}),
         (lambda p: p._replace(a=p.a * 1.0001, b=p.b - 0.0001 * p.a * p.level.alpha), {"sigma_s"}),
-        (lambda p: p._replace(number=p.number[::-1]), set()),
+        (lambda p: p._replace(noise_index=p.noise_index[::-1]), set()),
         (lambda p: p._replace(a=p.a + 1e-9 * (np.arange(5) == 4)), {"x0"}),
-        (lambda p: sampler.encode(LEVELS, p.level.t)._replace(number=p.number), {"alpha_s"}),
+        (
+            lambda p: sampler.encode(LEVELS, p.level.t)._replace(noise_index=p.noise_index),
+            {"alpha_s"},
+        ),
     ],
 )
 def test_a_plan_that_breaks_a_law_is_told(broken, law):
@@ -209,12 +238,13 @@ def test_a_plan_that_breaks_a_law_is_told(broken, law):
 
 
 def laws(error):
-    """Of mean, variance and last row, those that an error of `assert_plan` names by what they are about."""
+    """Of mean, variance and last row, those that an error of `assert_plan` names by what they are
+    about."""
     return {name for name in ("alpha_s", "sigma_s", "x0") if re.search(naming(name), str(error))}
 
 
 def test_levels_that_rise_without_noise_are_told():
-    plan = solvers.edm(schedule.edm(100), schedule.karras(schedule.edm(100), 5), inflation=1.0)
+    plan = solvers.edm(schedule.edm(100), schedule.karras(schedule.edm(100), 5), s_noise=1.0)
     rises = np.append(np.diff(plan.level.t) > 0, [False])
     assert_plan(plan)
     with pytest.raises(AssertionError) as raised:
@@ -224,7 +254,8 @@ def test_levels_that_rise_without_noise_are_told():
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99))
 def test_after_clipping_eps_is_the_one_that_clipping_implies(levels, data, seed):
-    """Each row of DDIM lands on alpha_s*x0 + sigma_s*eps with x_t = alpha_t*x0 + sigma_t*eps for the clipped x0."""
+    """Each row of DDIM lands on alpha_s*x0 + sigma_s*eps with x_t = alpha_t*x0 + sigma_t*eps for
+    the clipped x0."""
     t, x = data.draw(visits(levels)), draw(seed, 1)[0]
     plan, seen = sampler.ddim(levels, t), []
 
@@ -236,7 +267,9 @@ def test_after_clipping_eps_is_the_one_that_clipping_implies(levels, data, seed)
     arrivals = [*seen[1:], (made, None, Level(0, 1.0, 0.0))]
     for (x_t, x0, level_t), (x_s, _, level_s) in zip(seen, arrivals, strict=True):
         eps = (x_t - level_t.alpha * x0) / level_t.sigma
-        np.testing.assert_allclose(x_s, level_s.alpha * x0 + level_s.sigma * eps, atol=1e-9 * (1 + np.abs(x_t).max()))
+        np.testing.assert_allclose(
+            x_s, level_s.alpha * x0 + level_s.sigma * eps, atol=1e-9 * (1 + np.abs(x_t).max())
+        )
 
 
 @given(schedules(), st.data(), st.floats(0, 1))
@@ -254,10 +287,10 @@ def test_larger_variances_exceed_the_level_by_what_they_say(levels, data, v):
 
 
 @given(schedules(exploding=True), st.data(), st.floats(0, 100), st.floats(0.9, 1.2))
-def test_churn_adds_what_it_takes_inflated_as_asked(levels, data, churn, inflation):
-    """a row that churns up from s to s^ has (a*sigma_t)**2 + (d/inflation)**2 = sigma_s^**2."""
-    plan = solvers.edm(levels, data.draw(visits(levels)), churn, 0.0, 1e9, inflation)
-    assert_plan(plan._replace(d=None if plan.d is None else plan.d / inflation), tolerance=1e-9)
+def test_churn_adds_what_it_takes_inflated_as_asked(levels, data, s_churn, s_noise):
+    """A row that churns up from s to s^ has (a*sigma_t)**2 + (d/s_noise)**2 = sigma_s^**2."""
+    plan = solvers.edm(levels, data.draw(visits(levels)), s_churn, 0.0, 1e9, s_noise)
+    assert_plan(plan._replace(d=None if plan.d is None else plan.d / s_noise), tolerance=1e-9)
 
 
 @given(schedules(), st.data(), ETAS, st.integers(0, 99))
@@ -266,8 +299,14 @@ def test_rows_are_the_readable_steps(levels, data, eta, seed):
     steps = {
         "ddim": (sampler.ddim(levels, t, eta), lambda *a: sampler.ddim_step(*a[:4], eta, a[4])),
         "small": (sampler.ddpm(levels, t), sampler.ddpm_step),
-        "large": (sampler.ddpm(levels, t, sampler.fixed_large), lambda *a: sampler.ddpm_step(*a, sampler.fixed_large)),
-        "sigma-hat": (sampler.sigma_hat(levels, t), lambda *a: sampler.ddpm_step(*a, sampler.fixed_large)),
+        "large": (
+            sampler.ddpm(levels, t, sampler.fixed_large),
+            lambda *a: sampler.ddpm_step(*a, sampler.fixed_large),
+        ),
+        "sigma-hat": (
+            sampler.sigma_hat(levels, t),
+            lambda *a: sampler.ddpm_step(*a, sampler.fixed_large),
+        ),
         "euler": (sampler.euler(levels, t), lambda *a: sampler.ddim_step(*a[:4])),
     }
     x_t, x0, z = draw(seed)
@@ -277,7 +316,9 @@ def test_rows_are_the_readable_steps(levels, data, eta, seed):
             level_s = schedule.at(levels, t[i + 1] if i + 1 < len(t) else 0)
             noise = 0 if plan.d is None else plan.d[i] * z
             row = plan.a[i] * x_t + plan.b[i] * x0 + noise
-            np.testing.assert_allclose(row, step(x_t, x0, level_t, level_s, z), atol=1e-11, err_msg=name)
+            np.testing.assert_allclose(
+                row, step(x_t, x0, level_t, level_s, z), atol=1e-11, err_msg=name
+            )
 
 
 @given(schedules(), st.data())
@@ -293,11 +334,12 @@ def test_eta_outside_its_range_is_named(eta):
         sampler.ddim(schedule.linear(10), [10], eta)
 
 
-# ------------------------------------------------------------------------------------------- editing
+# ----------------------------------------------------------------------------- editing
 
 
 def test_encoding_and_decoding_give_the_image_back():
-    """The error falls at least as N**-0.75 from 50 steps on; the denoiser is that of a blurred data set, nonlinear."""
+    """The error falls at least as N**-0.75 from 50 steps on; the denoiser is that of a blurred
+    data set, nonlinear."""
     points = np.random.default_rng(0).uniform(-1, 1, (5, 3))
     levels, errors = schedule.linear(1000), []
     denoise = finite_denoiser(points, std=0.3)
@@ -312,7 +354,8 @@ def test_encoding_and_decoding_give_the_image_back():
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99))
 def test_encode_takes_each_row_of_ddim_back(levels, data, seed):
-    """Where the estimate does not change, rows upward undo the rows downward, from the first visited level on."""
+    """Where the estimate does not change, rows upward undo the rows downward, from the first
+    visited level on."""
     t, (x_t, x0) = data.draw(visits(levels)), draw(seed, 2)
     up, down = sampler.encode(levels, t), sampler.ddim(levels, t)
     assert (up.level.t == np.append(t[-1:], t[::-1][:-1])).all()
@@ -325,7 +368,9 @@ def test_encoding_runs_in_the_compiled_loop_like_any_plan():
     levels, t = schedule.linear(1000), schedule.trailing(schedule.linear(1000), 23)
     plan, (x, keys) = sampler.encode(levels, t), start()
     found = sampler.sample(COMPILED, plan, x, keys)
-    np.testing.assert_allclose(found, run_plan(gaussian_denoiser(0.1, 0.6), plan, np.float64(x)), atol=2e-5)
+    np.testing.assert_allclose(
+        found, run_plan(gaussian_denoiser(0.1, 0.6), plan, np.float64(x)), atol=2e-5
+    )
 
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99))
@@ -347,7 +392,10 @@ def test_slerp_goes_round_the_sphere(weight, seed):
     unit = [v / jnp.linalg.norm(v, axis=1, keepdims=True) for v in (x, y)]
     round_ = sampler.slerp(*unit, jnp.full(3, weight))
     np.testing.assert_allclose(jnp.linalg.norm(round_, axis=1), 1, atol=1e-4)
-    angle = [np.arccos(np.clip(np.sum(np.float64(unit[0]) * np.float64(v), 1), -1, 1)) for v in (unit[1], round_)]
+    angle = [
+        np.arccos(np.clip(np.sum(np.float64(unit[0]) * np.float64(v), 1), -1, 1))
+        for v in (unit[1], round_)
+    ]
     np.testing.assert_allclose(angle[1], weight * angle[0], atol=2e-3)  # arccos near 1, in float32
 
 
@@ -364,7 +412,8 @@ def test_slerp_between_parallel_images_is_a_straight_line():
 
 
 def test_a_partly_noised_start_keeps_what_little_noise_leaves():
-    """SDEdit: with a denoiser that knows the data set, from a low level back to the nearest point, from T to any."""
+    """SDEdit: with a denoiser that knows the data set, from a low level back to the nearest
+    point, from T to any."""
     points = np.sign(np.random.default_rng(0).normal(size=(6, 40))).astype(np.float32)
     levels, keys = schedule.linear(1000), sampler.image_keys(jax.random.key(0), np.arange(6))
     t = schedule.trailing(levels, 100)
@@ -390,14 +439,15 @@ def test_a_plan_starts_from_noise_of_its_level(levels, data):
     np.testing.assert_allclose(sampler.init_noise(plan, keys, (3,)), expected, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- one path, two forms
+# ----------------------------------------------------------------------------- one path, two forms
 
 
 @given(schedules(), st.data(), st.integers(0, 99))
 def test_the_same_path_in_another_form_gives_the_same_images(levels, data, seed):
-    """A denoiser that sees x/sqrt(alpha**2 + sigma**2) and logsnr cannot tell the variance-preserving form of a path
-    from the exploding one, and no sampler can: all but fixed_large, which is not defined for the other."""
-    levels = Level(*(leaf[:31] for leaf in levels))  # alpha far above float64's least
+    """A denoiser that sees x/sqrt(alpha**2 + sigma**2) and logsnr cannot tell the
+    variance-preserving form of a path from the exploding one, and no sampler can: all but
+    fixed_large, which is not defined for the other."""
+    levels = level_at(levels, slice(31))  # alpha far above float64's least
     t = data.draw(visits(levels))
 
     def seen(x, level):
@@ -408,31 +458,26 @@ def test_the_same_path_in_another_form_gives_the_same_images(levels, data, seed)
     for name, make in (MAKERS | CHURNING).items():
         plans = make(levels, t), make(exploding, t)
         noise = np.random.default_rng(seed).normal(size=(plans[0].steps + 1, 4))
-        images = [run_plan(seen, plan, plan.start_std * noise[0], noise[1:]) for plan in plans]
+        images = [
+            run_plan(seen, plan, plan.init_noise_sigma * noise[0], noise[1:]) for plan in plans
+        ]
         np.testing.assert_allclose(*images, atol=1e-7, err_msg=name)
-    with pytest.raises(ValueError, match=naming("fixed_small", "alpha**2 + sigma**2")):
+    with pytest.raises(ValueError, match=naming("schedule", "fixed_small", "alpha**2 + sigma**2")):
         sampler.sigma_hat(exploding, t)
 
 
-def test_normalise_serves_every_form_of_a_path():
-    levels = schedule.linear(100)
-    t, z = schedule.trailing(levels, 10), draw(0, 1)[0]
-    network = denoiser.normalise(gaussian_denoiser(0.2, 0.7))
-    plans = [sampler.ddim(form, t) for form in (levels, schedule.variance_exploding(levels))]
-    images = [run_plan(network, plan, plan.start_std * z) for plan in plans]
-    np.testing.assert_allclose(*images, atol=1e-12)
-    np.testing.assert_allclose(images[0], run_plan(gaussian_denoiser(0.2, 0.7), plans[0], z), atol=1e-12)
+# ----------------------------------------------------------------------------- stochastic samplers
 
-
-# ------------------------------------------------------------------------------------------- stochastic samplers
-
-STOCHASTIC = {name: make for name, make in MAKERS.items() if "eta" in name or name in ("ddpm", "consistency")}
+STOCHASTIC = {
+    name: make for name, make in MAKERS.items() if "eta" in name or name in ("ddpm", "consistency")
+}
 
 
 @pytest.mark.parametrize("name", [*STOCHASTIC, *CHURNING, *EXCESSIVE])
 def test_the_bias_of_stochastic_samplers_falls_with_the_steps(name):
-    """Mean and variance go through the rows exactly. Multistep consistency sampling is not of a flow: with a denoiser
-    that is no consistency function its spread collapses, so there the means alone are held."""
+    """Mean and variance go through the rows exactly. Multistep consistency sampling is not of a
+    flow: with a denoiser that is no consistency function its spread collapses, so there the means
+    alone are held."""
     make = (STOCHASTIC | CHURNING | EXCESSIVE)[name]
     denoise, found = gaussian_denoiser(0.3, 0.5), []
     for T in (125, 250, 500, 1000):
@@ -450,7 +495,8 @@ def test_the_bias_of_stochastic_samplers_falls_with_the_steps(name):
 
 @pytest.mark.parametrize("std", sampler.VARIANCES.values(), ids=sampler.VARIANCES)
 def test_the_two_variances_of_ddpm_are_bounds(std):
-    """fixed_small leaves too little spread and fixed_large too much (DDPM, section 3.2), at order one in the steps."""
+    """fixed_small leaves too little spread and fixed_large too much (DDPM, section 3.2), at order
+    one in the steps."""
     denoise, found = gaussian_denoiser(0.3, 0.5), []
     for T in (250, 500, 1000):
         levels = schedule.rescaled_linear(T)
@@ -472,7 +518,7 @@ def test_a_hundred_thousand_samples_have_the_moments_that_were_propagated(name):
     assert made.var() == pytest.approx(variance, rel=4 * (2 / n) ** 0.5)
 
 
-# ------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------- the loop
 
 
 def ddim_plan(steps, eta=0.0, T=1000):
@@ -492,8 +538,10 @@ def test_sample_is_the_plan_row_by_row(steps, eta, seed):
     plan, (x, keys) = ddim_plan(steps, eta), start(seed=seed)
     denoise = gaussian_denoiser(0.1, 0.6)
     found = sampler.sample(jax.jit(partial(sampler.scan_plan, denoise)), plan, x, keys)
-    z = np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number])
-    np.testing.assert_allclose(found, run_plan(denoise, plan, np.float64(x), np.float64(z)), atol=2e-5)
+    z = np.stack([sampler.noise(keys, (2, 2), number) for number in plan.noise_index])
+    np.testing.assert_allclose(
+        found, run_plan(denoise, plan, np.float64(x), np.float64(z)), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -501,9 +549,11 @@ def test_history_columns_reach_back_one_and_two_rows(eta):
     plan = ddim_plan(6, eta)
     plan = plan._replace(c=np.random.default_rng(0).normal(size=(6, 2)) / 10)
     denoise, (x, keys) = gaussian_denoiser(0.1, 0.6), start()
-    z = np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number])
+    z = np.stack([sampler.noise(keys, (2, 2), number) for number in plan.noise_index])
     found = sampler.sample(jax.jit(partial(sampler.scan_plan, denoise)), plan, x, keys)
-    np.testing.assert_allclose(found, run_plan(denoise, plan, np.float64(x), np.float64(z)), atol=1e-5)
+    np.testing.assert_allclose(
+        found, run_plan(denoise, plan, np.float64(x), np.float64(z)), atol=1e-5
+    )
 
 
 EVERY = MAKERS | CHURNING | EXCESSIVE
@@ -525,7 +575,8 @@ COMPILED = jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.1, 0.6)))
 
 
 def test_two_programs_serve_every_plan_of_a_kind():
-    """Of ten rows and of one, with noise and without: four, whatever the sampler, the schedule and the steps."""
+    """Of ten rows and of one, with noise and without: four, whatever the sampler, the schedule
+    and the steps."""
     traces = []
 
     def denoise(x, level):
@@ -536,7 +587,11 @@ def test_two_programs_serve_every_plan_of_a_kind():
     for levels in (schedule.cosine(1000), schedule.edm(500)):
         for steps in (50, 13, 7, 1, 100):
             for make in (MAKERS | CHURNING).values():
-                t = schedule.linspace(levels, steps) if steps % 2 else schedule.karras(levels, steps)
+                t = (
+                    schedule.linspace(levels, steps)
+                    if steps % 2
+                    else schedule.karras(levels, steps)
+                )
                 sampler.sample(run, make(levels, t), x, keys)
     assert len(traces) == 4
     assert run._cache_size() == 4
@@ -547,7 +602,9 @@ def test_chunks_are_the_plan_in_order(steps):
     plan = ddim_plan(steps, 1.0)
     pieces = sampler.segments(plan, jnp.float32)
     assert {piece.steps for piece in pieces} <= {1, 10}
-    assert np.concatenate([piece.number for piece in pieces]).tolist() == list(range(1, steps + 1))
+    assert np.concatenate([piece.noise_index for piece in pieces]).tolist() == list(
+        range(1, steps + 1)
+    )
     np.testing.assert_array_equal(np.concatenate([piece.a for piece in pieces]), np.float32(plan.a))
 
 
@@ -575,30 +632,36 @@ def test_tables_are_as_exact_as_what_they_run_in():
 
 @pytest.mark.parametrize("every", [1, 3, 10, 25, 100])
 def test_pieces_end_where_they_are_asked_to(every):
-    pieces = sampler.segments(ddim_plan(57), jnp.float32, every)
+    plan = ddim_plan(57)
+    pieces = sampler.segments(plan, jnp.float32, sampler.every_rows(plan, every))
     ends = np.cumsum([piece.steps for piece in pieces])
     assert {piece.steps for piece in pieces} <= {1, 10}
     assert set(range(every, 57, every)) <= set(ends)
-    assert np.concatenate([piece.number for piece in pieces]).tolist() == list(range(1, 58))
+    assert np.concatenate([piece.noise_index for piece in pieces]).tolist() == list(range(1, 58))
 
 
 @pytest.mark.parametrize("every", [1, 4, 10, 50])
 def test_a_trajectory_keeps_what_is_asked_for_and_changes_nothing(every):
+    """Bit for bit within one program and its segments, and to rounding across sizes of segments."""
     plan, (x, keys) = ddim_plan(23, 1.0), start()
     xs, x0s = sampler.trajectory(COMPILED, plan, x, keys, every)
     rows = [n for n in range(1, 24) if n % every == 0 or n == 23]
     assert xs.shape == x0s.shape == (len(rows), 3, 2, 2)
-    np.testing.assert_array_equal(xs[-1], sampler.sample(COMPILED, plan, x, keys))
-    z = np.float64(np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number]))
+    boundaries = sampler.every_rows(plan, every)
+    again = sampler.sample(COMPILED, plan, x, keys, boundaries=boundaries)
+    np.testing.assert_array_equal(xs[-1], again)
+    np.testing.assert_allclose(xs[-1], sampler.sample(COMPILED, plan, x, keys), atol=2e-6)
+    z = np.float64(np.stack([sampler.noise(keys, (2, 2), number) for number in plan.noise_index]))
     for i, n in enumerate(rows):
         partly = run_plan(gaussian_denoiser(0.1, 0.6), plan, np.float64(x), z, rows=range(n - 1))
-        level = schedule.Level(*(leaf[n - 1] for leaf in plan.level))
+        level = level_at(plan.level, n - 1)
         np.testing.assert_allclose(x0s[i], gaussian_denoiser(0.1, 0.6)(partly, level), atol=2e-5)
 
 
 @pytest.mark.parametrize("make", [sampler.ddim, solvers.heun, partial(sampler.ddim, eta=1.0)])
 def test_rows_in_an_interval_are_run_by_another_program(make):
-    """As one denoiser that looks at the level; outside the interval its other half is not called at all."""
+    """As one denoiser that looks at the level; outside the interval its other half is not called
+    at all."""
     low, high, calls = 0.5, 3.0, {"inside": 0, "outside": 0}
 
     def counted(name, denoise):
@@ -609,10 +672,13 @@ def test_rows_in_an_interval_are_run_by_another_program(make):
         return call
 
     inside, outside = gaussian_denoiser(0.3, 0.5), gaussian_denoiser(-0.2, 0.8)
-    runs = [jax.jit(partial(sampler.scan_plan, counted(*each))) for each in (("outside", outside), ("inside", inside))]
+    runs = [
+        jax.jit(partial(sampler.scan_plan, counted(*each)))
+        for each in (("outside", outside), ("inside", inside))
+    ]
     plan, (x, keys) = make(LEVELS, schedule.trailing(LEVELS, 37)), start()
-    which = sampler.within(plan, low, high)
-    found = sampler.sample(runs, plan, x, keys, which=which.astype(int))
+    which = guidance.in_interval(plan.level, low, high)
+    found = sampler.sample_switching(runs, which.astype(int), plan, x, keys)
     jax.effects_barrier()
     assert calls == {"inside": which.sum(), "outside": (~which).sum()}
     assert 0 < which.sum() < plan.steps
@@ -620,30 +686,33 @@ def test_rows_in_an_interval_are_run_by_another_program(make):
     def both(x, level):
         return (inside if low <= level.sigma / level.alpha <= high else outside)(x, level)
 
-    z = np.float64(np.stack([sampler.noise(keys, (2, 2), number) for number in plan.number]))
+    z = np.float64(np.stack([sampler.noise(keys, (2, 2), number) for number in plan.noise_index]))
     np.testing.assert_allclose(found, run_plan(both, plan, np.float64(x), z), atol=2e-5)
-    pieces = sampler.segments(plan, jnp.float32, which=which)
+    pieces = sampler.segments(plan, jnp.float32, 1 + np.flatnonzero(np.diff(which)))
     assert {piece.steps for piece in pieces} <= {1, 10}
+    starts = np.cumsum([0, *(piece.steps for piece in pieces)])
+    assert {row for row in range(1, plan.steps) if which[row] != which[row - 1]} <= set(starts)
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda p, x, k: sampler.within(p, 3.0, 0.5), "sigma/alpha 3 0.5"),
-        (lambda p, x, k: sampler.sample([COMPILED], p, x, k, which=[0, 0, 1, 0, 0]), "which 1 5"),
-        (lambda p, x, k: sampler.sample([COMPILED], p, x, k, which=[0, 0]), "which 1 5"),
-    ],
-)
-def test_an_interval_that_cannot_be_is_named(make, words):
-    with pytest.raises(ValueError, match=naming(*words.split())):
-        make(ddim_plan(5), *start())
+@pytest.mark.parametrize("index", [[0, 0, 1, 0, 0], [0, -1, 0, 0, 0], [0, 0]])
+def test_a_program_index_that_cannot_be_is_named(index):
+    with pytest.raises(ValueError, match=naming("program_index", 0, 5)):
+        sampler.sample_switching([COMPILED], index, ddim_plan(5), *start())
 
 
-# ------------------------------------------------------------------------------------------- image i
+def test_rows_below_one_are_named():
+    with pytest.raises(ValueError, match=naming("every", 0)):
+        sampler.every_rows(ddim_plan(5), 0)
+    with pytest.raises(ValueError, match=naming("every", 0)):
+        sampler.trajectory(COMPILED, ddim_plan(5), *start(), 0)
+
+
+# ----------------------------------------------------------------------------- image i
 
 
 def made_on(devices, num, plan, denoise, shape):
-    """x_T, one row's noise and images, spread over devices, the batch filled up as sample.py does."""
+    """x_T, one row's noise and images, spread over devices, the batch filled up as sample.py
+    does."""
     split = jax.P("data")
     run = jax.shard_map(
         partial(sampler.scan_plan, denoise), mesh=parallel.device_mesh(jax.devices()[:devices]),
@@ -651,10 +720,14 @@ def made_on(devices, num, plan, denoise, shape):
     )  # fmt: skip
     mesh = parallel.device_mesh(jax.devices()[:devices])
     keys = jax.device_put(
-        sampler.image_keys(jax.random.key(0), np.arange(parallel.round_up(num, devices))), parallel.batch_sharding(mesh)
+        sampler.image_keys(jax.random.key(0), np.arange(parallel.round_up(num, devices))),
+        parallel.batch_sharding(mesh),
     )
     x, row = (
-        jax.jit(lambda keys, n=n: sampler.noise(keys, shape, n), out_shardings=parallel.batch_sharding(mesh))(keys)
+        jax.jit(
+            lambda keys, n=n: sampler.noise(keys, shape, n),
+            out_shardings=parallel.batch_sharding(mesh),
+        )(keys)
         for n in (0, 5)
     )
     assert len(x.sharding.device_set) == devices
@@ -664,32 +737,43 @@ def made_on(devices, num, plan, denoise, shape):
 
 @pytest.fixture(scope="module")
 def unet():
-    network = UNet(channels=4, out_channels=1, multipliers=(1,), blocks=1, num_classes=0)
+    config = UNetConfig(channels=4, multipliers=(1,), blocks=1)
+    network = UNet(config, out_channels=1, conditioning=UNCONDITIONAL)
     params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1), None)
-    # A fresh network says nothing: make every parameter count.
+    # A fresh network outputs 0: make every parameter count.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     params = tree.unflatten(
-        [leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+        [
+            leaf + 0.1 * jax.random.normal(k, leaf.shape)
+            for leaf, k in zip(leaves, keys, strict=True)
+        ]
     )
-    denoise = denoiser.from_network(network.apply, params, process.PREDICTIONS["v"])
+    parameters = parameterization.ddpm(process.PREDICTIONS["v"])
+    denoise = denoiser.from_network(network.apply, params, parameters)
     return denoiser.clip(denoiser.condition_on(denoise, None))
 
 
 @pytest.mark.parametrize("kind", ["elementwise", "unet"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_image_i_does_not_depend_on_its_batch_or_devices(kind, eta, unet):
-    """Keys, noise and x_T bit for bit, for batches of 1, 3 and 64 on 1, 2 and 8 devices; images too with an elementwise
-    denoiser, and with the UNet but for how its sums are ordered."""
+    """Keys, noise and x_T bit for bit, for batches of 1, 3 and 64 on 1, 2 and 8 devices; images
+    too with an elementwise denoiser, and with the UNet but for how its sums are ordered."""
     denoise = gaussian_denoiser(0.1, 0.6) if kind == "elementwise" else unet
     plan = ddim_plan(11, eta)
-    cases = [(64, 1), (1, 1), (3, 2), (64, 8)] if kind == "unet" else [(64, 1), (1, 1), (3, 1), (3, 2), (3, 8), (64, 8)]
+    cases = (
+        [(64, 1), (1, 1), (3, 2), (64, 8)]
+        if kind == "unet"
+        else [(64, 1), (1, 1), (3, 1), (3, 2), (3, 8), (64, 8)]
+    )
     reference, *others = [made_on(devices, num, plan, denoise, (4, 4, 1)) for num, devices in cases]
     for other in others:
         n = len(other[0])
         for found, expected in zip(other[:3], reference[:3], strict=True):
             np.testing.assert_array_equal(found, expected[:n])
-        np.testing.assert_allclose(other[3], reference[3][:n], rtol=0, atol=0 if kind == "elementwise" else 1e-4)
+        np.testing.assert_allclose(
+            other[3], reference[3][:n], rtol=0, atol=0 if kind == "elementwise" else 1e-4
+        )
     assert np.std(reference[3]) > 0.1
 
 
@@ -702,14 +786,18 @@ def test_fewer_keys_than_images_are_refused():
 def test_noise_differs_between_images_rows_and_seeds():
     keys = sampler.image_keys(jax.random.key(0), np.arange(4))
     other = sampler.image_keys(jax.random.key(1), np.arange(4))
-    drawn = np.concatenate([sampler.noise(keys, (3,), n) for n in range(5)] + [sampler.noise(other, (3,))])
+    drawn = np.concatenate(
+        [sampler.noise(keys, (3,), n) for n in range(5)] + [sampler.noise(other, (3,))]
+    )
     assert len(np.unique(drawn)) == drawn.size
 
 
 def test_progress_is_told_after_every_call():
     seen, (x, keys) = [], start()
     run = jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.0, 1.0)))
-    sampler.sample(run, ddim_plan(23), x, keys, lambda rows, carry: seen.append((rows, carry[0].shape)))
+    sampler.sample(
+        run, ddim_plan(23), x, keys, lambda rows, carry: seen.append((rows, carry[0].shape))
+    )
     assert [rows for rows, _ in seen] == [10, 10, 1, 1, 1]
 
 
@@ -719,11 +807,12 @@ def test_nfe_is_counted_not_assumed(scale, expected):
         return x
 
     def build(counted):
-        conditional = denoiser.from_network(counted(network), None, process.PREDICTIONS["eps"])
+        parameters = parameterization.ddpm(process.PREDICTIONS["eps"])
+        conditional = denoiser.from_network(counted(network), None, parameters)
         labels = jnp.zeros(4, jnp.int32)
         if scale is None:
             return denoiser.condition_on(conditional, labels)
-        return denoiser.classifier_free_guidance(conditional, labels, 10, scale)
+        return guidance.classifier_free_guidance(conditional, labels, 10, scale)
 
     x = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32)
     assert sampler.count_nfe(build, ddim_plan(50), x) == expected
@@ -768,11 +857,12 @@ def test_a_plan_prints_as_a_table():
     assert long[-1].split()[0] == "1000"
 
 
-# ------------------------------------------------------------------------------------------- reconstruction
+# ----------------------------------------------------------------------------- reconstruction
 
 
 def test_the_error_of_reconstruction_falls_with_the_steps():
-    """On Gaussian data, and on a data set of eight points, at the steps of the DDIM paper's table 2."""
+    """On Gaussian data, and on a data set of eight points, at the steps of the DDIM paper's table
+    2."""
     generator = np.random.default_rng(0)
     points = generator.uniform(-1, 1, (8, 3))
     for denoise, x0 in [
@@ -787,5 +877,8 @@ def test_the_error_of_reconstruction_falls_with_the_steps():
 def test_a_reconstruction_that_does_not_improve_is_told():
     with pytest.raises(AssertionError, match=naming("steps", "(10, 20, 50)")):
         assert_reconstruction(
-            lambda x, level: np.clip(x, -0.1, 0.1), np.linspace(-1, 1, 5)[:, None], LEVELS, (10, 20, 50)
+            lambda x, level: np.clip(x, -0.1, 0.1),
+            np.linspace(-1, 1, 5)[:, None],
+            LEVELS,
+            (10, 20, 50),
         )

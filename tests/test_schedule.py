@@ -50,13 +50,17 @@ def test_cosine_is_its_formula_where_no_beta_is_cut(T):
 @given(st.integers(100, 4000))
 def test_rescaled_betas_reach_the_same_noise_at_any_length(T):
     """log alpha-bar_T is -sum(betas) = -10.05, and less by half their squares, 67/T."""
-    assert np.log(schedule.rescaled_linear(T).alpha[-1] ** 2) == pytest.approx(-10.05 - 67 / T, abs=12 / T)
+    assert np.log(schedule.rescaled_linear(T).alpha[-1] ** 2) == pytest.approx(
+        -10.05 - 67 / T, abs=12 / T
+    )
 
 
 def test_scaled_linear_is_linear_in_the_roots_of_its_betas():
     levels = schedule.scaled_linear()
     betas = 1 - levels.alpha[1:] ** 2 / levels.alpha[:-1] ** 2
-    np.testing.assert_allclose(np.diff(np.sqrt(betas)), (0.012**0.5 - 0.00085**0.5) / 999, rtol=1e-8)
+    np.testing.assert_allclose(
+        np.diff(np.sqrt(betas)), (0.012**0.5 - 0.00085**0.5) / 999, rtol=1e-8
+    )
     assert betas[[0, -1]] == pytest.approx([0.00085, 0.012], rel=1e-9)
     assert levels.alpha[-1] ** 2 == pytest.approx(0.00466, rel=1e-2)  # that of latent diffusion
 
@@ -98,7 +102,9 @@ def test_zero_terminal_snr_is_algorithm_1(levels):
     np.testing.assert_allclose(rescaled.alpha[1:], expected, atol=1e-14 / (alpha[0] - alpha[-1]))
     assert rescaled.alpha[-1] == 0
     assert rescaled.sigma[-1] == pytest.approx(1, abs=1e-13)
-    assert (rescaled.alpha[1], rescaled.sigma[1]) == pytest.approx((levels.alpha[1], levels.sigma[1]), rel=1e-13, abs=0)
+    assert (rescaled.alpha[1], rescaled.sigma[1]) == pytest.approx(
+        (levels.alpha[1], levels.sigma[1]), rel=1e-13, abs=0
+    )
 
 
 @given(schedules())
@@ -113,9 +119,11 @@ def test_alphas_of_ones_own_give_the_same_schedule(levels):
 
 @given(schedules())
 def test_forms_of_a_path_have_the_same_logsnr(levels):
-    levels = schedule.Level(*(leaf[:31] for leaf in levels))
+    levels = schedule.level_at(levels, slice(31))
     exploding = schedule.variance_exploding(levels)
-    np.testing.assert_allclose(schedule.logsnr(exploding), schedule.logsnr(levels), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        schedule.logsnr(exploding), schedule.logsnr(levels), rtol=1e-12, atol=1e-12
+    )
     back = schedule.variance_preserving(exploding)
     for found, leaf in zip(back, levels, strict=True):
         np.testing.assert_allclose(found, leaf, rtol=1e-12)
@@ -148,7 +156,9 @@ def test_between_levels_logsnr_is_a_straight_line(levels, data):
     f = data.draw(st.floats(0.01, 0.99))
     level = schedule.at(levels, i + f)
     ends = schedule.logsnr(levels)[i : i + 2]
-    assert schedule.logsnr(level) == pytest.approx(ends[0] + f * (ends[1] - ends[0]), rel=1e-9, abs=1e-9)
+    assert schedule.logsnr(level) == pytest.approx(
+        ends[0] + f * (ends[1] - ends[0]), rel=1e-9, abs=1e-9
+    )
     total = (levels.alpha**2 + levels.sigma**2)[i : i + 2]
     if schedule.is_variance_preserving(levels):
         assert level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-12)
@@ -194,7 +204,9 @@ def test_quadratic_starts_at_four_fifths(T):
 def test_quadratic_integers_of_the_ddim_paper():
     """int(x) of linspace(0, sqrt(800), 10)**2, counted from 0 in the paper's code and from 1 here."""
     expected = [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
-    assert list(schedule.quadratic(schedule.linear(1000), 10)) == [1 + t for t in reversed(expected)]
+    assert list(schedule.quadratic(schedule.linear(1000), 10)) == [
+        1 + t for t in reversed(expected)
+    ]
 
 
 @given(schedules(exploding=True), st.data(), st.floats(1, 9))
@@ -204,8 +216,12 @@ def test_karras_and_logsnr_spacings_are_even_in_their_variable(levels, data, rho
         (schedule.karras(levels, steps, rho), lambda logsnr: np.exp(-logsnr / 2 / rho)),
         (schedule.uniform_logsnr(levels, steps), lambda logsnr: logsnr),
     ):
-        distances = np.diff(variable(schedule.logsnr(schedule.at(levels, schedule.check_levels(levels, t)))))
-        np.testing.assert_allclose(distances, distances.mean() if len(distances) else 0, rtol=1e-6, atol=1e-9)
+        distances = np.diff(
+            variable(schedule.logsnr(schedule.at(levels, schedule.check_levels(levels, t))))
+        )
+        np.testing.assert_allclose(
+            distances, distances.mean() if len(distances) else 0, rtol=1e-6, atol=1e-9
+        )
 
 
 def test_karras_on_edm_is_the_grid_of_edm():
@@ -229,19 +245,22 @@ def test_karras_on_edm_is_the_grid_of_edm():
         (lambda s: schedule.trailing(s, 5.5), "steps 5.5"),
         (lambda s: schedule.linspace(s, "5"), "steps 5"),
         (lambda s: schedule.karras(s, 5, np.inf), "rho inf"),
-        (lambda s: schedule.check_levels(schedule.Level(*(leaf[1:] for leaf in s)), [9, 3]), "0 alpha sigma"),
+        (
+            lambda s: schedule.check_levels(schedule.level_at(s, slice(1, None)), [9, 3]),
+            "schedule 0 alpha sigma",
+        ),
         (lambda s: schedule.linear(0), "T 0"),
         (lambda s: schedule.trailing(s, 0), "steps 0 1 100"),
         (lambda s: schedule.linspace(s, 101), "steps 101"),
         (lambda s: schedule.quadratic(s, 82), "quadratic 81 100 82"),
-        (lambda s: schedule.at(s, 101), "level 101 0 100"),
-        (lambda s: schedule.at(s, -1), "level -1"),
-        (lambda s: schedule.at(s, "two"), "two 0 100"),
-        (lambda s: schedule.at(s, np.nan), "level nan"),
-        (lambda s: schedule.at(s, [2, 0.5]), "level 0.5 logsnr"),
-        (lambda s: schedule.at(schedule.zero_terminal_snr(s), 99.5), "level 99.5 logsnr"),
-        (lambda s: schedule.karras(schedule.zero_terminal_snr(s), 5), "level 100 logsnr"),
-        (lambda s: schedule.uniform_logsnr(schedule.zero_terminal_snr(s), 5), "level 100 trailing"),
+        (lambda s: schedule.at(s, 101), "t 101 0 100"),
+        (lambda s: schedule.at(s, -1), "t -1"),
+        (lambda s: schedule.at(s, "two"), "t two 0 100"),
+        (lambda s: schedule.at(s, np.nan), "t nan"),
+        (lambda s: schedule.at(s, [2, 0.5]), "t 0.5 logsnr"),
+        (lambda s: schedule.at(schedule.zero_terminal_snr(s), 99.5), "t 99.5 logsnr"),
+        (lambda s: schedule.karras(schedule.zero_terminal_snr(s), 5), "schedule level 100 logsnr"),
+        (lambda s: schedule.uniform_logsnr(schedule.zero_terminal_snr(s), 5), "schedule level 100 trailing"),
         (lambda s: schedule.karras(s, 0), "steps 0"),
         (lambda s: schedule.karras(s, 5, -1.0), "rho -1"),
         (lambda s: schedule.from_alphas([0.9, np.nan]), "alpha_2 nan"),
@@ -250,23 +269,31 @@ def test_karras_on_edm_is_the_grid_of_edm():
         (lambda s: schedule.from_alphas([0.5, 0.0, 0.0]), "alpha_2 0"),
         (lambda s: schedule.from_alphas([0.9], [0.0]), "sigma_1 0"),
         (lambda s: schedule.from_alphas([0.9, 0.5], [0.1, np.inf]), "sigma_2 inf"),
-        (lambda s: schedule.from_alphas([0.9, 0.8], [0.1]), "alphas 2 sigmas (1,)"),
-        (lambda s: schedule.from_alphas([]), "alphas (0,)"),
-        (lambda s: schedule.from_logsnr(lambda u: np.where(u < 1, -u, -np.inf), 5), "logsnr_5 -inf"),
+        (lambda s: schedule.from_alphas([0.9, 0.8], [0.1]), "sigma (1,) alpha (2,)"),
+        (lambda s: schedule.from_alphas([]), "alpha (0,)"),
+        (
+            lambda s: schedule.from_logsnr(lambda u: np.where(u < 1, -u, -np.inf), 5),
+            "logsnr_5 -inf",
+        ),
         (lambda s: schedule.from_logsnr(lambda u: u, 5), "logsnr 1 2"),
         (lambda s: schedule.sigmoid(10, 3.0, -3.0), "start 3 end -3"),
         (lambda s: schedule.edm(10, 80.0, 0.002), "smallest 80 largest 0.002"),
         (lambda s: schedule.rescaled_linear(20), "beta_20 1"),
-        (lambda s: schedule.zero_terminal_snr(schedule.edm(10)), "zero_terminal_snr alpha**2 + sigma**2 6401 10"),
-        (lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])), "zero_terminal_snr 1"),
         (
-            lambda s: schedule.check_variance_preserving(s._replace(alpha=s.alpha * 1.00001), "this_test"),
+            lambda s: schedule.zero_terminal_snr(schedule.edm(10)),
+            "schedule zero_terminal_snr alpha**2 + sigma**2 6401 10",
+        ),
+        (lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])), "schedule T 1 zero_terminal_snr"),
+        (
+            lambda s: schedule.check_variance_preserving(
+                s._replace(alpha=s.alpha * 1.00001), "this_test"
+            ),
             "this_test alpha**2 + sigma**2 1.00002",
         ),
-        (lambda s: schedule.variance_exploding(schedule.zero_terminal_snr(s)), "sigma"),
-        (lambda s: schedule.check_levels(s, [5, 5, 1]), "5"),
-        (lambda s: schedule.check_levels(s, [1, 0]), "level 0"),
-        (lambda s: schedule.check_levels(s, []), "(0,)"),
+        (lambda s: schedule.variance_exploding(schedule.zero_terminal_snr(s)), "level alpha 0"),
+        (lambda s: schedule.check_levels(s, [5, 5, 1]), "t 5"),
+        (lambda s: schedule.check_levels(s, [1, 0]), "t 0"),
+        (lambda s: schedule.check_levels(s, []), "t (0,)"),
     ],
 )
 def test_bad_input_is_named(make, words):

@@ -1,1 +1,1 @@
-"""What `diffjax bench` measures."""
+"""Measurements of what things cost, for `diffjax bench` and `diffjax dry-run`."""

@@ -1,14 +1,18 @@
-"""The programs of a configuration compiled for devices that need not be here, and what they will cost; nothing runs.
+"""The cost of a configuration's programs, compiled for any devices.
 
-The train step and the guided DDIM sampler are the very functions that train.py and sample.py compile. For TPUs libtpu
-is the compiler, on any Linux machine. This proves that they compile, fit, and speak to each other as they should; not
-how fast they will be.
+The devices need not be here, since nothing runs. The train step and the DDIM sampler are the
+very functions that training and sampling compile. For TPUs libtpu is the compiler, on any Linux
+machine. This proves that they compile, fit into memory and communicate as they should, not how fast
+they will be.
 """
 
 import importlib.util
+import math
 import os
 import re
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,26 +21,40 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from diffjax import sampler, schedule
-from diffjax.build import build_network, build_prediction, build_schedule, build_unet, params_like
+from diffjax.build import (
+    ModelInfo,
+    abstract_params,
+    build_codec,
+    build_module,
+    build_network,
+    build_parameterization,
+    build_schedule,
+    count_parameters,
+)
 from diffjax.config import Config
 from diffjax.devices import parallel
+from diffjax.inference.guidance import can_be_guided
 from diffjax.inference.pipeline import Pipeline
 from diffjax.training.setup import build_training
 
 GIB = 2**30
-MEMORY = {"TPU v3": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}  # GiB of a device, as its maker says
+# GiB of a device, by its maker.
+MEMORY = {"TPU v3": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 STEPS = 50  # of DDIM
-# libtpu asks the machine that it is on which TPU it has, unless told; and another process may use it meanwhile.
+# Without these libtpu asks the machine which TPU it has; and another process may use it meanwhile.
 ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 BITS = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (8, 16, 32, 64)}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Collective(NamedTuple):
-    """What devices send each other in one call of a program."""
+    """The collectives of one kind in one call of a program."""
 
     kind: str
     count: int
@@ -44,86 +62,114 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a compiled program costs each device, per call."""
+    """The cost of a compiled program for each device, per call."""
 
     flops: float
     bytes: float  # read and written
-    peak: float  # bytes of memory in use at most, arguments and the program itself among them
-    room: float  # bytes of memory that there are; not a number where that is not known
+    peak: float  # bytes of memory in use at most, with arguments and the program itself
+    memory_limit: float  # bytes of memory of a device; NaN where it is not known
     collectives: tuple[Collective, ...]
     seconds: float  # to compile
-    refused: bool = False  # by the compiler, for its memory: all but peak and room is then unknown
+    out_of_memory: bool = False  # the compiler refused it: the rest but peak and limit is unknown
 
     @property
     def fits(self) -> bool:
-        """Into the memory of a device, as far as it is known."""
-        return not self.refused and not self.peak > self.room
+        """True if it fits into the memory of a device, as far as that is known."""
+        return not self.out_of_memory and not self.peak > self.memory_limit
 
 
-def devices(target: str) -> list[jax.Device]:
-    """Those of this machine for "cpu", else of a TPU topology as in "v5e:2x2", those of a host side by side.
-    ValueError for a topology that libtpu does not know, or where there is no libtpu.
+# ------------------------------------------------------------------------------- devices
+
+
+def find_devices(target: str) -> list[jax.Device]:
+    """The devices of this machine for "cpu", else of a TPU topology as "v5e:2x2".
+
+    Those of a host are side by side.
+
+    Raises: ValueError for a topology that libtpu does not know, or where there is no libtpu.
     """
     if target == "cpu":
         return jax.devices("cpu")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            f"--dry-run {target} needs libtpu, Google's compiler for TPUs: pip install 'diffjax[pod]' into an"
-            " environment of its own, or take --dry-run cpu"
+            f"target is {target}, which needs libtpu, Google's compiler for TPUs: use cpu, or"
+            " install 'diffjax[pod]' into an environment of its own"
         )
     os.environ.update(ENVIRONMENT)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=target).devices
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--dry-run is {target!r}: use cpu, or TPUs as in v5e:2x2 or v5e:16x16 ({reason})") from error
-    return sorted(found, key=lambda device: (device.process_index, device.id))
+        raise ValueError(
+            f"target is {target!r}: use cpu, or TPUs as in v5e:2x2 or v5e:16x16 ({reason})"
+        ) from error
+    return sorted(topology.devices, key=lambda device: (device.process_index, device.id))
 
 
-def room(device: jax.Device, number: int) -> float:
-    """Bytes of memory of a device; for `number` devices that are one machine, its share of the machine's."""
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / number
-    return GIB * MEMORY.get(device.device_kind, float("nan"))
+def memory_limit(device: jax.Device, count: int) -> float:
+    """Bytes of memory of a device; NaN where it is not known.
 
-
-def lower_step(config: Config, image_shape: tuple[int, int, int], classes: int, mesh: Mesh) -> Any:
-    """train.py's step over a mesh, for shapes alone. ValueError for a batch that it cannot share equally."""
-    mode, batch = config.train.parallel, config.train.batch
-    parallel.check_divisible(batch, mesh.size, "train.batch", config.train.accumulate)
-    training = build_training(config, image_shape, classes)
-    state = jax.eval_shape(training.init, jax.random.key(0))
-    shares = (mesh.size, batch // mesh.size) if mode == "pmap" else (batch,)
-
-    def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, *shares, *shape), dtype)
-
-    batches = {"image": of(image_shape, jnp.float32), "index": of((), jnp.uint32)}
-    batches |= {"label": of((), jnp.int32)} if classes else {}
-    return parallel.parallelize(mesh, mode, training.step, axis=1, donate=True).lower(state, batches)
-
-
-def lower_sampler(config: Config, image_shape: tuple[int, int, int], classes: int, mesh: Mesh) -> Any:
-    """sample.py's program over a mesh: ten rows of DDIM, guided where there are classes, for as many images as a
-    training batch has.
+    For `count` devices that are one CPU, its share of the machine's memory.
     """
-    unet = build_unet(config, image_shape, classes)
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    return GIB * MEMORY.get(device.device_kind, math.nan)
+
+
+# ------------------------------------------------------------------------------- programs
+
+
+def lower_step(info: ModelInfo, mesh: Mesh) -> Any:
+    """Lower the train step over a mesh, for shapes alone.
+
+    Raises: ValueError for a batch that devices cannot share equally.
+    """
+    train = info.config.train
+    parallel.check_divisible(train.batch, mesh.size, "train.batch", train.accumulate)
+    training = build_training(info)
+    state = jax.eval_shape(training.init, jax.random.key(0))
+    step = parallel.parallelize(mesh, train.parallel, training.step, axis=1, donate=True)
+    return step.lower(state, _batches(info, mesh))
+
+
+def _batches(info: ModelInfo, mesh: Mesh) -> dict[str, Any]:
+    """The shapes of batches [1, B, ...], in the form that the step takes."""
+    train = info.config.train
+    pmapped = train.parallel == "pmap"
+    shares = (mesh.size, train.batch // mesh.size) if pmapped else (train.batch,)
+
+    def share(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *shares, *leaf.shape[1:]), leaf.dtype)
+
+    batch = {"x": jnp.zeros((1, *info.x_shape)), "index": jnp.zeros(1, jnp.uint32)}
+    if info.conditioning.is_conditional:
+        batch["condition"] = info.conditioning.zeros(1)
+    return jax.tree.map(share, batch)
+
+
+def lower_sampler(info: ModelInfo, mesh: Mesh) -> Any:
+    """Lower ten rows of DDIM over a mesh, for as many samples as a training batch has.
+
+    It is guided if the model can be.
+    """
+    config, module = info.config, build_module(info)
     levels = build_schedule(config)
     plan = sampler.ddim(levels, schedule.trailing(levels, min(STEPS, schedule.length(levels))))
-    generate = Pipeline(build_network(config, unet), build_prediction(config), image_shape, classes, mesh)
-    params = params_like(unet, image_shape)
-    rows = next(rows for rows in sampler.segments(plan, jnp.float32))
-    return generate.lower(params, rows, config.train.batch, guided=is_guided(config, classes))
+    pipeline = Pipeline(
+        info, build_network(info, module), build_parameterization(config), build_codec(config), mesh
+    )
+    rows, *_ = sampler.segments(plan, jnp.float32)
+    params = abstract_params(info, module)
+    return pipeline.lower(params, rows, config.train.batch, guided=can_be_guided(info))
 
 
-def is_guided(config: Config, classes: int) -> bool:
-    """Whether a network can be guided."""
-    return classes > 0 and config.train.label_dropout > 0
+# ------------------------------------------------------------------------------- cost
 
 
-def cost(lowered: Any, room: float, times: int = 1) -> Cost:
-    """Compile a lowered program, and read off what it costs. times: how often its loop runs, since XLA counts what is
-    in a loop once.
+def compile_cost(lowered: Any, memory_limit: float, loops: int = 1) -> Cost:
+    """Compile a lowered program, and read its cost.
+
+    loops: the times that its loop runs, since XLA counts the body of a loop once.
     """
     began = time.perf_counter()
     try:
@@ -131,118 +177,155 @@ def cost(lowered: Any, room: float, times: int = 1) -> Cost:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needs, has = memory_of_refusal(str(error))
-        nan = float("nan")
-        return Cost(nan, nan, needs, min(room, has), (), time.perf_counter() - began, refused=True)
+        needed, limit = parse_oom(str(error))
+        seconds = time.perf_counter() - began
+        limit = min(memory_limit, limit)
+        return Cost(math.nan, math.nan, needed, limit, (), seconds, out_of_memory=True)
     seconds = time.perf_counter() - began
     counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Cost(
-        times * counted["flops"], times * counted["bytes accessed"], peak, room,
-        collectives(compiled.as_text()), seconds,
-    )  # fmt: skip
+        flops=loops * counted["flops"],
+        bytes=loops * counted["bytes accessed"],
+        peak=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        memory_limit=memory_limit,
+        collectives=find_collectives(compiled.as_text()),
+        seconds=seconds,
+    )
 
 
-def collectives(hlo: str) -> tuple[Collective, ...]:
-    """Those in the text of a compiled program, by kind; one that starts and ends apart counts once."""
-    found: dict[str, list[int]] = {}
-    for shape, kind, start in re.findall(rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\(", hlo):
+def find_collectives(hlo: str) -> tuple[Collective, ...]:
+    """The collectives in the text of a compiled program, by kind.
+
+    One that starts and ends apart counts once.
+    """
+    sizes: dict[str, list[int]] = {}
+    pattern = rf"= (\(.*?\)|\S+) ({'|'.join(COLLECTIVES)})(-start)?\("
+    for shape, kind, start in re.findall(pattern, hlo):
         arrays = [
-            BITS.get(dtype, 32) // 8 * _product(sizes)
-            for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
+            BITS.get(dtype, 32) // 8 * math.prod(int(size or 1) for size in lengths.split(","))
+            for dtype, lengths in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
         ]
-        # What starts an all-reduce gives its results; of the others, what goes in, then what comes out.
+        # What starts an all-reduce has its results; others have their arguments, then results.
         if start and kind != "all-reduce":
             arrays = arrays[len(arrays) // 2 :]
-        found.setdefault(kind, []).append(sum(arrays))
-    return tuple(Collective(kind, len(found[kind]), sum(found[kind])) for kind in COLLECTIVES if kind in found)
+        sizes.setdefault(kind, []).append(sum(arrays))
+    return tuple(
+        Collective(kind, len(sizes[kind]), sum(sizes[kind]))
+        for kind in COLLECTIVES
+        if kind in sizes
+    )
 
 
-def memory_of_refusal(message: str) -> tuple[float, float]:
-    """How many bytes a program needs and how many there are, of the compiler's sentence that refuses it; not a number
-    where it does not tell.
+def parse_oom(message: str) -> tuple[float, float]:
+    """Bytes that a program needs, and that there are, in the compiler's error message.
+
+    NaN where the message has none.
     """
     size = r"([\d.]+)([KMGT]?)"
     for pattern in (rf"Used {size} of {size}", rf"\({size}\) exceeds available HBM \({size}\)"):
-        if told := re.search(pattern, message):
-            a, of_a, b, of_b = told.groups()
-            units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-            return float(a) * units[of_a], float(b) * units[of_b]
-    return float("nan"), float("nan")
+        if match := re.search(pattern, message):
+            needed, needed_unit, limit, limit_unit = match.groups()
+            return float(needed) * UNITS[needed_unit], float(limit) * UNITS[limit_unit]
+    return math.nan, math.nan
 
 
-def report(config: Config, target: str, image_shape: tuple[int, int, int], classes: int) -> tuple[str, str]:
-    """The costs of a configuration as a table, and a sentence that says what does not fit and what would help, empty
-    where all fits. ValueError for a target that there is not, or that cannot share the batch.
+# ------------------------------------------------------------------------------- report
+
+
+def report(info: ModelInfo, target: str) -> tuple[str, str]:
+    """The cost of a model's programs as a table, and an error message.
+
+    The message has what does not fit, and remedies; it is empty where everything fits.
+
+    Raises: ValueError for a target that does not exist, or that cannot share the batch.
     """
-    found = devices(target)
-    mesh, batch = parallel.device_mesh(found), config.train.batch
-    has = room(found[0], len(found))
-    step = cost(lower_step(config, image_shape, classes, mesh), has, config.train.accumulate)
-    sampling = cost(lower_sampler(config, image_shape, classes, mesh), has)
-    unet = build_unet(config, image_shape, classes)
-    params = params_like(unet, image_shape)
-    hosts = len({device.process_index for device in found})
-    head = (
-        f"{target}: {len(found)} x {found[0].device_kind} of {hosts} host{'s' * (hosts > 1)}, {_gib(has)} each;"
-        f" {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters,"
-        f" images {'x'.join(map(str, image_shape))}, batch {batch} ({batch // len(found)} a device),"
-        f" {config.network.dtype}, {config.train.parallel}"
-    )
-    name = "guided DDIM" if is_guided(config, classes) else "DDIM"
+    devices, config = find_devices(target), info.config
+    mesh, limit = parallel.device_mesh(devices), memory_limit(devices[0], len(devices))
+    step = compile_cost(lower_step(info, mesh), limit, config.train.accumulate)
+    sampling = compile_cost(lower_sampler(info, mesh), limit)
+    name = "guided DDIM" if can_be_guided(info) else "DDIM"
     table = _table(["each device", "train step", f"{name}, a row"], [step, sampling])
-    return f"{head}\n\n{table}", _too_large(config, len(found), name, step, sampling)
+    head = _describe(info, target, devices, limit)
+    return f"{head}\n\n{table}", _too_large(config, len(devices), name, step, sampling)
+
+
+def _describe(info: ModelInfo, target: str, devices: Sequence[jax.Device], limit: float) -> str:
+    config, batch = info.config, info.config.train.batch
+    hosts = len({device.process_index for device in devices})
+    parameters = count_parameters(abstract_params(info, build_module(info)))
+    return (
+        f"{target}: {len(devices)} x {devices[0].device_kind} of {hosts} host{'s' * (hosts > 1)},"
+        f" {_gib(limit)} each; {parameters:,} parameters, images {info.describe_x()}, batch {batch}"
+        f" ({batch // len(devices)} a device), {config.network.dtype}, {config.train.parallel}"
+    )
 
 
 def _table(head: list[str], costs: list[Cost]) -> str:
-    rows = [
-        head,
-        ["FLOPs", *("?" if cost.refused else f"{cost.flops:.4g}" for cost in costs)],
-        ["bytes read and written", *("?" if cost.refused else f"{cost.bytes:.4g}" for cost in costs)],
-        ["peak memory", *(f"{_gib(cost.peak)} of {_gib(cost.room)}" for cost in costs)],
-        [
-            "collectives",
-            *("?" if cost.refused else ", ".join(map(_told, cost.collectives)) or "none" for cost in costs),
-        ],
-        ["compiled in", *(f"{cost.seconds:.0f} s" for cost in costs)],
-        ["fits", *("yes" if cost.fits else "no" for cost in costs)],
-    ]
+    rows = [head, *(list(row) for row in zip(*map(_cells, costs), strict=True))]
+    names = (
+        "FLOPs", "bytes read and written", "peak memory", "collectives", "compiled in", "fits",
+    )  # fmt: skip
+    rows[1:] = [[name, *row] for name, row in zip(names, rows[1:], strict=True)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def _too_large(config: Config, number: int, name: str, step: Cost, sampling: Cost) -> str:
-    share = config.train.batch // number // config.train.accumulate
-    helps = [] if config.network.remat else ["--network.remat"]
+def _cells(cost: Cost) -> tuple[str, ...]:
+    unknown = cost.out_of_memory
+    collectives = ", ".join(map(format_collective, cost.collectives)) or "none"
+    return (
+        "?" if unknown else f"{cost.flops:.4g}",
+        "?" if unknown else f"{cost.bytes:.4g}",
+        f"{_gib(cost.peak)} of {_gib(cost.memory_limit)}",
+        "?" if unknown else collectives,
+        f"{cost.seconds:.0f} s",
+        "yes" if cost.fits else "no",
+    )
+
+
+def format_collective(collective: Collective) -> str:
+    """A collective for reading, as in "2 all-reduce of 1,024 bytes"."""
+    return f"{collective.count} {collective.kind} of {collective.bytes:,} bytes"
+
+
+def _too_large(config: Config, devices: int, name: str, step: Cost, sampling: Cost) -> str:
+    share = config.train.batch // devices // config.train.accumulate
+    smaller = "a smaller batch of samples" if share > 1 else "a smaller network"
+    programs = {
+        "the train step": (step, _remedies(config, share, step)),
+        name: (sampling, smaller),
+    }
+    return "; ".join(
+        f"{what} does not fit: it needs {_gib(cost.peak)} of the {_gib(cost.memory_limit)} of a"
+        f" device, {_gib(cost.peak - cost.memory_limit)} too much; {remedies} would help"
+        for what, (cost, remedies) in programs.items()
+        if not cost.fits
+    )
+
+
+def _remedies(config: Config, share: int, step: Cost) -> str:
+    # share: examples that a device takes at a time.
+    remedies = [] if config.network.remat else ["network.remat"]
     if share > 1:
         # What is proportional to the share then fits, as most of it is; the state is not.
-        part = next((n for n in range(2, share) if share % n == 0 and not n * step.room < step.peak), share)
-        helps += [f"--train.accumulate {config.train.accumulate * part}", f"--train.batch {config.train.batch // part}"]
-    short = {
-        "the train step": (step, " or ".join(helps) or "a smaller network"),
-        name: (sampling, "a smaller --batch of sample.py" if share > 1 else "a smaller network"),
-    }
-    said = [
-        f"{what} does not fit: it needs {_gib(cost.peak)} of the {_gib(cost.room)} of a device,"
-        f" {_gib(cost.peak - cost.room)} too much; {remedy} would help"
-        for what, (cost, remedy) in short.items()
-        if not cost.fits
-    ]
-    return "; ".join(said)
+        divisors = (n for n in range(2, share) if share % n == 0)
+        fits = partial(_fits_divided, step)
+        parts = next(filter(fits, divisors), share)
+        remedies += [
+            f"train.accumulate {config.train.accumulate * parts}",
+            f"train.batch {config.train.batch // parts}",
+        ]
+    return " or ".join(remedies) or "a smaller network"
 
 
-def _told(found: Collective) -> str:
-    return f"{found.count} {found.kind} of {found.bytes:,} bytes"
+def _fits_divided(step: Cost, parts: int) -> bool:
+    return not parts * step.memory_limit < step.peak
 
 
 def _gib(size: float) -> str:
-    return "? GiB" if size != size else f"{size / GIB:.2f} GiB"
-
-
-def _product(sizes: str) -> int:
-    product = 1
-    for size in sizes.split(","):
-        product *= int(size or 1)
-    return product
+    return "? GiB" if math.isnan(size) else f"{size / GIB:.2f} GiB"

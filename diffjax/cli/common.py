@@ -1,79 +1,185 @@
-"""What the programs share: typed options, and errors of one sentence."""
+"""What commands share: parsing, exit codes, output files and progress bars."""
 
 import contextlib
 import io
+import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tyro
+from tqdm import tqdm
 
-from diffjax.config import suggest
-from diffjax.devices import cpu
+from diffjax.config import Config, config_names, load_config, suggest
+
+# ------------------------------------------------------------------------------- errors
 
 
-def exit_with_error(program: str, message: object) -> NoReturn:
-    """Print one line and end with exit code 2: something that the user can put right."""
-    print(f"{program}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+class UserError(Exception):
+    """A mistake that the user can correct. It is printed as one line, without a traceback."""
 
 
 @contextlib.contextmanager
-def user_errors(program: str) -> Iterator[None]:
-    """Inside, a ValueError or OSError is the user's to put right: its message is printed, without a traceback.
+def user_errors() -> Iterator[None]:
+    """Turn the ValueError and OSError of a block into UserError.
 
-    For checking what was asked, and for reading and writing files; not around computations, where such an error is a
-    defect of ours and its traceback is wanted.
+    For checking what was asked, and for reading and writing files; not around computations, where
+    such an error is a defect of ours, whose traceback is wanted.
     """
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error
-        exit_with_error(program, reason)
+        raise UserError(describe_os_error(error)) from error
     except ValueError as error:
-        exit_with_error(program, error)
+        raise UserError(error) from error
 
 
-def main(program: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run a program with these arguments. Ctrl-C ends it with exit code 130, without a traceback."""
-    cpu.tune()
+def describe_os_error(error: OSError) -> str:
+    """The reason and the file, as in "Permission denied: runs/digits"."""
+    has_file = error.strerror and error.filename
+    return f"{error.strerror}: {error.filename}" if has_file else str(error)
+
+
+@contextlib.contextmanager
+def exit_codes(program: str) -> Iterator[None]:
+    """Print a UserError as one line and exit with code 2; exit with 130 on Ctrl-C."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        program(arguments)
+        yield
+    except UserError as error:
+        print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def parse(kind: type, program: str, arguments: Sequence[str], default: Any = None) -> Any:
-    """The options of a program, as the typed dataclass `kind`; its docstrings are the help."""
-    options: dict[str, Any] = {"prog": program, "args": list(arguments), "return_unknown_args": True}
+# ------------------------------------------------------------------------------- parsing
+
+
+def parse(
+    kind: Any, program: str, arguments: Sequence[str], default: Any = None, description: str = ""
+) -> Any:
+    """Parse a command's options.
+
+    kind: a typed dataclass, or a union of several, whose docstrings are the help.
+
+    Raises: UserError for an option that does not exist, with the nearest one, or has another type.
+    """
+    settings: dict[str, Any] = {"prog": program}
     if default is not None:
-        options["default"] = default
+        settings["default"] = default
+    if description:
+        settings["description"] = description
+    words, subcommands = list(arguments), _subcommands(kind)
+    if subcommands and words and words[0] not in [*subcommands, "-h", "--help"]:
+        raise UserError(f"there is no command {words[0]!r}: {suggest(words[0], subcommands)}")
+    if {"-h", "--help"} & set(words):  # tyro would leave out what stands before it
+        words = _help_words(kind, words)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parsed, unknown = tyro.cli(kind, **options)
+            parsed, unknown = tyro.cli(kind, args=words, return_unknown_args=True, **settings)
     except SystemExit as end:
         if end.code:
-            exit_with_error(program, _sentence(errors.getvalue()) + f" (see {program} --help)")
+            message = _first_sentence(errors.getvalue())
+            raise UserError(f"{message} (see {program} --help)") from None
         raise
     if unknown:
-        known = re.findall(r"--[\w.-]+", _help(kind, options))
-        hint = suggest(unknown[0].split("=")[0], known) if unknown[0].startswith("-") else f"see {program} --help"
-        exit_with_error(program, f"there is no option {unknown[0]!r}: {hint}")
+        raise UserError(_describe_unknown(unknown[0], kind, words, settings))
     return parsed
 
 
+def parse_with_config(kind: Any, program: str, arguments: Sequence[str]) -> Any:
+    """Parse options whose `experiment` defaults to the configuration that the first argument names.
+
+    Raises: UserError as `parse`, and for a configuration that does not exist.
+    """
+    name = next(iter(arguments), "--help")
+    config = Config()
+    if not name.startswith("-"):
+        with user_errors():
+            config = load_config(name)
+    elif not {"-h", "--help"} & set(arguments):
+        raise UserError(f"{name} comes before the configuration: use {program} CONFIG {name} ...")
+    default = kind(tyro.MISSING, tyro.MISSING, experiment=config)
+    description = f"{kind.__doc__}\n\nConfigurations: {', '.join(config_names())}."
+    return parse(kind, program, arguments or ["--help"], default, description)
+
+
+def _first_sentence(box: str) -> str:
+    # tyro draws its errors in boxes: a title, what is wrong, a rule, and advice.
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    blocks = "\n".join("" if set(line) <= set("─-╰╯+") else line for line in lines).split("\n\n")
+    sentence = next((" ".join(block.split()) for block in blocks if block.strip()), box.strip())
+    missing = re.match(r"Missing from [^:]+: (\S+)", sentence)
+    return f"{missing[1]} is missing" if missing else sentence
+
+
+def _describe_unknown(word: str, kind: Any, words: list[str], settings: dict[str, Any]) -> str:
+    program = settings["prog"]
+    if not word.startswith("-"):
+        return f"there is no argument {word!r} (see {program} --help)"
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(kind, args=_help_words(kind, words), **settings)
+    known = list(dict.fromkeys(re.findall(r"--[\w.-]+", text.getvalue())))
+    return f"there is no option {word!r}: {suggest(word.split('=')[0], known)}"
+
+
+def _help_words(kind: Any, words: list[str]) -> list[str]:
+    return [*(name for name in _subcommands(kind) if name in words[:1]), "--help"]
+
+
+def _subcommands(kind: Any) -> list[str]:
+    """The names of a union of dataclasses annotated with `tyro.conf.subcommand`."""
+    parts = [part for each in getattr(kind, "__args__", ()) for part in _metadata(each)]
+    return [part.name for part in parts if getattr(part, "name", None)]
+
+
+def _metadata(annotated: Any) -> tuple[Any, ...]:
+    return getattr(annotated, "__metadata__", ())
+
+
+# ------------------------------------------------------------------------------- values
+
+
+def parse_numbers(name: str, text: str) -> list[float]:
+    """Different numbers separated by commas.
+
+    Raises: ValueError, naming the option, for another text.
+    """
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: use numbers separated by commas") from None
+    return list(dict.fromkeys(found))
+
+
+def parse_integers(name: str, text: str) -> list[int]:
+    """Different integers of 0 or more, separated by commas.
+
+    Raises: ValueError, naming the option, for another text.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"{name} is {text!r}: use integers of 0 or more, separated by commas")
+    return list(dict.fromkeys(map(int, words)))
+
+
 def check_output(path: Path, *suffixes: str) -> Path:
-    """The path, if a file of one of these suffixes can be written there; its folder is made. ValueError or OSError if
-    not: better before an hour of sampling than after it.
+    """Return the path after checking that a file with one of these suffixes can be written there.
+
+    Its folder is created. It is better to fail before an hour of sampling than after it.
+
+    Raises: ValueError for another suffix, a folder, or a place that cannot be written to.
     """
     if path.suffix not in suffixes:
-        raise ValueError(f"{path} is to be a {' or '.join(suffixes)} file: give it that ending")
+        raise ValueError(f"output file {path} must end in {' or '.join(suffixes)}")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it")
+        raise ValueError(f"output file {path} is a folder: name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         existed = path.exists()
@@ -81,19 +187,10 @@ def check_output(path: Path, *suffixes: str) -> Path:
         if not existed:
             path.unlink()
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        raise ValueError(f"output file {path} cannot be written: {error.strerror}") from error
     return path
 
 
-def _sentence(box: str) -> str:
-    # tyro draws its errors in boxes of unicode or ASCII: a title, what is wrong, a rule, and advice.
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    blocks = "\n".join("" if set(line) <= set("─-╰╯") else line for line in lines).split("\n\n")
-    return next((" ".join(block.split()) for block in blocks if block.strip()), box.strip())
-
-
-def _help(kind: type, options: dict[str, Any]) -> str:
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(kind, **(options | {"args": ["--help"]}))
-    return text.getvalue()
+def progress_bar(total: int, description: str = "", unit: str = "step") -> tqdm:
+    """A progress bar on stderr, as wide as the terminal."""
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True)

@@ -1,79 +1,78 @@
-"""Between run folders and diffusers' UNet2DModel folders.
-
-diffjax convert hf:google/ddpm-cifar10-32 runs/cifar10
-diffjax convert runs/digits hf:exported
-"""
+"""Convert between run folders and Hugging Face folders."""
 
 import dataclasses
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 
 from diffjax.build import build_optimizer
 from diffjax.checkpoint import FOLDER, Checkpoints
 from diffjax.cli import common
-from diffjax.inference.pipeline import TrainedModel, load_model
+from diffjax.cli.options import Text, WeightsOptions
+from diffjax.inference.model import TrainedModel, load_model
 from diffjax.interop import unet2d
-from diffjax.training.step import init_state
-
-PROGRAM = "diffjax convert"
+from diffjax.training.state import init_state, state_to_trees
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make a run folder of a UNet2DModel of diffusers, or the reverse; hf: marks the folder that is theirs."""
+    """Make a run folder of a Hugging Face folder (a UNet2DModel of diffusers), or the reverse.
 
-    source: tyro.conf.Positional[str]
-    """hf:FOLDER or hf:OWNER/NAME; or a run folder."""
-    destination: tyro.conf.Positional[str]
-    """A new run folder; or hf:FOLDER."""
-    data: str | None = None
-    """The dataset that the network was trained on, to edit, evaluate and train it further."""
-    checkpoint: int | None = None
-    """Training step of the checkpoint of a run; None for the latest."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Of a run: the moving average of the parameters, or the parameters as trained."""
+    As in: diffjax convert hf:google/ddpm-cifar10-32 runs/cifar10
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """hf:FOLDER or hf:OWNER/NAME, or a run folder."""
+    destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
+    """New run folder, or hf:FOLDER."""
+    data: Text = None
+    """Data set that an imported network was trained on, as cifar10; None if not known."""
+    weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
 
-def main(arguments: list[str]) -> None:
-    """Parse and convert."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    options = common.parse(Options, PROGRAM, arguments)
-    with common.user_errors(PROGRAM):
-        theirs, into_theirs = unet2d.is_source(options.source), unet2d.is_source(options.destination)
-        if theirs == into_theirs:
+def run(options: Options) -> None:
+    """Convert."""
+    source, destination = options.source, options.destination
+    with common.user_errors():
+        is_import = unet2d.is_source(source)
+        if is_import == unet2d.is_source(destination):
             raise ValueError(
-                "one of the two is to be a folder of diffusers: write hf: before it, and not before the other"
+                f"source is {source} and destination {destination}: write hf: before the"
+                " one that is a Hugging Face folder"
             )
-        if into_theirs and options.data:
-            raise ValueError("--data belongs to a network from diffusers: leave it out")
-        run = load_model(options.source, options.checkpoint, options.weights)
-        if theirs:
-            to_run(run, Path(options.destination), options.data)
+        if options.data and not is_import:
+            raise ValueError(f"data is {options.data}, and {source} records its own: leave it out")
+        model = load_model(source, options.weight.checkpoint, options.weight.weights)
+        if is_import:
+            write_run(model, Path(destination), options.data)
         else:
-            folder = Path(options.destination.removeprefix(unet2d.PREFIX))
+            folder = Path(destination.removeprefix(unet2d.PREFIX))
             if (folder / "config.json").exists():
-                raise ValueError(f"{folder} holds a config.json already: name another folder")
-            unet2d.save(folder, *run.description, run.params, run.weights, run.step)
-    for remark in run.remarks:
-        print(f"{run.name}: {remark}")
-    print(f"wrote {options.destination}: sample from it with 'diffjax sample {options.destination}'")
+                raise ValueError(f"{folder} already has a config.json: use another folder")
+            unet2d.save(folder, model.info, model.params, model.weights, model.step)
+    for note in model.notes:
+        print(f"{model.name}: {note}")
+    print(f"wrote {destination}: sample from it with 'diffjax sample {destination}'")
 
 
-def to_run(run: TrainedModel, workdir: Path, data: str | None) -> None:
-    """Write a run folder with one checkpoint, of the step that the source tells, or 0. Its moving average and its
-    parameters are the same. ValueError for a folder that holds checkpoints.
+def write_run(model: TrainedModel, workdir: Path, data: str | None) -> None:
+    """Write a run folder with one checkpoint, of the source's training step, or 0.
+
+    Its moving average and its parameters are the same.
+
+    Raises: ValueError for a folder that has checkpoints; OSError if it cannot be written.
     """
     if (workdir / FOLDER).is_dir():
-        raise ValueError(f"{workdir} holds checkpoints already: name another folder")
-    config = run.description.config
+        raise ValueError(f"{workdir} already has checkpoints: use another folder")
+    info = model.info
     if data is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, name=data))
-    optimizer, _ = build_optimizer(config)
-    state = init_state(run.params, optimizer, len(config.train.ema))
+        own_data = dataclasses.replace(info.config.data, name=data)
+        info = info._replace(config=dataclasses.replace(info.config, data=own_data))
+    optimizer, _ = build_optimizer(info.config)
+    state = init_state(model.params, optimizer, len(info.config.train.ema))
+    state = state._replace(step=state.step + model.step)
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(state._replace(step=state.step + run.step), run.description._replace(config=config).to_dict())
+    checkpoints.save(model.step, state_to_trees(state), info.to_dict())
     checkpoints.close()

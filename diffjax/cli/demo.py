@@ -1,111 +1,154 @@
-"""What one trained network can do: `diffjax demo runs/digits`, part of `make demo`.
-
-Samples class-conditional digits by DDPM in 1000 steps, by DDIM in 50, and by DDIM in 50 guided at scales 1 to 4, all
-from the same seeds; writes a picture each and one of all, and prints times and verdicts.
-"""
+"""Compare DDPM, DDIM and guided DDIM on a model of digits."""
 
 import json
-import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
-import tyro
-from tqdm import tqdm
 
 from diffjax import sampler, schedule
 from diffjax.cli import common
+from diffjax.cli.options import Model
 from diffjax.data import image_io
 from diffjax.devices import parallel
-from diffjax.evaluation.digits import score_digits
-from diffjax.evaluation.results import as_dict, markdown
-from diffjax.inference.pipeline import (
-    Guidance,
-    Pipeline,
-    check_guidance,
-    check_seed,
-    load_model,
-    require_undistilled,
-    sampling_row,
-)
+from diffjax.evaluation.digits import DigitScores, score_digits
+from diffjax.evaluation.results import SamplingRow, as_dict, sampling_row, table_markdown
+from diffjax.inference.defaults import check_seed, require_undistilled
+from diffjax.inference.guidance import Guidance, check_guidance
+from diffjax.inference.model import TrainedModel, load_model
+from diffjax.inference.pipeline import Hooks, Pipeline, Request, Samples
+from diffjax.nn.conditioning import ClassLabel
+from diffjax.sampler import Plan
 
-PROGRAM = "diffjax demo"
-REPEATS = 3  # of the short runs, whose median time counts
+SCALES = (1.0, 2.0, 3.0, 4.0)  # of guidance, for DDIM
+DDIM_STEPS = 50
+REPEATS = 3  # of the short runs, of which the median time counts
 
 
 @dataclass(frozen=True)
 class Options:
-    """Sample from one trained network by DDPM, DDIM and guided DDIM, and compare."""
+    """Sample digits by DDPM, DDIM and guided DDIM from the same seeds, and compare."""
 
-    run: tyro.conf.Positional[str] = "runs/digits"
-    """Run folder of the configuration `digits`."""
+    model: Model = "runs/digits"
+    """Run folder of the configuration digits."""
     num: int = 100
-    """Images per sampler, in one batch."""
+    """Number of images per sampler, in one batch, 10 or more."""
     seed: int = 0
-    """The same for every sampler."""
+    """Seed of every sampler, from 0."""
 
 
-def main(arguments: list[str]) -> None:
-    """Sample, write, print."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    options = common.parse(Options, PROGRAM, arguments)
-    folder = Path(options.run)
-    with common.user_errors(PROGRAM):
-        run = load_model(folder)
-        if str(run.description.config.data) != "digits" or not run.description.classes:
-            raise ValueError(f"{folder} is not a run of the configuration 'digits': use sample.py")
-        require_undistilled(run)
-        check_guidance(run, Guidance(2.0))
+class Job(NamedTuple):
+    """One sampler of the demo."""
+
+    name: str  # in full
+    plan: Plan
+    scale: float  # of guidance
+    repeats: int
+
+    @property
+    def title(self) -> str:
+        """As in "DDIM 50, scale 2"."""
+        return f"{self.name.split('(')[0].upper()} {self.plan.steps}, scale {self.scale:g}"
+
+    @property
+    def file(self) -> str:
+        """The name of its picture."""
+        return f"{self.name.split('(')[0]}-{self.plan.steps}-guidance-{self.scale:g}.png"
+
+
+class Result(NamedTuple):
+    """What came of it."""
+
+    job: Job
+    row: SamplingRow
+    scores: DigitScores
+    samples: Samples
+
+
+def run(options: Options) -> None:
+    """Sample, write a picture per sampler and one of all, print times and scores."""
+    folder = Path(options.model)
+    with common.user_errors():
+        model = load_model(folder)
+        check_model(model)
         check_seed(options.seed)
-        levels = run.schedule
-        ddpm = sampler.ddpm(levels, schedule.trailing(levels, schedule.length(levels)))
-        ddim = sampler.ddim(levels, schedule.trailing(levels, 50))
         if options.num < 10:
-            raise ValueError(f"--num is {options.num}: ask for ten images or more, one of each digit")
-    jobs = [("ddpm(fixed_small, trailing)", ddpm, 1.0)]
-    jobs += [("ddim(eta=0, trailing)", ddim, scale) for scale in (1.0, 2.0, 3.0, 4.0)]
-
-    generate = Pipeline.of(run)
-    labels = np.arange(options.num, dtype=np.int32) % 10
-    batch = parallel.round_up(options.num, jax.device_count())
-    rows, first_images, verdicts = [], [], []
-    for name, plan, scale in jobs:
-        repeats = 1 if plan is ddpm else REPEATS
-        with tqdm(
-            total=plan.steps * repeats, desc=f"{name} guidance {scale:g}", unit="step", dynamic_ncols=True
-        ) as bar:
-            timed = [
-                generate(
-                    run.params,
-                    plan,
-                    labels,
-                    options.num,
-                    guidance=Guidance(scale),
-                    seed=options.seed,
-                    batch=batch,
-                    progress=bar.update,
-                )
-                for _ in range(repeats)
-            ]
-        median = sorted(timed, key=lambda made: made.run_seconds)[repeats // 2]
-        made = median._replace(compile_seconds=sum(made.compile_seconds for made in timed))
-        rows.append(sampling_row(run, made, plan, name, Guidance(scale), batch))
-        verdicts.append(score_digits(made.images, labels))
-        first_images.append(made.images[:10])
-        captions = [str(label) for label in labels]
-        sheet = image_io.grid(made.images, captions, columns=10)
-        image_io.save_png(folder / f"{name.split('(')[0]}-{plan.steps}-guidance-{scale:g}.png", sheet)
-
-    titles = [f"{row.sampler.split('(')[0].upper()} {row.steps}, scale {row.guidance:g}" for row in rows]
-    overview = image_io.grid(np.concatenate(first_images), list("0123456789") * len(rows), columns=10, titles=titles)
-    image_io.save_png(folder / "overview.png", overview)
-    speedup = rows[0].run_seconds / rows[1].run_seconds
-    lines = [f"- {title}: {verdict}" for title, verdict in zip(titles, verdicts, strict=True)]
-    lines += [f"- DDIM 50 is {speedup:.1f} times as fast as DDPM {ddpm.steps} (network, batch, device, dtype as above)"]
-    report = markdown(rows) + "\n\n" + "\n".join(lines)
-    (folder / "demo.md").write_text(report + "\n")
-    result = {"rows": [as_dict(row) for row in rows], "verdicts": [asdict(v) for v in verdicts], "speedup": speedup}
-    (folder / "demo.json").write_text(json.dumps(result, indent=1))
-    print(report)
+            raise ValueError(f"num is {options.num}: use 10 or more, one for each digit")
+    pipeline = Pipeline.for_model(model)
+    results = [sample(model, pipeline, job, options) for job in make_jobs(model)]
+    with common.user_errors():
+        print(write(folder, results))
     print(f"wrote {folder}/overview.png, a picture per row, demo.md and demo.json")
+
+
+def check_model(model: TrainedModel) -> None:
+    """Check that a model is one of digits that can be guided.
+
+    Raises: ValueError for another model.
+    """
+    info = model.info
+    if str(info.config.data) != "digits" or not isinstance(info.conditioning, ClassLabel):
+        raise ValueError(
+            f"{model.name} is not a model of the configuration digits: use 'diffjax sample'"
+        )
+    require_undistilled(model)
+    check_guidance(model, Guidance(2.0))
+
+
+def make_jobs(model: TrainedModel) -> list[Job]:
+    """DDPM over all levels, and DDIM in few steps at several guidance scales."""
+    levels = model.schedule
+    ddpm = sampler.ddpm(levels, schedule.trailing(levels, schedule.length(levels)))
+    ddim = sampler.ddim(levels, schedule.trailing(levels, DDIM_STEPS))
+    jobs = [Job("ddpm(fixed_small, trailing)", ddpm, 1.0, 1)]
+    return jobs + [Job("ddim(eta=0, trailing)", ddim, scale, REPEATS) for scale in SCALES]
+
+
+def sample(model: TrainedModel, pipeline: Pipeline, job: Job, options: Options) -> Result:
+    """Sample as often as the job says; the run of the median time counts."""
+    labels = model.info.conditioning.spread(options.num)
+    request = Request(
+        num=options.num,
+        batch=parallel.round_up(options.num, jax.device_count()),
+        seed=options.seed,
+        condition=labels,
+        guidance=Guidance(job.scale),
+    )
+    total, title = job.plan.steps * job.repeats, f"{job.name} guidance {job.scale:g}"
+    with common.progress_bar(total, title) as bar:
+        hooks = Hooks(bar.update)
+        timed = [pipeline(model.params, job.plan, request, hooks) for _ in range(job.repeats)]
+    median = sorted(timed, key=lambda samples: samples.run_seconds)[job.repeats // 2]
+    samples = replace(median, compile_seconds=sum(each.compile_seconds for each in timed))
+    row = sampling_row(model, samples, job.plan, job.name, request)
+    return Result(job, row, score_digits(samples.images, labels), samples)
+
+
+def write(folder: Path, results: list[Result]) -> str:
+    """Write pictures, demo.md and demo.json; returns the report."""
+    for job, _, _, samples in results:
+        captions = [str(i % 10) for i in range(len(samples.images))]
+        sheet = image_io.grid(samples.images, captions, columns=10)
+        image_io.save_png(folder / job.file, sheet)
+    first = np.concatenate([result.samples.images[:10] for result in results])
+    titles = [result.job.title for result in results]
+    captions = list("0123456789") * len(results)
+    overview = image_io.grid(first, captions, columns=10, titles=titles)
+    image_io.save_png(folder / "overview.png", overview)
+    speedup = results[0].row.run_seconds / results[1].row.run_seconds
+    found = {
+        "rows": [as_dict(result.row) for result in results],
+        "scores": [asdict(result.scores) for result in results],
+        "speedup": speedup,
+    }
+    (folder / "demo.json").write_text(json.dumps(found, indent=1))
+    lines = [f"- {result.job.title}: {result.scores}" for result in results]
+    lines.append(
+        f"- DDIM {results[1].job.plan.steps} is {speedup:.1f} times as fast as DDPM"
+        f" {results[0].job.plan.steps} (network, batch, device, dtype as above)"
+    )
+    report = table_markdown([result.row for result in results]) + "\n\n" + "\n".join(lines)
+    (folder / "demo.md").write_text(report + "\n")
+    return report

@@ -1,20 +1,23 @@
-"""The stream of batches that training sees: shuffled, shared out over hosts, read ahead.
+"""The stream of batches that training reads: shuffled, divided among processes, read ahead.
 
-The stream is a function of the step: example i of global batch n has index n*batch + i, whatever the number of hosts,
-so nothing of it needs saving in a checkpoint.
+The stream is a function of the step: example i of global batch n has index n*batch + i, whatever
+the number of processes, so a checkpoint needs to store nothing of it.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from diffjax.data.image_io import to_float
+from diffjax.nn.conditioning import UNCONDITIONAL, Condition, Conditioning
 
-READ_AHEAD = 16  # batches: a slow file or two holds up no step
-THREADS = min(16, os.cpu_count() or 1)  # that decode them; pixels are decoded outside of Python's lock
+READ_AHEAD = 16  # batches: a slow file or two delays no step
+THREADS = min(16, os.cpu_count() or 1)  # pixels are decoded without Python's lock
 
 
 def batch_stream(
@@ -23,59 +26,84 @@ def batch_stream(
     seed: int,
     start: int = 0,
     *,
-    labels: bool = True,
+    conditioning: Conditioning = UNCONDITIONAL,
     flip: bool = False,
-    host: int = 0,
-    hosts: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-    """The endless stream of this host's share of global batches start, start + 1, ...; it reads no others.
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """The endless stream of one process's share of global batches start, start + 1, ...
 
-    Yields {"image": float32 [batch/hosts, H, W, C] in [-1, 1], "label": int32 if labels, "index": uint32, the global
-    example index}. Each pass over the data is in a new random order, of `seed` alone. flip: mirror each image,
-    left to right, with probability 1/2, keyed by (seed, index). Read ahead by threads. ValueError for a batch larger
-    than the data, or one that the hosts cannot share equally.
+    Yields {"x": float32 [batch/process_count, H, W, C] in [-1, 1], "index": uint32, the global
+    example index, "condition": as the conditioning reads it, absent if None}. No other examples are
+    read. Each pass over the data is in a new random order, of `seed` alone. flip: mirror each
+    image, left to right, with probability 1/2, keyed by (seed, index).
+
+    Raises: ValueError for a batch larger than the data, or not divisible by the processes.
     """
     if len(source) < batch:
-        raise ValueError(f"a batch of {batch} is more than the {len(source)} images of this split: use a smaller batch")
-    if batch % hosts:
-        raise ValueError(f"a batch of {batch} cannot be shared equally by {hosts} hosts: use a multiple of {hosts}")
+        raise ValueError(
+            f"batch is {batch}, and this split has {len(source)} examples: use a smaller batch"
+        )
+    if batch % process_count:
+        raise ValueError(
+            f"batch is {batch}: {process_count} processes need a multiple of {process_count}"
+        )
     shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    examples = shuffled.map_with_index(_example(labels, seed if flip else None))
-    stream = examples.batch(batch // hosts)[start * hosts + host :: hosts]
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)))
+    examples = shuffled.map_with_index(partial(_convert, conditioning, seed if flip else None))
+    batches = examples.batch(batch // process_count)
+    stream = batches[start * process_count + process_index :: process_count]
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
+    return iter(stream.to_iter_dataset(options))
 
 
 def first_batches(
-    source: Any, batch: int, multiple: int, limit: int, *, labels: bool = True
-) -> list[dict[str, np.ndarray]]:
-    """At most `limit` batches from the start of the data, in order and in memory: the same images at every evaluation.
-    Of `batch` examples, or where there are fewer of the largest multiple of `multiple` that there is.
+    source: Any,
+    batch: int,
+    multiple: int,
+    limit: int,
+    *,
+    conditioning: Conditioning = UNCONDITIONAL,
+) -> list[dict[str, Any]]:
+    """The first batches of a split, `limit` at most, in memory: the same at every evaluation.
+
+    They are as those of `batch_stream`. If the split has fewer than `batch` examples, there is one
+    batch, of the largest multiple of `multiple` that it has.
+
+    Raises: ValueError for fewer than `multiple` examples.
     """
     batch = min(batch, len(source) // multiple * multiple)
     if not batch:
-        raise ValueError(f"a split of {len(source)} images cannot be shared out over {multiple} devices: use fewer")
-    stream: Any = grain.MapDataset.source(source).map_with_index(_example(labels)).batch(batch, drop_remainder=True)
+        raise ValueError(
+            f"a split has {len(source)} examples for {multiple} devices: use fewer devices"
+        )
+    examples = grain.MapDataset.source(source).map_with_index(partial(_convert, conditioning, None))
+    stream: Any = examples.batch(batch, drop_remainder=True)
     return [stream[i] for i in range(min(limit, len(stream)))]
 
 
-def first_images(source: Any, num: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The first images of a split, float32 [num, H, W, C] in [-1, 1], and their labels, int32 [num], or None where they
-    have none. ValueError where there are not so many.
+def first_examples(
+    source: Any, num: int, conditioning: Conditioning = UNCONDITIONAL
+) -> tuple[np.ndarray, Condition]:
+    """The first examples of a split: x, float32 [num, H, W, C] in [-1, 1], and their conditions.
+
+    Raises: ValueError for fewer than `num` examples.
     """
     if not 1 <= num <= len(source):
-        raise ValueError(f"{num} images are asked for: this split holds {len(source)}, use 1 or more of them")
-    examples = [source[i] for i in range(num)]
-    images = to_float(np.stack([example["image"] for example in examples]))
-    labelled = "label" in examples[0]
-    return images, np.array([example["label"] for example in examples], np.int32) if labelled else None
+        raise ValueError(
+            f"num is {num}, and this split has {len(source)} examples: use 1 to {len(source)}"
+        )
+    examples = [_convert(conditioning, None, i, source[i]) for i in range(num)]
+    conditions = [example.get("condition") for example in examples]
+    x = np.stack([example["x"] for example in examples])
+    return x, jax.tree.map(lambda *leaves: np.stack(leaves), *conditions)
 
 
-def _example(labels: bool, flip_seed: int | None = None) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
-    def convert(index: int, example: dict[str, Any]) -> dict[str, Any]:
-        image = to_float(example["image"])
-        if flip_seed is not None and np.random.default_rng((flip_seed, index)).random() < 0.5:
-            image = image[:, ::-1]
-        label = {"label": np.int32(example["label"])} if labels else {}
-        return {"image": image, "index": np.uint32(index), **label}
-
-    return convert
+def _convert(
+    conditioning: Conditioning, flip_seed: int | None, index: int, example: dict[str, Any]
+) -> dict[str, Any]:
+    image = to_float(example["image"])
+    if flip_seed is not None and np.random.default_rng((flip_seed, index)).random() < 0.5:
+        image = image[:, ::-1]
+    converted = {"x": image, "index": np.uint32(index)}
+    condition = conditioning.read(example)
+    return converted if condition is None else converted | {"condition": condition}

@@ -1,6 +1,5 @@
 """Images as arrays and as files."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +7,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-LAID_OVER = "laid over white"  # what becomes of transparency
+from diffjax.data.files import atomic_path
+
+LAID_OVER = "laid over white"  # the change to transparent images
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
-    """uint8 0..255 -> float32 in [-1, 1]: x/127.5 - 1."""
+    """Convert uint8 0..255 to float32 in [-1, 1], x/127.5 - 1."""
     return images.astype(np.float32) / np.float32(127.5) - 1
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> uint8 0..255: round((x + 1)*127.5), clipped. The inverse of `to_float` on its images."""
+    """Convert [-1, 1] to uint8 0..255, round((x + 1)*127.5) clipped.
+
+    It is the inverse of `to_float` on images of 8 bits.
+    """
     return np.clip(np.round((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
@@ -29,13 +33,15 @@ def grid(
 ) -> Image.Image:
     """Images in rows, each with its caption above it.
 
-    images: uint8 [N, H, W, C] with C of 1 or 3 (else ValueError); captions: N strings; columns: as square a grid as
-    possible if not given; titles: one string per row, at its left. Small images are enlarged by a whole factor, to 48
+    images: uint8 [N, H, W, C]. captions: N strings. columns: None for a grid as square as possible.
+    titles: one string per row, at its left. Small images are enlarged by an integer factor to 48
     pixels or more, without smoothing.
+
+    Raises: ValueError unless C is 1 or 3.
     """
     n, height, width, channels = images.shape
     if channels not in (1, 3):
-        raise ValueError(f"images have {channels} channels: a picture takes 1 (grey) or 3 (RGB)")
+        raise ValueError(f"images have {channels} channels, expected 1 (grey) or 3 (RGB)")
     columns = columns or int(np.ceil(np.sqrt(n)))
     zoom, gap, header = max(1, -(-48 // max(height, width))), 4, 14 if captions else 0
     cell_w, cell_h = width * zoom + gap, height * zoom + header + gap
@@ -44,41 +50,51 @@ def grid(
     sheet = Image.new("RGB", (margin + columns * cell_w, -(-n // columns) * cell_h + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for row, title in enumerate(titles or ()):
-        draw.text((gap, gap + header + row * cell_h + height * zoom / 2), title, fill="black", font=font, anchor="lm")
+        center = gap + header + row * cell_h + height * zoom / 2
+        draw.text((gap, center), title, fill="black", font=font, anchor="lm")
     for i, image in enumerate(images):
         x, y = margin + i % columns * cell_w, gap + i // columns * cell_h
         if captions:
             draw.text((x + width * zoom / 2, y), captions[i], fill="black", font=font, anchor="ma")
         tile = Image.fromarray(image[..., 0] if channels == 1 else image)
-        sheet.paste(tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST), (x, y + header))
+        tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y + header))
     return sheet
 
 
 def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
-    """An image file as uint8 [H, W, C], C of 1 (grey) or 3 (RGB), and a sentence that says what was done to make it so,
-    empty if nothing: the middle of it, resized, its transparency laid over white.
+    """Read an image file as uint8 [H, W, C], with `fit`, and describe what was changed.
 
-    OSError for a file that cannot be read, ValueError for one that is not an image, or has more than 8 bits.
+    The description is a sentence that names the file, or "" for an image that was as expected.
+
+    Raises: OSError for a file that cannot be read; ValueError for one that is no image, or has more
+    than 8 bits.
     """
     try:
         with Image.open(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph is welcome
+            # A large photograph is welcome.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = ImageOps.exif_transpose(file)
             image.load()
-        made, changes = fit(image, shape)
+        pixels, changes = fit(image, shape)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not an image that can be read: use a PNG or JPEG file") from None
+        raise ValueError(f"{path} is no image that can be read: use a PNG or JPEG file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno:  # about the file, and names it
+        if isinstance(error, OSError) and error.errno:  # an error of the file, which names it
             raise
-        raise ValueError(f"{path} cannot be read as an image ({error}): use a PNG or JPEG file of 8 bits") from error
+        raise ValueError(
+            f"{path} cannot be read as an image ({error}): use a PNG or JPEG file of 8 bits"
+        ) from error
     was = f"{path} is {image.width}x{image.height} {image.mode}"
-    return made, f"{was}: {', '.join(changes)}" if changes else ""
+    return pixels, f"{was}: {', '.join(changes)}" if changes else ""
 
 
 def fit(image: Image.Image, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
-    """The middle of an image, resized to uint8 [H, W, C], C of 1 (grey) or 3 (RGB), its transparency laid over white,
-    and what of all this was done. ValueError for pixels of more than 8 bits.
+    """Convert an image to uint8 [H, W, C], C of 1 (grey) or 3 (RGB), and list the changes.
+
+    Transparency is laid over white; the image is cropped to its center and resized.
+
+    Raises: ValueError for pixels of more than 8 bits.
     """
     height, width, channels = shape
     mode, changes = {1: "L", 3: "RGB"}[channels], []
@@ -94,24 +110,21 @@ def fit(image: Image.Image, shape: tuple[int, int, int]) -> tuple[np.ndarray, li
         changes.append(f"resized to {width}x{height}")
     if image.mode != mode:
         changes.append("made grey" if channels == 1 else "made RGB")
-    made = ImageOps.fit(image.convert(mode), (width, height), Image.Resampling.BOX)
-    return np.asarray(made).reshape(shape), changes
+    fitted = ImageOps.fit(image.convert(mode), (width, height), Image.Resampling.BOX)
+    return np.asarray(fitted).reshape(shape), changes
 
 
 def save_png(path: Path, picture: Image.Image) -> None:
-    """Write a picture, making its folder if need be: whole or not at all, for those who look while it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    picture.save(part, "png")
-    os.replace(part, path)
+    """Write a picture, whole or not at all: others may read it while it is written."""
+    with atomic_path(path) as part:
+        picture.save(part, "png")
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0) -> None:
-    """Write pictures as an animation of about `seconds`, that rests on the last one and begins again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write pictures as an animation that lasts about `seconds`, rests on the last, and loops."""
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [2000]
     first, *others = frames
-    part = path.with_name(path.name + ".part")
-    first.save(part, "gif", save_all=True, append_images=others, duration=durations, loop=0)
-    os.replace(part, path)
+    options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    with atomic_path(path) as part:
+        first.save(part, "gif", **options)

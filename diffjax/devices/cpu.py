@@ -1,4 +1,4 @@
-"""What XLA needs to be told on CPUs to run at their speed. GPUs and TPUs are left alone."""
+"""Settings of XLA and the memory allocator that make CPUs fast; GPUs and TPUs need none."""
 
 import contextlib
 import ctypes
@@ -8,19 +8,27 @@ import os
 
 import jax
 
-# XLA's newer library for convolutions is slower than its older one below about 100 channels (measured on 2 cores with
-# AVX-512: 92 against 150 GFLOP/s of 64x28x28x64); for sums over an image it is faster than XLA's own loops.
+# XLA's newer library for convolutions is slower than its older one below about 100 channels
+# (measured on 2 cores with AVX-512: 92 against 150 GFLOP/s of 64x28x28x64); for sums over an image
+# it is faster than XLA's own loops.
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 LIBRARY = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-NEWEST = (0, 12)  # of the versions of jax that know the flag. XLA ends a program that gives it an unknown one.
-# mallopt's names and values, from malloc.h: freed memory is kept, in place of being fetched anew, page by page, for
-# every large array of every call (which costs a forward pass of 36 M parameters a sixth of its time).
-MALLOC = {"M_MMAP_THRESHOLD": (-3, 2**30), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28)}
+# The newest version of jax that is known to have the flag: XLA aborts on an unknown one.
+NEWEST = (0, 12)
+# mallopt's names and values, from malloc.h. They keep freed memory, which is otherwise fetched
+# anew, page by page, for every large array of every call: a sixth of the time of a forward pass of
+# 36 M parameters.
+MALLOC = {
+    "M_MMAP_THRESHOLD": (-3, 2**30),
+    "M_TRIM_THRESHOLD": (-1, 2**31 - 1),
+    "M_TOP_PAD": (-2, 2**28),
+}
 
 
 def tune() -> None:
-    """Set XLA_FLAGS and the memory allocator for this process, if it will run on CPUs; call it before JAX is used.
-    What the environment says already, of either, is left as it is.
+    """Set XLA_FLAGS and the memory allocator if this process will run on CPUs.
+
+    Call it before JAX is used. Settings that the environment already has are left as they are.
     """
     if not _on_cpu():
         return
@@ -28,13 +36,14 @@ def tune() -> None:
     if FLAG not in flags and jax.__version_info__[:2] <= NEWEST:
         os.environ["XLA_FLAGS"] = f"{flags} {FLAG}={LIBRARY}".strip()
     if not any(name.startswith("MALLOC_") for name in os.environ):
-        with contextlib.suppress(OSError, AttributeError):  # no glibc here: nothing to tune
+        with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing to tune
             for parameter, value in MALLOC.values():
                 ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def _on_cpu() -> bool:
-    chosen: str | None = getattr(jax.config, "jax_platforms", None) or os.environ.get("JAX_PLATFORMS")
+    chosen: str | None = getattr(jax.config, "jax_platforms", None)
+    chosen = chosen or os.environ.get("JAX_PLATFORMS")
     if chosen:
         return chosen.split(",")[0] == "cpu"
     accelerators = importlib.metadata.entry_points(group="jax_plugins")

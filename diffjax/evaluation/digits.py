@@ -1,4 +1,4 @@
-"""A judge of generated 8x8 digits: are they the digits they claim to be, are they many, and are they new?"""
+"""Scores of generated 8x8 digits: recognised as their label, distinct, and new."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,29 +11,37 @@ from sklearn.svm import SVC
 
 @dataclass(frozen=True)
 class DigitScores:
-    """Of N images with the labels that were asked for."""
+    """Scores of N images with the labels that they were generated for."""
 
-    recognised: float  # share that a support vector machine, trained on all real digits, reads as its label
+    class_accuracy: float  # share that a support vector machine, trained on all real digits, reads
     distinct: float  # share of different images
-    novelty: float  # median distance to the nearest real image, over that from each real image to its nearest other
+    nearest_neighbour_ratio: (
+        float  # median distance to the nearest real image, over that among real
+    )
 
     def __str__(self) -> str:
-        """One line."""
+        """The scores in one line."""
         return (
-            f"{self.recognised:.1%} recognised as their label, {self.distinct:.1%} distinct, "
-            f"distance to the nearest real digit {self.novelty:.2f} of the real ones'"
+            f"{self.class_accuracy:.1%} classified as their label, {self.distinct:.1%} distinct,"
+            f" distance to the nearest real digit {self.nearest_neighbour_ratio:.2f} times that"
+            " between real digits"
         )
 
 
 def score_digits(images: np.ndarray, labels: np.ndarray) -> DigitScores:
-    """images: uint8 [N, 8, 8, 1]; labels: int [N] in 0..9. The machine sees pixels of 0..16, like scikit-learn's."""
+    """Score generated digits with scikit-learn's real ones.
+
+    images: uint8 [N, 8, 8, 1]; labels: int [N] in 0..9. The classifier takes pixels of 0..16, as
+    scikit-learn's are.
+    """
     real: Any = load_digits()
-    made = images.reshape(len(images), -1) / 255 * 16
-    machine = SVC(gamma=0.001).fit(real.data, real.target)
+    generated = images.reshape(len(images), -1) / 255 * 16
+    classifier = SVC(gamma=0.001).fit(real.data, real.target)
     between_real = pairwise_distances(real.data)
     np.fill_diagonal(between_real, np.inf)
+    nearest_real = pairwise_distances(generated, real.data).min(1)
     return DigitScores(
-        recognised=float(np.mean(machine.predict(made) == labels)),
-        distinct=len(np.unique(made, axis=0)) / len(made),
-        novelty=float(np.median(pairwise_distances(made, real.data).min(1)) / np.median(between_real.min(1))),
+        class_accuracy=float(np.mean(classifier.predict(generated) == labels)),
+        distinct=len(np.unique(generated, axis=0)) / len(generated),
+        nearest_neighbour_ratio=float(np.median(nearest_real) / np.median(between_real.min(1))),
     )

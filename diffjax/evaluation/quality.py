@@ -1,9 +1,9 @@
-"""How good a sampler's images are, beside the real ones that the network was trained on."""
+"""The quality of generated images: how far they are from real ones, as one row."""
 
-import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,186 +11,274 @@ from tqdm import tqdm
 
 from diffjax.build import load_data
 from diffjax.config import Config
+from diffjax.data.batches import first_examples
+from diffjax.data.dataset import Dataset
 from diffjax.devices import parallel
 from diffjax.evaluation import features, metrics
-from diffjax.evaluation.features import Extractor
+from diffjax.evaluation.features import Extractor, Outputs
 from diffjax.evaluation.metrics import Moments
-from diffjax.evaluation.results import LEAST_BATCHES, QualityRow
-from diffjax.inference.pipeline import (
-    Guidance,
-    Pipeline,
-    Samples,
-    TrainedModel,
-    count_parameters,
-    describe_devices,
-    describe_weights,
+from diffjax.evaluation.results import (
+    LEAST_BATCHES,
+    BatchTiming,
+    Context,
+    QualityContext,
+    QualityMetrics,
+    QualityRow,
 )
-from diffjax.interop import unet2d
+from diffjax.inference.model import TrainedModel
+from diffjax.inference.pipeline import Hooks, Pipeline, Request, Samples
+from diffjax.nn.conditioning import ClassLabel, Condition, Conditioning, Fields
 from diffjax.sampler import Plan
 
 LARGEST_BATCH = 100
-MOST_NEIGHBOURS = 10_000  # images on either side whose neighbours are sought: their distances grow with the square
-LEAST_IMAGES = 4  # whose third neighbour is another one
-CHUNK = 1000  # images decoded and shown to the extractor at a time
+MOST_NEIGHBOURS = 10_000  # images whose neighbours are sought: time grows with the square
+LEAST_IMAGES = 4  # with which the third neighbour is another image
+CHUNK = 1000  # images decoded and extracted at a time
 
 
 class NotFiniteError(ValueError):
-    """Images that no figure can be told of."""
+    """Generated images that contain NaN or infinity."""
+
+
+# ------------------------------------------------------------------------------- real images
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Which real images generated ones are compared with, and by which features."""
+
+    features: Literal["cnn", "pixels", "inception"] = "cnn"
+    split: Literal["train", "held_out"] = "train"
+    inception: Path | None = None  # file of Inception's weights; None for those in the cache
+    cache: Path | None = None  # of trained and downloaded weights; None for the user's
 
 
 class Reference(NamedTuple):
-    """Real images, as an extractor sees them."""
+    """Real images, and their features."""
 
     extractor: Extractor
-    moments: Moments  # of all of them
-    features: np.ndarray  # [N, D], of MOST_NEIGHBOURS at most
+    moments: Moments  # of all images
+    features: np.ndarray  # [N, D], of MOST_NEIGHBOURS images at most
     name: str  # as in "digits, train, 1,597 images"
+    source: Any  # the examples of the split
 
 
 def read_reference(
-    config: Config,
-    image_shape: tuple[int, int, int],
-    kind: str,
-    split: str,
-    cache: Path,
-    weights: Path | None,
+    config: Config, image_shape: tuple[int, ...], options: ReferenceOptions
 ) -> Reference:
-    """The real images of a configuration's data, which are to be of this shape.
+    """Read the real images of a configuration, which must have this shape, and extract features.
 
-    kind: features of "pixels", of a small "cnn" that is trained here on the train split, or of "inception" with these
-    weights (None for those that are downloaded once); split: "train" or "held_out"; cache: folder of what is trained or
-    downloaded once. ValueError or OSError for data or features that cannot be had.
+    Raises: ValueError or OSError for data or features that cannot be used.
     """
-    if unet2d.is_source(str(config.data)):
+    if not config.data.known:
         raise ValueError(
-            f"{config.data} does not tell its images: make it a run folder with them, by diffjax convert"
-            f" {config.data} FOLDER --data NAME"
+            f"{config.data} does not name its training images: name them by data, or convert it to"
+            " a run folder with the data set's name"
         )
-    data = load_data(config)
-    if data.image_shape != tuple(image_shape):
-        theirs, ours = ("x".join(map(str, shape)) for shape in (data.image_shape, image_shape))
-        raise ValueError(f"the images of {config.data} are {theirs}, and the network's are {ours}: name other data")
-    if kind == "pixels":
-        extractor = features.pixels()
-    elif kind == "inception":
-        extractor = features.inception(weights)
-    elif not data.classes:
-        raise ValueError(f"{config.data} has no class labels, so no classifier can learn it: use --features inception")
-    else:
-        extractor = features.small_cnn(
-            *_arrays(data.train, "train"), *_arrays(data.held_out, "held-out"), data.classes, cache, seed=0,
-            data=f"{config.data} train split",
-        )  # fmt: skip
-    source = {"train": data.train, "held_out": data.held_out}[split]
+    dataset = load_data(config)
+    if dataset.image_shape != tuple(image_shape):
+        real, generated = ("x".join(map(str, each)) for each in (dataset.image_shape, image_shape))
+        raise ValueError(
+            f"data {config.data} has images of {real}, and the model's are {generated}: use data of"
+            " the same size"
+        )
+    source = {"train": dataset.train, "held_out": dataset.held_out}[options.split]
+    extractor = _build_extractor(dataset, str(config.data), options)
     if len(source) < LEAST_IMAGES:
         raise ValueError(
-            f"the split {split} of {config.data} holds {len(source)} images: comparing takes {LEAST_IMAGES} or more"
+            f"reference {options.split} of {config.data} has {len(source)} images: use"
+            f" {LEAST_IMAGES} or more"
         )
-    # Drawn from all of them: images may lie class by class.
+    moments, kept = _extract_reference(extractor, source)
+    name = f"{config.data}, {options.split.replace('_', ' ')}, {len(source):,} images"
+    if len(source) > MOST_NEIGHBOURS:
+        name += f" ({MOST_NEIGHBOURS:,} drawn for all but FD)"
+    return Reference(extractor, moments, kept, name, source)
+
+
+def image_shape(model: TrainedModel) -> tuple[int, ...]:
+    """The shape [H, W, C] of a model's images, which for latents is not that of x."""
+    return model.codec.decode(np.zeros((1, *model.info.x_shape), np.float32)).shape[1:]
+
+
+def _build_extractor(dataset: Dataset, name: str, options: ReferenceOptions) -> Extractor:
+    cache = features.cache_folder() if options.cache is None else options.cache
+    if options.features == "pixels":
+        return features.pixels()
+    if options.features == "inception":
+        return features.inception(options.inception)
+    if not dataset.classes:
+        raise ValueError(
+            f"features is 'cnn', and {name} has no class labels to train a classifier on: use"
+            " inception or pixels"
+        )
+    return features.small_cnn(
+        features.Labelled(*_read_labelled(dataset.train, "train")),
+        features.Labelled(*_read_labelled(dataset.held_out, "held-out")),
+        dataset.classes,
+        cache,
+        seed=0,
+        data=f"{name} train split",
+    )
+
+
+def _extract_reference(extractor: Extractor, source: Any) -> tuple[Moments, np.ndarray]:
+    """The moments of all images, and the features of MOST_NEIGHBOURS of them at most."""
+    # Drawn from all of them: images may be sorted by class.
     chosen = np.zeros(len(source), bool)
     chosen[np.random.default_rng(0).permutation(len(source))[:MOST_NEIGHBOURS]] = True
-    moments = metrics.no_moments(extractor.extract(source[0]["image"][None]).features.shape[1])
-    kept = []
+    moments, kept = Moments.empty(extractor.extract(source[0]["image"][None]).features.shape[1]), []
     for images in _chunks(source, f"features of real images, {extractor.name}"):
-        found = extractor.extract(images).features
-        moments = metrics.add(moments, found)
-        kept.append(found[chosen[moments.count - len(found) : moments.count]])
-    name = f"{config.data}, {split.replace('_', ' ')}, {len(source):,} images"
-    if len(source) > MOST_NEIGHBOURS:
-        name += f" ({MOST_NEIGHBOURS:,} drawn for all but Frechet's distance)"
-    return Reference(extractor, moments, np.concatenate(kept), name)
+        extracted = extractor.extract(images).features
+        moments = moments.update(extracted)
+        kept.append(extracted[chosen[moments.count - len(extracted) : moments.count]])
+    return moments, np.concatenate(kept)
+
+
+def _chunks(source: Any, title: str) -> Iterator[np.ndarray]:
+    """The images of a split, uint8 [n, H, W, C] at a time."""
+    with tqdm(total=len(source), desc=title, unit="image", dynamic_ncols=True, leave=False) as bar:
+        for first in range(0, len(source), CHUNK):
+            last = min(first + CHUNK, len(source))
+            images = np.stack([source[i]["image"] for i in range(first, last)])
+            bar.update(len(images))
+            yield images
+
+
+def _read_labelled(source: Any, title: str) -> tuple[np.ndarray, np.ndarray]:
+    images = np.concatenate(list(_chunks(source, f"{title} images")))
+    return images, np.array([source[i]["label"] for i in range(len(source))], np.int32)
+
+
+# ------------------------------------------------------------------------------- generated images
 
 
 def timed_batch(num: int) -> int:
-    """As many images at a time as leave enough batches for a median time, shared equally by all devices."""
+    """The default batch: small enough for a median time, and divisible by the devices."""
     devices = jax.device_count()
     return max(devices, min(num // LEAST_BATCHES, LARGEST_BATCH) // devices * devices)
 
 
 def check_batch(num: int, batch: int) -> None:
-    """ValueError for batches too few for a median time, or too uneven for all devices."""
-    parallel.check_divisible(batch, jax.device_count(), "--batch")
+    """Check that `num` images are enough batches for a median time.
+
+    Raises: ValueError for fewer than `LEAST_BATCHES`, or a batch that the devices cannot share.
+    """
+    parallel.check_divisible(batch, jax.device_count())
     if -(-num // batch) < LEAST_BATCHES:
         raise ValueError(
-            f"--num {num} in batches of {batch} is fewer than {LEAST_BATCHES} batches, whose median is the time: ask"
-            " for more images, or a smaller --batch"
+            f"num is {num} and batch is {batch}: a median time needs {LEAST_BATCHES} batches or"
+            " more, so use more images or a smaller batch"
         )
 
 
-def describe_clipping(clip: bool) -> str:
-    """What is done to estimates of x0."""
-    return "clipped" if clip else "unclipped"
+def evaluation_condition(conditioning: Conditioning, source: Any, num: int) -> Condition:
+    """The conditions of `num` images to be compared with real ones, a pytree [num, ...].
+
+    All classes in turn; for what cannot be enumerated, the conditions of the first examples of
+    `source`, repeated.
+
+    Raises: ValueError for examples without a field of the condition.
+    """
+    try:
+        return conditioning.spread(num)
+    except ValueError:
+        try:
+            _, condition = first_examples(source, min(num, len(source)), conditioning)
+        except KeyError as error:
+            raise ValueError(
+                f"the real images have no field {error}, which the model is conditioned on: use"
+                " the data that it was trained on"
+            ) from None
+        return jax.tree.map(lambda leaf: leaf[np.arange(num) % len(leaf)], condition)
+
+
+def quality_context(
+    model: TrainedModel, plan: Plan, sampler_name: str, request: Request, reference: Reference
+) -> QualityContext:
+    """The context of the row that `measure` returns, known before anything is sampled."""
+    context = Context.of(model, plan, sampler_name, request)
+    return QualityContext(
+        **vars(context), extractor=reference.extractor.name, reference=reference.name
+    )
 
 
 def measure(
-    run: TrainedModel,
-    generate: Pipeline,
+    model: TrainedModel,
+    pipeline: Pipeline,
     reference: Reference,
     plan: Plan,
-    name: str,
-    *,
-    guidance: Guidance,
-    num: int,
-    batch: int,
-    seed: int,
-    clip: bool = True,
-    progress: Callable[[int], Any] = lambda rows: None,
+    sampler_name: str,
+    request: Request,
+    hooks: Hooks | None = None,
 ) -> tuple[QualityRow, Samples]:
-    """Sample `num` images by a plan, every class as often as the others, and hold them against the real ones.
+    """Generate images by a plan, and compare them with real ones.
 
-    name: of the sampler, with its dials; the other arguments as of Generator. NotFiniteError for images that are
-    not finite.
+    Without a condition, the request gets those of `evaluation_condition`.
+
+    Raises: NotFiniteError for images that are not finite; ValueError as `Pipeline`.
     """
-    classes = run.description.classes
-    labels = np.resize(np.arange(classes, dtype=np.int32), num) if classes else None
-    made = generate(
-        run.params, plan, labels, num,
-        guidance=guidance, seed=seed, batch=batch, clip=clip, progress=progress,
-    )  # fmt: skip
-    if not np.isfinite(made.x).all():
-        raise NotFiniteError(f"{name} in {plan.steps} steps made images that are not finite: clip, or take other steps")
-    outputs = [reference.extractor.extract(made.images[i : i + CHUNK]) for i in range(0, num, CHUNK)]
-    seen = np.concatenate([output.features for output in outputs])
-    likely = None
-    if outputs[0].probabilities is not None:
-        likely = np.concatenate([output.probabilities for output in outputs if output.probabilities is not None])
-    kernel, kernel_error = metrics.kernel_distance(reference.features, seen[:MOST_NEIGHBOURS])
-    precision, recall = metrics.precision_recall(reference.features, seen[:MOST_NEIGHBOURS])
-    names = labels is not None and likely is not None and likely.shape[1] == classes
-    milliseconds = 1e3 * np.array(made.batch_seconds) / batch
-    low, median, high = np.quantile(milliseconds, [0.25, 0.5, 0.75])
-    config, image_shape, _ = run.description
-    row = QualityRow(
-        sampler=name, clipping=describe_clipping(clip), steps=plan.steps, nfe=made.nfe,
-        guidance=guidance.scale, guided=str(guidance),
-        frechet=metrics.frechet_distance(reference.moments, metrics.add(metrics.no_moments(seen.shape[1]), seen)),
-        kernel=kernel, kernel_error=kernel_error,
-        inception=None if likely is None else metrics.inception_score(likely, splits=1)[0],
-        precision=precision, recall=recall,
-        recognised=float(np.mean(likely.argmax(1) == labels)) if names and likely is not None else None,
-        extractor=reference.extractor.name, reference=reference.name, images=num, seed=seed,
-        ms_per_image=float(median), spread=float((high - low) / 2 / median), batches=len(milliseconds), batch=batch,
-        compile_seconds=made.compile_seconds, network=run.name, parameters=count_parameters(run.params),
-        weights=describe_weights(run), image_size="x".join(map(str, image_shape)),
-        device=describe_devices(), dtype=config.network.dtype, versions=versions(),
-    )  # fmt: skip
-    return row, made
+    conditioning = model.info.conditioning
+    if request.condition is None:
+        condition = evaluation_condition(conditioning, reference.source, request.num)
+        request = replace(request, condition=condition)
+    samples = pipeline(model.params, plan, request, hooks)
+    if not np.isfinite(samples.x).all():
+        raise NotFiniteError(
+            f"{sampler_name} in {plan.steps} steps generated images that are not finite: clip, or"
+            " use another number of steps"
+        )
+    outputs = _extract(reference.extractor, samples.images)
+    row = QualityRow.join(
+        quality_context(model, plan, sampler_name, request, reference),
+        compare(reference, outputs, class_accuracy(conditioning, request.condition, outputs)),
+        BatchTiming.of(samples, request.batch),
+    )
+    return row, samples
 
 
-def versions() -> str:
-    """Of what a figure depends on."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("diffjax", "jax"))
+def compare(reference: Reference, generated: Outputs, accuracy: float | None) -> QualityMetrics:
+    """The metrics of generated images beside real ones. accuracy: of their classes, if known."""
+    found, probabilities = generated
+    moments = Moments.empty(found.shape[1]).update(found)
+    kd, kd_error = metrics.kernel_distance(reference.features, found[:MOST_NEIGHBOURS])
+    precision, recall = metrics.precision_recall(reference.features, found[:MOST_NEIGHBOURS])
+    score = None
+    if probabilities is not None:
+        score, _ = metrics.inception_score(probabilities, splits=1)
+    return QualityMetrics(
+        fd=metrics.frechet_distance(reference.moments, moments),
+        kd=kd,
+        kd_error=kd_error,
+        inception_score=score,
+        precision=precision,
+        recall=recall,
+        class_accuracy=accuracy,
+    )
 
 
-def _chunks(source: Any, what: str) -> Any:
-    """The images of a split, uint8 [n, H, W, C] at a time."""
-    with tqdm(total=len(source), desc=what, unit="image", dynamic_ncols=True, leave=False) as bar:
-        for first in range(0, len(source), CHUNK):
-            images = np.stack([source[i]["image"] for i in range(first, min(first + CHUNK, len(source)))])
-            bar.update(len(images))
-            yield images
+def class_accuracy(
+    conditioning: Conditioning, condition: Condition, outputs: Outputs
+) -> float | None:
+    """The share of images that are classified as their label.
+
+    None without labels, or for a classifier of other classes.
+    """
+    labels, probabilities = conditioning.labels(condition), outputs.probabilities
+    if labels is None or probabilities is None:
+        return None
+    if probabilities.shape[1] != _num_classes(conditioning):
+        return None
+    return float(np.mean(probabilities.argmax(1) == labels))
 
 
-def _arrays(source: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
-    images = np.concatenate(list(_chunks(source, f"{what} images")))
-    return images, np.array([source[i]["label"] for i in range(len(source))], np.int32)
+def _num_classes(conditioning: Conditioning) -> int | None:
+    parts = conditioning.parts if isinstance(conditioning, Fields) else (conditioning,)
+    return next((part.classes for part in parts if isinstance(part, ClassLabel)), None)
+
+
+def _extract(extractor: Extractor, images: np.ndarray) -> Outputs:
+    chunks = [extractor.extract(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
+    found = np.concatenate([chunk.features for chunk in chunks])
+    probabilities = [chunk.probabilities for chunk in chunks if chunk.probabilities is not None]
+    return Outputs(found, np.concatenate(probabilities) if probabilities else None)

@@ -1,10 +1,14 @@
-"""A trained run opened from its folder, and images from a network on all devices, timed."""
+"""Samples from a trained model, compiled once and run on all devices.
+
+Another plan, condition, guidance scale or set of parameters does not compile again.
+"""
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,398 +18,282 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from diffjax import denoiser, sampler, solvers
-from diffjax.build import build_network, build_prediction, build_schedule, build_unet, params_like
-from diffjax.checkpoint import ema_key, open_checkpoint, tree_sha256
-from diffjax.config import SEEDS, Config, Distillation, config_from_dict, config_to_dict
+from diffjax import denoiser, sampler
+from diffjax import guidance as guide
+from diffjax.build import ModelInfo
+from diffjax.data.codec import Codec
 from diffjax.data.image_io import to_uint8
-from diffjax.denoiser import Denoiser, Network
+from diffjax.denoiser import Condition, Denoiser, Network
 from diffjax.devices import parallel
-from diffjax.evaluation.results import SamplingRow
-from diffjax.interop import unet2d
-from diffjax.process import Prediction, check_prediction
+from diffjax.inference.guidance import Guidance
+from diffjax.inference.model import TrainedModel
+from diffjax.parameterization import Parameterization
+from diffjax.process import check_prediction
 from diffjax.sampler import Carry, Plan
-from diffjax.schedule import Schedule, length, trailing
+
+# ------------------------------------------------------------------------------- denoisers
 
 
-class ModelInfo(NamedTuple):
-    """What is stored beside the weights: all that it takes to use them."""
-
-    config: Config
-    image_shape: tuple[int, int, int]
-    classes: int  # 0: the network is not conditioned
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return self._asdict() | {"config": config_to_dict(self.config)}
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "ModelInfo":
-        """The inverse of `config_to_dict`."""
-        return ModelInfo(config_from_dict(values["config"]), tuple(values["image_shape"]), values["classes"])
+@dataclass(frozen=True)
+class Clip:
+    """Clip the estimate of x0 to the bounds of the model's codec, if it has any."""
 
 
-class TrainedModel(NamedTuple):
-    """A trained network with the process that it was trained for."""
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Threshold the estimate of x0 dynamically."""
 
-    name: str
-    description: ModelInfo
+    quantile: float  # of the absolute values of x0, as 0.995
+
+
+Bound = Clip | DynamicThreshold | None
+
+
+def describe_bound(bound: Bound) -> str:
+    """A short description, as in "clipped"."""
+    if isinstance(bound, DynamicThreshold):
+        return f"thresholded {bound.quantile:g}"
+    return "unclipped" if bound is None else "clipped"
+
+
+@dataclass(frozen=True)
+class ClassifierFree:
+    """Classifier-free guidance, without its scale and null, which are arguments."""
+
+    rescale: float = 0.0
+    batched: bool = True
+
+
+@dataclass(frozen=True)
+class Autoguidance:
+    """Autoguidance by another network, whose parameters and scale are arguments."""
+
     network: Network
+    parameterization: Parameterization
+    rescale: float = 0.0
+
+
+class Replicated(NamedTuple):
+    """The arguments of a compiled program that every device has a copy of."""
+
     params: Any
-    prediction: Prediction
-    schedule: Schedule
-    weights: str  # "ema" or a decay or "raw", "unknown" where a source does not tell
-    step: int
-    remarks: tuple[str, ...] = ()  # what is to be known of a network from elsewhere
+    guide_params: Any  # of the guide model; None without one
+    scale: Any  # of guidance, float32
+    null: Condition  # without a batch axis
 
 
-def load_model(source: str | Path, step: int | None = None, weights: str = "ema") -> TrainedModel:
-    """A run folder's network: checkpoint `step`, the latest if None; its moving average ("ema", or, of several, the
-    decay of one, as "0.9999") or the parameters as trained ("raw"). Or "hf:FOLDER" or "hf:OWNER/NAME", a UNet2DModel of
-    diffusers, with the weights that it has.
+class Sharded(NamedTuple):
+    """The arguments of a compiled program that are split over devices, [B, ...] each."""
 
-    FileNotFoundError where there is none, ValueError for other weights, or a network that the UNet here cannot be.
-    """
-    if unet2d.is_source(source):
-        if weights not in ("ema", "raw"):
-            raise ValueError(f"weights are {weights!r}: use ema or raw")
-        if step is not None:
-            raise ValueError(f"{source} holds one set of weights: leave out the checkpoint")
-        run = _of_diffusers(unet2d.locate(source))
-        if weights == "raw" and run.weights == "ema":
-            raise ValueError(f"{source} holds a moving average, and no parameters as trained: leave out --weights raw")
-        return run
-    workdir = Path(source)
-    checkpoints, step = open_checkpoint(workdir, step)
-    description = ModelInfo.from_dict(checkpoints.config(step))
-    config, image_shape, classes = description
-    decays = [str(decay) for decay in config.train.ema]
-    kept = {"ema": ema_key(0), "raw": "params"} | {decay: ema_key(i) for i, decay in enumerate(decays)}
-    if weights not in kept:
-        raise ValueError(f"weights are {weights!r}: use ema, raw, or the decay of an average, {' or '.join(decays)}")
-    unet = build_unet(config, image_shape, classes)
-    like = params_like(unet, image_shape)
-    params = checkpoints.restore_weights(step, kept[weights], like, parallel.replicated(parallel.device_mesh()))
-    checkpoints.close()
-    name = workdir.resolve().name
-    if config.distillation.method != "none":  # students are named by their steps, in a folder with a name
-        name = f"{workdir.resolve().parent.name}/{name}"
-    return TrainedModel(
-        name=f"unet of {name}", description=description,
-        network=build_network(config, unet), params=params,
-        prediction=build_prediction(config), schedule=build_schedule(config),
-        weights=weights, step=step,
-    )  # fmt: skip
+    condition: Condition
+    inpaint: Any  # (known, mask), or None
 
 
-def _of_diffusers(folder: Path) -> TrainedModel:
-    found = unet2d.load(folder)
-    config = found.config
-    unet = build_unet(config, found.image_shape, found.classes)
-    params = jax.device_put(jax.device_get(found.params), parallel.replicated(parallel.device_mesh()))
-    return TrainedModel(
-        name=f"unet of {config.data}", description=ModelInfo(config, found.image_shape, found.classes),
-        network=build_network(config, unet), params=params,
-        prediction=build_prediction(config), schedule=build_schedule(config),
-        weights=found.weights, step=found.step, remarks=found.remarks,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """The part of a denoiser that is compiled into a program: one program for each."""
 
+    network: Network
+    parameterization: Parameterization
+    guidance: ClassifierFree | Autoguidance | None  # None: plainly conditional
+    bound: DynamicThreshold | tuple[float, float] | None
+    guidance_conditioned: bool  # the network takes (condition, scale)
 
-def output_folder(source: str | Path) -> Path:
-    """Where pictures of a run go: its folder, or runs/NAME for a source that is not ours to write to."""
-    return (
-        Path("runs") / Path(str(source).removeprefix(unet2d.PREFIX)).name if unet2d.is_source(source) else Path(source)
-    )
+    def build(
+        self,
+        shared: Replicated,
+        own: Sharded,
+        counted: Callable[[Network], Network] = lambda network: network,
+    ) -> Denoiser:
+        """The denoiser of these arguments.
 
-
-class Guidance(NamedTuple):
-    """How images are led to their labels, or away from a worse network."""
-
-    scale: float = 1.0  # 0 unconditional (or the worse network), 1 conditional, more is guided
-    interval: tuple[float, float] | None = None  # of sigma/alpha; outside it, conditional, without a second evaluation
-    rescale: float = 0.0  # share by which the contrast of guided images is brought back
-    negative: int | None = None  # a label to be led away from, instead of none
-    two_passes: bool = False  # half the memory
-    worse: TrainedModel | None = None  # autoguidance: a run to be led away from, instead of no label
-
-    def __str__(self) -> str:
-        """As in "2 in 0.3..5 rescaled 0.7"."""
-        text = f"{self.scale:g}" + ("" if self.interval is None else " in {:g}..{:g}".format(*self.interval))
-        text += f" rescaled {self.rescale:g}" if self.rescale else ""
-        text += f" away from {self.negative}" if self.negative is not None else ""
-        text += f" away from {self.worse.name} ({self.worse.weights}, step {self.worse.step})" if self.worse else ""
-        return text + (" in two passes" if self.two_passes else "")
-
-
-def check_guidance(run: TrainedModel, guidance: Guidance) -> None:
-    """ValueError for guidance that a run cannot serve."""
-    scale, interval, classes = guidance.scale, guidance.interval, run.description.classes
-    worse, task = guidance.worse, run.description.config.distillation
-    if task.told:
-        if guidance._replace(scale=1.0) != Guidance():
-            raise ValueError(f"{run.name} is told its guidance scale, in one pass: all that can be said is --guidance")
-        if not 1 <= scale <= task.guidance:
-            raise ValueError(f"guidance is {scale}: {run.name} was distilled for 1 to {task.guidance:g}")
-        return
-    if task.method != "none" and guidance != Guidance():
-        raise ValueError(
-            f"{run.name} was distilled without guidance: leave out --guidance, or distill its teacher with --guidance"
+        counted: wraps each network, to count its evaluations.
+        """
+        condition = own.condition
+        if self.guidance_conditioned:
+            batch = len(jax.tree.leaves(condition)[0])
+            condition = condition, jnp.broadcast_to(shared.scale, (batch, 1))
+        conditional = denoiser.from_network(
+            counted(self.network), shared.params, self.parameterization
         )
-    if not (np.isfinite(scale) and scale >= 0):
-        raise ValueError(f"guidance is {scale}: use a number of 0 or more")
-    if worse is None and guidance != Guidance() and not classes:
-        raise ValueError(f"{run.name} was trained without labels: leave out --guidance")
-    if scale == 1 and guidance != Guidance():
-        raise ValueError(f"guidance {guidance} has the scale 1, which is not guided: give another --guidance")
-    if worse is not None:
-        _check_worse(run, worse)
-        if guidance.negative is not None or guidance.two_passes:
-            raise ValueError("a worse run is led away from in place of a label: leave out --negative and --two-passes")
-    if guidance.negative is not None and not 0 <= guidance.negative < classes:
-        raise ValueError(f"the label to be led away from is {guidance.negative}: use 0 to {classes - 1}")
-    if interval is not None and not 0 <= interval[0] < interval[1]:
-        raise ValueError(
-            f"the interval is {interval[0]:g} to {interval[1]:g} of sigma/alpha: use 0 or more, its end above its start"
-        )
-    if not 0 <= guidance.rescale <= 1:
-        raise ValueError(f"rescale is {guidance.rescale}: use 0 (not at all) to 1 (wholly)")
-    if scale != 1 and worse is None and guidance.negative is None and run.description.config.train.label_dropout == 0:
-        raise ValueError(
-            f"{run.name} was trained with train.label_dropout 0, so it does not know images without a label:"
-            " leave out --guidance, or train again with --train.label-dropout 0.1"
-        )
+        denoise = denoiser.condition_on(conditional, condition)
+        if isinstance(self.guidance, ClassifierFree):
+            denoise = guide.classifier_free_guidance(
+                conditional, condition, shared.null, shared.scale,
+                self.guidance.rescale, self.guidance.batched,
+            )  # fmt: skip
+        elif self.guidance is not None:
+            worse = denoiser.from_network(
+                counted(self.guidance.network),
+                shared.guide_params,
+                self.guidance.parameterization,
+            )
+            worse = denoiser.condition_on(worse, condition)
+            denoise = guide.autoguidance(denoise, worse, shared.scale, self.guidance.rescale)
+        if isinstance(self.bound, DynamicThreshold):
+            denoise = denoiser.dynamic_threshold(denoise, self.bound.quantile)
+        elif self.bound is not None:
+            denoise = denoiser.clip(denoise, *self.bound)
+        return denoise if own.inpaint is None else denoiser.inpaint(denoise, *own.inpaint)
 
 
-def _check_worse(run: TrainedModel, worse: TrainedModel) -> None:
-    if worse.description.config.distillation.method != "none":
-        raise ValueError(f"{worse.name} is a student, which says other things than a network trained on data")
-    ours, theirs = ((str(r.description.config.data), *r.description[1:]) for r in (run, worse))
-    if ours != theirs:
-        raise ValueError(
-            f"{worse.name} was trained on data, images and classes {theirs}, and {run.name} on {ours}:"
-            " autoguidance takes two networks of the same data"
-        )
-    if any(not np.array_equal(a, b) for a, b in zip(run.schedule, worse.schedule, strict=True)):
-        raise ValueError(f"{worse.name} was trained on another schedule than {run.name}: autoguidance takes one")
+# ------------------------------------------------------------------------------- requests
 
 
-def default_sampler(task: Distillation, levels: Schedule) -> tuple[str, int]:
-    """By which sampler, in how many steps, a network is sampled if nothing else is asked for: a student as it was
-    distilled to be, in two steps where it is consistent.
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A request for samples.
+
+    Sample i is the same for any batch and any number of devices.
     """
-    if task.method == "consistency":
-        return "consistency", 1 if task.steps % 2 else 2  # the middle of an odd number of levels is none of them
-    return "ddim", task.steps or min(50, length(levels))
+
+    num: int
+    batch: int  # samples at a time, over all devices; the last batch is padded
+    seed: int
+    condition: Condition = None  # a pytree [num, ...]
+    guidance: Guidance = field(default_factory=Guidance)
+    bound: Bound = field(default_factory=Clip)
+    x: np.ndarray | None = None  # [num, ...] to start from, in place of noise
+    inpaint: tuple[np.ndarray, np.ndarray] | None = None  # known x and mask, [num, ...] each
+
+    def check(self, x_shape: tuple[int, ...]) -> None:
+        """Check that all arrays are for `num` samples of a model's shape.
+
+        Raises: ValueError, naming the field.
+        """
+        if self.num < 1:
+            raise ValueError(f"num is {self.num}: use 1 or more")
+        for leaf in jax.tree.leaves(self.condition):
+            if np.shape(leaf)[:1] != (self.num,):
+                raise ValueError(
+                    f"condition has shape {np.shape(leaf)}: use one for each of {self.num} samples"
+                )
+        known, mask = (None, None) if self.inpaint is None else self.inpaint
+        expected = self.num, *x_shape
+        for name, array in (("x", self.x), ("known x", known)):
+            if array is not None and np.shape(array) != expected:
+                raise ValueError(f"{name} has shape {np.shape(array)}: use {expected}")
+        if mask is not None and np.shape(mask)[:1] != (self.num,):
+            raise ValueError(
+                f"mask has shape {np.shape(mask)}: use one for each of {self.num} samples"
+            )
 
 
-def default_steps(task: Distillation, levels: Schedule, name: str) -> int:
-    """In how many steps a network is sampled by a sampler of this name if nothing else is asked for: its usual ones,
-    and by others DDPM in all T.
+@dataclass(frozen=True)
+class Hooks:
+    """Functions that are called during sampling, and not timed as part of it."""
+
+    progress: Callable[[int], Any] = lambda rows: None
+    """Takes the number of the plan's rows that were done since the last call."""
+    watch: Callable[[int, int, Array], Any] = lambda first, done, x0: None
+    """Takes the index of the batch's first sample, the rows done of it, and its estimates of x0.
+
+    The estimates are deleted when the next rows are run.
     """
-    usual, steps = default_sampler(task, levels)
-    T = length(levels)
-    return steps if name == usual else T if name == "ddpm" else min(50, T)
+    every: int | None = None
+    """Number of rows at whose multiples both are called, at least."""
 
 
-def distillation_warning(run: TrainedModel, plan: Plan) -> str:
-    """A sentence on a plan that a student was not distilled for, "" where there is nothing to say."""
-    task = run.description.config.distillation
-    if not task.steps:
-        return ""
-    t = trailing(run.schedule, task.steps)
-    if task.method == "consistency":
-        once = (np.diff(plan.level.t) < 0).all()
-        meant, said = once and np.isin(plan.level.t, t).all(), f"consistency at some of {task.steps} levels"
-        usual = solvers.consistency(run.schedule, plan.level.t) if meant else None
-    else:
-        usual, said = sampler.ddim(run.schedule, t), f"ddim in {task.steps} steps"
-    same = usual is not None and usual.steps == plan.steps
-    if same and all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(plan), jax.tree.leaves(usual), strict=True)):
-        return ""
-    return f"was distilled for {said}, trailing: another plan asks it for what it has not learned"
+@dataclass(frozen=True)
+class Samples:
+    """Samples, and what they cost."""
 
-
-def require_undistilled(run: TrainedModel) -> None:
-    """ValueError for a student of few steps, or with guidance in it, where what is asked for takes a network that knows
-    every level, and what no guidance is.
-    """
-    task = run.description.config.distillation
-    if task.steps or task.told:
-        raise ValueError(f"{run.name} is a student, which knows only its own way to images: name its teacher")
-
-
-def read_labels(run: TrainedModel, text: str, num: int) -> np.ndarray:
-    """Labels as a user writes them, "3" or "0,1,2", repeated over `num` images: int32 [num]. ValueError for labels that
-    the run does not know.
-    """
-    classes, labels = run.description.classes, text.split(",")
-    if not classes:
-        raise ValueError(f"{run.name} was trained without labels: leave out --labels")
-    if not all(label.strip().isdecimal() and int(label) < classes for label in labels):
-        raise ValueError(f"--labels is {text!r}: name labels of 0 to {classes - 1}, separated by commas")
-    return np.resize(np.asarray(labels, np.int32), num)
-
-
-def check_seed(seed: int) -> None:
-    """ValueError for a seed that JAX would not take as it is."""
-    if not 0 <= seed < SEEDS:
-        raise ValueError(f"seed is {seed}: use 0 or more, and less than 2**32")
-
-
-def describe_weights(run: TrainedModel) -> str:
-    """Which they are, with a digest: a network trained anew in the same folder is another one."""
-    return f"{run.weights}, step {run.step}, sha256:{tree_sha256(run.params)[:8]}"
-
-
-def count_parameters(params: Any) -> int:
-    """Numbers in a tree of arrays."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-class Samples(NamedTuple):
-    """What a sampler made."""
-
-    x: np.ndarray  # float32 [N, H, W, C]: images in [-1, 1], or where else the plan ends
-    labels: np.ndarray  # int32 [N], -1 where the network has no classes
-    nfe: int  # network evaluations per image
+    x: np.ndarray  # float32 [N, ...]: x0 of the model, or where else the plan ends
+    condition: Condition  # [N, ...]
+    nfe: int  # network evaluations per sample
     compile_seconds: float
-    batch_seconds: tuple[float, ...]  # of each batch, compilation apart
+    batch_seconds: tuple[float, ...]  # of each batch, without compilation
+    codec: Codec
 
     @property
     def run_seconds(self) -> float:
-        """Of all batches."""
+        """Seconds of all batches."""
         return sum(self.batch_seconds)
 
-    @property
+    @cached_property
     def images(self) -> np.ndarray:
-        """uint8 [N, H, W, C]."""
-        return to_uint8(self.x)
+        """The samples decoded to images, uint8 [N, H, W, C]."""
+        return to_uint8(self.codec.decode(self.x))
+
+
+class Stopwatch:
+    """Seconds that pass, without those inside of `paused`."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+
+# ------------------------------------------------------------------------------- the pipeline
 
 
 class Pipeline:
-    """Images of one network, spread over all devices. Compiled programs are kept: another plan, label, scale or set of
-    parameters does not compile again.
+    """A model's compiled samplers, on all devices.
+
+    Another plan, condition, guidance scale or set of parameters does not compile again.
     """
 
     def __init__(
         self,
+        info: ModelInfo,
         network: Network,
-        prediction: Prediction,
-        image_shape: Sequence[int],
-        classes: int,
+        parameterization: Parameterization,
+        codec: Codec,
         mesh: Mesh | None = None,
-        told: bool = False,
     ) -> None:
-        """classes: 0 for a network without a condition; else `classes` itself is its label for none. mesh: the devices,
-        all if None. told: a student whose condition is a label and the guidance scale, in one pass.
-        """
-        self._network, self._prediction = network, prediction
-        self._image_shape, self._classes = tuple(image_shape), classes
-        self._mesh, self._told = parallel.device_mesh() if mesh is None else mesh, told
+        """Nothing is compiled yet. mesh: the devices, all if None."""
+        self._info, self._network, self._codec = info, network, codec
+        self._parameterization = parameterization
+        self._mesh = parallel.device_mesh() if mesh is None else mesh
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._evaluations: dict[Any, int] = {}  # of networks, by denoiser
         self._compile_seconds = 0.0
 
     @staticmethod
-    def of(run: TrainedModel) -> "Pipeline":
-        """For a run, on all devices."""
-        told = run.description.config.distillation.told
-        return Pipeline(run.network, run.prediction, *run.description[1:], told=told)
+    def for_model(model: TrainedModel) -> "Pipeline":
+        """The pipeline of a trained model, on all devices."""
+        return Pipeline(model.info, model.network, model.parameterization, model.codec)
 
     def __call__(
-        self,
-        params: Any,
-        plan: Plan,
-        labels: np.ndarray | None,
-        num: int,
-        *,
-        guidance: Guidance,
-        seed: int,
-        batch: int,
-        clip: bool = True,
-        threshold: float | None = None,
-        x: np.ndarray | None = None,
-        known: tuple[np.ndarray, np.ndarray] | None = None,
-        progress: Callable[[int], Any] = lambda rows: None,
-        watch: Callable[[int, int, Array], Any] = lambda first, done, x0: None,
-        every: int | None = None,
+        self, params: Any, plan: Plan, request: Request, hooks: Hooks | None = None
     ) -> Samples:
-        """Sample `num` images in batches of `batch` (the last one filled up and cut).
+        """Run a plan for the samples that are requested.
 
-        labels: int [num], `classes` for no label, or None for a network without classes; clip: estimates of x0 to
-        [-1, 1]; threshold: dynamically, at this quantile, instead; x: where to start [num, ...], noise if None; known:
-        images and mask [num, ...] as of `denoiser.inpaint`. Image i is the same for any batch and any number of
-        devices.
-
-        progress(rows) is called whenever rows of the plan are done, and watch(first, done, x0) with the index of the
-        batch's first image, how many of its rows are done, and its estimates of x0, which are gone afterwards; every:
-        at its multiples at least.
-        ValueError for a batch that the devices cannot share equally.
+        Raises: ValueError for a batch that devices cannot share equally, a prediction that is not
+        usable at a level of the plan, a condition that the network does not know, or arrays that
+        are not for the samples that are requested.
         """
-        parallel.check_divisible(batch, len(self._mesh.devices))
-        check_prediction(self._prediction, plan.level)
-        whole, split = parallel.replicated(self._mesh), parallel.batch_sharding(self._mesh)
-        start_std = jax.device_put(jnp.float32(plan.start_std), whole)
-        null = self._classes if guidance.negative is None else guidance.negative
-        led = jnp.float32(guidance.scale), jnp.int32(null)
-        worse = None if guidance.worse is None else guidance.worse.params
-        shared = jax.block_until_ready(jax.device_put((params, worse, led), whole))
-        key = jax.random.key(seed)
-        before, made = self._compile_seconds, []
-        seconds: list[float] = []
-        led_at_all = guidance.scale != 1 and not self._told and (self._classes > 0 or guidance.worse is not None)
-        inside = np.full(plan.steps, led_at_all)
-        if guidance.interval is not None:
-            inside &= sampler.within(plan, *guidance.interval)
-        # What is compiled apart, plain and guided; numbers that may change without compiling are not in it.
-        after = ("threshold", threshold) if threshold is not None else ("clip", None) if clip else ("", None)
-        kinds: list[tuple[Any, ...]] = [(), ("guided", guidance.rescale, guidance.two_passes)]
-        if guidance.worse is not None:
-            kinds[1] = ("autoguided", guidance.rescale, guidance.worse.network, guidance.worse.prediction)
-
-        def conditions(index: np.ndarray) -> Any:
-            # Each image's label, and what is known of it. The last batch is filled up with images again.
-            return jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf)[index % num], (labels, known)), split)
-
-        shape = jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32)
-        some = conditions(np.arange(batch))
-        nfe = sum(
-            sampler.count_nfe(self._denoiser(shared, some, kind, after), plan, shape) * n // plan.steps
-            for kind, n in zip(kinds, (int((~inside).sum()), int(inside.sum())), strict=True)
-            if n
+        parallel.check_divisible(request.batch, len(self._mesh.devices))
+        check_prediction(self._parameterization.prediction, plan.level)
+        self._info.conditioning.check(request.condition)
+        request.check(self._info.x_shape)
+        specs, spec_index = self._specs(plan, request)
+        shared = self._replicated(params, request)
+        job = _Job(specs, spec_index, shared, plan, request, Hooks() if hooks is None else hooks)
+        nfe, compiled, xs, seconds = self._count_nfe(job), self._compile_seconds, [], []
+        for first in range(0, request.num, request.batch):
+            x, batch_seconds = self._sample_batch(job, first)
+            xs.append(x)
+            seconds.append(batch_seconds)
+        return Samples(
+            x=np.concatenate(xs)[: request.num],
+            condition=request.condition,
+            nfe=nfe,
+            compile_seconds=self._compile_seconds - compiled,
+            batch_seconds=tuple(seconds),
+            codec=self._codec,
         )
-        for first in range(0, num, batch):
-            index = np.arange(first, first + batch)
-            keys = jax.device_put(sampler.image_keys(key, index), split)
-            its_conditions = conditions(index)
-
-            def run(kind: Any, rows: Plan, carry: Carry, keys: Any, its: Any = its_conditions) -> Carry:
-                arguments = shared, its, rows, carry, keys
-                program = self._program((kind, after), lambda: self._build(kind, after), arguments)
-                return program(*arguments)
-
-            done, looking = 0, 0.0  # what is not sampling
-
-            def look(rows: int, carry: Carry, first: int = first) -> None:
-                # Waiting costs little with ten rows a call, and the bar tells the truth.
-                jax.block_until_ready(carry)
-                progress(rows)
-                nonlocal done, looking
-                done += rows
-                began = time.perf_counter()
-                watch(first, done, carry[1])
-                looking += time.perf_counter() - began
-
-            runs = [partial(run, kind) for kind in kinds]
-            compiled, began = self._compile_seconds, time.perf_counter()
-            if x is None:
-                begin = self._program("noise", self._noise, (keys, start_std))(keys, start_std)
-            else:
-                begin = jax.device_put(np.asarray(x[index % num], np.float32), split)
-            end = sampler.sample(runs, plan, begin, keys, look, every, which=inside.astype(int))
-            made.append(jax.device_get(end))
-            seconds.append(time.perf_counter() - began - (self._compile_seconds - compiled) - looking)
-        shown = np.full(num, -1, np.int32) if labels is None else np.asarray(labels, np.int32)
-        return Samples(np.concatenate(made)[:num], shown, nfe, self._compile_seconds - before, tuple(seconds))
 
     @property
     def compilations(self) -> int:
@@ -413,81 +301,187 @@ class Pipeline:
         return len(self._programs)
 
     def lower(self, params: Any, rows: Plan, batch: int, guided: bool) -> Any:
-        """The program that takes `batch` images through rows of a plan, clipped, guided or not, for shapes alone:
-        params are arrays or what stands for them. It can be compiled where it cannot run.
+        """Lower the program that runs rows of a plan for `batch` samples.
+
+        Only shapes are needed, and it can be compiled for devices that are not here. params:
+        arrays, or their ShapeDtypeStructs.
         """
-        scalar = partial(jax.ShapeDtypeStruct, ())
-        shared = params, None, (scalar(jnp.float32), scalar(jnp.int32))
-        labels = jax.ShapeDtypeStruct((batch,), jnp.int32) if self._classes else None
-        carry = (jax.ShapeDtypeStruct((batch, *self._image_shape), jnp.float32),) * 3
+        conditioning = self._info.conditioning
+        shapes = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        scale = jax.ShapeDtypeStruct((), jnp.float32)
+        null = jax.tree.map(lambda leaf: leaf[0], conditioning.nulls(1))
+        shared = Replicated(params, None, scale, shapes(null))
+        own = Sharded(shapes(conditioning.zeros(batch)), None)
+        carry = (jax.ShapeDtypeStruct((batch, *self._info.x_shape), jnp.float32),) * 3
         keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), np.arange(batch)))
-        program: Any = self._build(("guided", 0.0, False) if guided else (), ("clip", None))
-        return program.lower(shared, (labels, None), rows, carry, keys)
+        spec = self._spec(ClassifierFree() if guided else None, Clip())
+        return self._jit_scan(spec).lower(shared, own, rows, carry, keys)
 
-    def _denoiser(self, shared: Any, conditions: Any, kind: Any, after: Any) -> Callable[..., Denoiser]:
-        def build(counted: Callable[[Network], Network]) -> Denoiser:
-            params, worse_params, (scale, null) = shared
-            condition, known = conditions
-            if self._told:
-                condition = condition, jnp.broadcast_to(scale, (len(condition), 1))
-            conditional = denoiser.from_network(counted(self._network), params, self._prediction)
-            denoise = denoiser.condition_on(conditional, condition)
-            if kind and kind[0] == "guided":
-                denoise = denoiser.classifier_free_guidance(conditional, condition, null, scale, *kind[1:])
-            elif kind:
-                _, rescale, network, prediction = kind
-                worse = denoiser.from_network(counted(network), worse_params, prediction)
-                denoise = denoiser.autoguidance(denoise, denoiser.condition_on(worse, condition), scale, rescale)
-            how, quantile = after
-            if how == "threshold":
-                denoise = denoiser.dynamic_threshold(denoise, quantile)
-            elif how == "clip":
-                denoise = denoiser.clip(denoise)
-            return denoise if known is None else denoiser.inpaint(denoise, *known)
-
-        return build
-
-    def _build(self, kind: Any, after: Any) -> Callable[..., Any]:
-        def program(shared: Any, conditions: Any, rows: Plan, carry: Carry, keys: Any) -> Carry:
-            denoise = self._denoiser(shared, conditions, kind, after)(lambda network: network)
-            return sampler.scan_plan(denoise, rows, carry, keys)
-
-        # Explicitly per device: no image ever leaves the device that makes it.
-        whole, split = P(), P(parallel.AXIS)
-        sharded = jax.shard_map(
-            program, mesh=self._mesh, in_specs=(whole, split, whole, split, split), out_specs=split, check_vma=False
+    def _spec(self, guidance: ClassifierFree | Autoguidance | None, bound: Bound) -> DenoiserSpec:
+        return DenoiserSpec(
+            self._network,
+            self._parameterization,
+            guidance,
+            self._codec.bounds if isinstance(bound, Clip) else bound,
+            self._info.config.distillation.guidance_conditioned,
         )
-        return jax.jit(sharded, donate_argnums=3)
 
-    def _noise(self) -> Callable[..., Any]:
-        split = parallel.batch_sharding(self._mesh)
-        return jax.jit(lambda keys, std: std * sampler.noise(keys, self._image_shape), out_shardings=split)
+    def _specs(self, plan: Plan, request: Request) -> tuple[list[DenoiserSpec], np.ndarray]:
+        """The plain denoiser and the guided one, and the index of the one of each row."""
+        asked = request.guidance
+        if asked.guide_model is not None:
+            worse = asked.guide_model
+            guided: Any = Autoguidance(worse.network, worse.parameterization, asked.rescale)
+        else:
+            guided = ClassifierFree(asked.rescale, asked.batched)
+        specs = [self._spec(None, request.bound), self._spec(guided, request.bound)]
+        possible = self._info.conditioning.is_conditional or asked.guide_model is not None
+        is_guided = asked.scale != 1 and possible and not specs[0].guidance_conditioned
+        inside = np.full(plan.steps, is_guided)
+        if asked.interval is not None:
+            inside &= guide.in_interval(plan.level, *asked.interval)
+        return specs, inside.astype(int)
 
-    def _program(self, name: Any, build: Callable[[], Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-        # Compiled ahead of time, so that compiling can be told from running. What is absent is part of the tree.
-        leaves, tree = jax.tree.flatten(arguments)
-        shapes = tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if (name, shapes) not in self._programs:
+    def _replicated(self, params: Any, request: Request) -> Replicated:
+        conditioning, asked = self._info.conditioning, request.guidance
+        if asked.negative is None:
+            null = conditioning.nulls(1)
+        else:
+            null = conditioning.parse(asked.negative, 1)
+        null = jax.tree.map(lambda leaf: leaf[0], null)
+        guide_params = None if asked.guide_model is None else asked.guide_model.params
+        shared = Replicated(params, guide_params, jnp.float32(asked.scale), null)
+        return jax.block_until_ready(jax.device_put(shared, parallel.replicated(self._mesh)))
+
+    def _sharded(self, request: Request, index: np.ndarray) -> Sharded:
+        # The last batch is padded with samples from the start.
+        own = jax.tree.map(
+            lambda leaf: np.asarray(leaf)[index % request.num], (request.condition, request.inpaint)
+        )
+        return Sharded(*jax.device_put(own, parallel.batch_sharding(self._mesh)))
+
+    def _count_nfe(self, job: "_Job") -> int:
+        """Network evaluations per sample, counted by tracing each denoiser once."""
+        batch = job.request.batch
+        x = jax.ShapeDtypeStruct((batch, *self._info.x_shape), jnp.float32)
+        own = self._sharded(job.request, np.arange(batch))
+        total = 0
+        for number, rows in enumerate(np.bincount(job.spec_index, minlength=len(job.specs))):
+            if rows:
+                spec = job.specs[number]
+                key = spec, _signature((job.shared, own))
+                if key not in self._evaluations:
+                    build = partial(spec.build, job.shared, own)
+                    self._evaluations[key] = sampler.count_evaluations(build, x)
+                total += int(rows) * self._evaluations[key]
+        return total
+
+    def _sample_batch(self, job: "_Job", first: int) -> tuple[np.ndarray, float]:
+        """x of one batch on the host, and the seconds that it took, without compilation."""
+        plan, request = job.plan, job.request
+        index = np.arange(first, first + request.batch)
+        sharding = parallel.batch_sharding(self._mesh)
+        keys = sampler.image_keys(jax.random.key(request.seed), index)
+        keys, own = jax.device_put(keys, sharding), self._sharded(request, index)
+        programs = [partial(self._scan, spec, job.shared, own) for spec in job.specs]
+        every = job.hooks.every
+        boundaries = () if every is None else sampler.every_rows(plan, every)
+        compiled, stopwatch = self._compile_seconds, Stopwatch()
+        if request.x is None:
+            x = self._noise(keys, plan.init_noise_sigma)
+        else:
+            x = jax.device_put(np.asarray(request.x[index % request.num], np.float32), sharding)
+        watcher = _Watcher(job.hooks, first, stopwatch)
+        x = sampler.sample_switching(programs, job.spec_index, plan, x, keys, watcher, boundaries)
+        x = jax.device_get(x)
+        return x, stopwatch.seconds() - (self._compile_seconds - compiled)
+
+    def _scan(
+        self,
+        spec: DenoiserSpec,
+        shared: Replicated,
+        own: Sharded,
+        rows: Plan,
+        carry: Carry,
+        keys: Array,
+    ) -> Carry:
+        arguments = shared, own, rows, carry, keys
+        return self._program(spec, partial(self._jit_scan, spec), arguments)(*arguments)
+
+    def _noise(self, keys: Array, sigma: float) -> Array:
+        scale = jax.device_put(jnp.float32(sigma), parallel.replicated(self._mesh))
+        return self._program("noise", self._jit_noise, (keys, scale))(keys, scale)
+
+    def _jit_scan(self, spec: DenoiserSpec) -> Any:
+        # Explicitly per device, so that no sample leaves its own.
+        def program(
+            shared: Replicated, own: Sharded, rows: Plan, carry: Carry, keys: Array
+        ) -> Carry:
+            return sampler.scan_plan(spec.build(shared, own), rows, carry, keys)
+
+        every_device, split = P(), P(parallel.AXIS)
+        mapped = jax.shard_map(
+            program,
+            mesh=self._mesh,
+            in_specs=(every_device, split, every_device, split, split),
+            out_specs=split,
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=3)
+
+    def _jit_noise(self) -> Any:
+        shape, sharding = self._info.x_shape, parallel.batch_sharding(self._mesh)
+        return jax.jit(
+            lambda keys, scale: scale * sampler.noise(keys, shape), out_shardings=sharding
+        )
+
+    def _program(
+        self, name: Any, jit: Callable[[], Any], arguments: tuple[Any, ...]
+    ) -> Callable[..., Any]:
+        # Compiled ahead of time, so that compile time can be told from run time.
+        key = name, _signature(arguments)
+        if key not in self._programs:
             began = time.perf_counter()
-            self._programs[name, shapes] = build().lower(*arguments).compile()
+            self._programs[key] = jit().lower(*arguments).compile()
             self._compile_seconds += time.perf_counter() - began
-        return self._programs[name, shapes]
+        return self._programs[key]
+
+
+class _Job(NamedTuple):
+    """One call of a pipeline."""
+
+    specs: list[DenoiserSpec]
+    spec_index: np.ndarray  # of the denoiser that each row of the plan calls
+    shared: Replicated
+    plan: Plan
+    request: Request
+    hooks: Hooks
+
+
+class _Watcher:
+    """The callback of one batch, which calls the hooks while the stopwatch is paused."""
+
+    def __init__(self, hooks: Hooks, first: int, stopwatch: Stopwatch) -> None:
+        self._hooks, self._first, self._stopwatch, self._done = hooks, first, stopwatch, 0
+
+    def __call__(self, rows: int, carry: Carry) -> None:
+        # Waiting costs little with ten rows a call, and progress is then the truth.
+        jax.block_until_ready(carry)
+        self._done += rows
+        with self._stopwatch.paused():
+            self._hooks.progress(rows)
+            self._hooks.watch(self._first, self._done, carry[1])
+
+
+def _signature(arguments: Any) -> Any:
+    """The tree, with what is absent in it, shapes and dtypes that a program takes."""
+    leaves, tree = jax.tree.flatten(arguments)
+    return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def describe_devices() -> str:
-    """As in "1 x cpu (2 cores)", the cores those of the machine."""
+    """Number and kind of all devices, as in "1 x cpu (2 cores)"."""
     kind = jax.devices()[0].device_kind
-    return f"{jax.device_count()} x {kind}" + (f" ({os.cpu_count()} cores)" if kind == "cpu" else "")
-
-
-def sampling_row(
-    run: TrainedModel, made: Samples, plan: Plan, sampler_name: str, guidance: Guidance, batch: int
-) -> SamplingRow:
-    """The row that describes what was made, with its whole context."""
-    config, image_shape, _ = run.description
-    return SamplingRow(
-        sampler=sampler_name, steps=plan.steps, nfe=made.nfe, guidance=guidance.scale, guided=str(guidance),
-        compile_seconds=made.compile_seconds, run_seconds=made.run_seconds, images=len(made.images), batch=batch,
-        network=run.name, parameters=count_parameters(run.params), weights=f"{run.weights}, step {run.step}",
-        image_size="x".join(map(str, image_shape)), device=describe_devices(), dtype=config.network.dtype,
-    )  # fmt: skip
+    return f"{jax.device_count()} x {kind}" + (
+        f" ({os.cpu_count()} cores)" if kind == "cpu" else ""
+    )

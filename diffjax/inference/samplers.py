@@ -1,8 +1,9 @@
-"""Plans as people meet them: by the name of a sampler, in a file, in a picture."""
+"""Samplers by name, as text, and plans as files and pictures."""
 
+import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,109 +11,127 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffjax import sampler, solvers
+from diffjax.config import suggest
 from diffjax.sampler import Plan, Std, check_plan
 from diffjax.schedule import SPACINGS, Level, Schedule, at, check_levels, logsnr
 
-# ---------------------------------------------------------------------------------------------- by name
+# ------------------------------------------------------------------------------- registry
 
 
 class Sampler(NamedTuple):
-    """A sampler with its dials."""
+    """A sampler with its options."""
 
-    make: Callable[..., Plan]  # (schedule, t, **dials) -> plan
-    dials: dict[str, Any]  # name -> value if not given
+    make: Callable[..., Plan]  # (schedule, t, **options) -> plan
+    options: Mapping[str, Any]  # name -> default
 
 
-def std_named(text: str) -> Std:
-    """The noise of DDPM by name: fixed_small, fixed_large, or a number v of 0 to 1 between them (else ValueError)."""
+def parse_variance(text: str) -> Std:
+    """The noise of DDPM's steps by name.
+
+    text: fixed_small, fixed_large, or a number v of 0 to 1 between them.
+
+    Raises: ValueError for another text.
+    """
     if text in sampler.VARIANCES:
         return sampler.VARIANCES[text]
-    try:
-        v = float(text)
-    except ValueError:
-        raise ValueError(f"variance is {text!r}: use fixed_small, fixed_large, or a number of 0 to 1 between") from None
-    return sampler.interpolated_variance(v)
+    if not _is_number(text) or not 0 <= float(text) <= 1:
+        raise ValueError(
+            f"variance is {text!r}: use fixed_small, fixed_large, or a number of 0 to 1 between"
+        )
+    return sampler.interpolated_variance(float(text))
+
+
+def _ddpm(schedule: Schedule, t: Any, variance: str) -> Plan:
+    return sampler.ddpm(schedule, t, parse_variance(variance))
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "ddpm": Sampler(lambda schedule, t, name: sampler.ddpm(schedule, t, std_named(name)), {"variance": "fixed_small"}),
-    "sigma_hat": Sampler(sampler.sigma_hat, {}),
+    "ddpm": Sampler(_ddpm, {"variance": "fixed_small"}),
+    # The "sigma-hat" of DDIM's table 1 (arXiv:2010.02502, appendix D.3), over any levels.
+    "sigma_hat": Sampler(functools.partial(_ddpm, variance="fixed_large"), {}),
     "ddim": Sampler(sampler.ddim, {"eta": 0.0}),
-    "euler": Sampler(sampler.euler, {}),
+    # Euler's method for the probability flow in sigma/alpha (arXiv:2206.00364).
+    "euler": Sampler(functools.partial(sampler.ddim, eta=0.0), {}),
     "heun": Sampler(solvers.heun, {}),
     "dpm_solver_pp_2m": Sampler(solvers.dpm_solver_pp_2m, {"eta": 0.0}),
     "dpm_solver_pp_3m": Sampler(solvers.dpm_solver_pp_3m, {}),
     "exponential_ab3": Sampler(solvers.exponential_ab3, {}),
     "unipc_2": Sampler(solvers.unipc_2, {}),
-    "edm": Sampler(solvers.edm, {"churn": 40.0}),
+    "edm": Sampler(solvers.edm, {"s_churn": 40.0}),
     "consistency": Sampler(solvers.consistency, {}),
 }
+DEFAULT_SPACING = "trailing"
+TEXT_OPTIONS = ("variance",)  # all others are numbers
 
 
-def named(name: str, schedule: Schedule, t: Any, spacing: str, **dials: Any) -> tuple[Plan, str]:
-    """The plan of a sampler over the levels t, and its full name, as in "ddim(eta=0, trailing)": every dial, the
-    spacing's name, and the number of levels where a level takes more than one row.
-
-    dials: by name, None for those not given. ValueError for a sampler that does not exist, and a dial it does not have.
-    """
-    if name not in SAMPLERS:
-        raise ValueError(f"there is no sampler {name!r}: choose from {', '.join(SAMPLERS)}")
-    make, defaults = SAMPLERS[name]
-    for dial, value in dials.items():
-        if value is not None and dial not in defaults:
-            owners = " and ".join(other for other in SAMPLERS if dial in SAMPLERS[other].dials) or "no sampler"
-            mine = ", ".join(f"--{own}" for own in defaults) or "none"
-            raise ValueError(f"--{dial} belongs to {owners}: the dials of {name} are {mine}")
-    values = {dial: default if dials.get(dial) is None else dials[dial] for dial, default in defaults.items()}
-    t = check_levels(schedule, t)
-    plan = make(schedule, t, *values.values())
-    told = [str(value) if isinstance(value, str) else f"{dial}={value:g}" for dial, value in values.items()]
-    told += [spacing] + ([f"{len(t)} levels"] if plan.steps != len(t) else [])
-    return plan, f"{name}({', '.join(told)})"
+# ------------------------------------------------------------------------------- requests
 
 
-class Request(NamedTuple):
-    """A sampler as it is asked for in a list of samplers."""
+class SamplerRequest(NamedTuple):
+    """A sampler as it is asked for, before the schedule is known."""
 
     name: str
-    dials: dict[str, Any]
-    spacing: str = "trailing"
-    steps: int | None = None  # None: those of the whole list
+    options: Mapping[str, Any] = {}  # those that are given; defaults for the others
+    spacing: str | None = None  # of the levels; None for DEFAULT_SPACING
+    steps: int | None = None  # number of levels; None for the caller's default
+
+    def check(self) -> None:
+        """Check the names of the sampler, its options and its spacing.
+
+        Raises: ValueError with the nearest name, or the samplers that have the option.
+        """
+        if self.name not in SAMPLERS:
+            raise ValueError(f"sampler is {self.name!r}: {suggest(self.name, list(SAMPLERS))}")
+        for option in self.options:
+            if option not in SAMPLERS[self.name].options:
+                raise ValueError(
+                    f"sampler {self.name} has no option {option!r}: {self._suggest(option)}"
+                )
+        if self.spacing is not None and self.spacing not in SPACINGS:
+            raise ValueError(
+                f"spacing of sampler {self.name} is {self.spacing!r}:"
+                f" {suggest(self.spacing, list(SPACINGS))}"
+            )
+
+    def _suggest(self, option: str) -> str:
+        owners = [name for name, other in SAMPLERS.items() if option in other.options]
+        if owners:
+            return f"use it with {' or '.join(owners)}"
+        return suggest(option, [*SAMPLERS[self.name].options, "spacing"])
 
 
-def requests(text: str) -> list[Request]:
-    """Samplers as a user lists them, each NAME, NAME(dial=value, spacing=NAME) or either with :STEPS behind it, as in
-    "ddim,ddim(eta=0.5),ddpm(variance=fixed_large):1000". ValueError for what is none of these.
+def parse_sampler(text: str) -> SamplerRequest:
+    """Parse a sampler, as "ddim", "ddim(eta=0.5, spacing=karras)" or "ddpm:1000".
+
+    Raises: ValueError for another text, or a name or option that does not exist.
     """
-    found = []
-    for part in re.split(r",\s*(?![^(]*\))", text):
-        match = re.fullmatch(r"(\w+)(?:\(([^()]*)\))?(?::(\d+))?", part.strip())
-        pairs = [] if match is None or not match[2] else [word.partition("=") for word in match[2].split(",")]
-        if match is None or any(not value for _, _, value in pairs):
-            raise ValueError(f"{part.strip()!r} is no sampler: write them as in ddim,ddim(eta=0.5),ddpm:1000")
-        dials = {dial.strip(): value.strip() for dial, _, value in pairs}
-        spacing = dials.pop("spacing", "trailing")
-        for dial, value in dials.items():
-            if dial not in _DIALS:
-                raise ValueError(f"there is no dial {dial!r} in {part.strip()!r}: use {', '.join(_DIALS)} or spacing")
-            if dial != "variance" and not _is_number(value):
-                raise ValueError(f"{dial} is {value!r} in {part.strip()!r}: use a number")
-        values: dict[str, Any] = {dial: value if dial == "variance" else float(value) for dial, value in dials.items()}
-        found.append(Request(match[1], values, spacing, int(match[3]) if match[3] else None))
-    return found
+    text = text.strip()
+    match = re.fullmatch(r"(\w+)\s*(?:\(([^()]*)\))?\s*(?::\s*(\d+))?", text)
+    pairs = [word.partition("=") for word in match[2].split(",")] if match and match[2] else []
+    if match is None or not all(name.strip() and value.strip() for name, _, value in pairs):
+        raise ValueError(f"sampler is {text!r}: write it as in ddim, ddim(eta=0.5) or ddpm:1000")
+    words = {name.strip(): value.strip() for name, _, value in pairs}
+    spacing = words.pop("spacing", None)
+    steps = None if match[3] is None else int(match[3])
+    SamplerRequest(match[1], words, spacing, steps).check()
+    options = {name: _parse_option(text, name, value) for name, value in words.items()}
+    return SamplerRequest(match[1], options, spacing, steps)
 
 
-_DIALS = sorted({dial for made in SAMPLERS.values() for dial in made.dials})
+def parse_samplers(text: str) -> list[SamplerRequest]:
+    """Parse a list of samplers, as "ddim, ddim(eta=0.5), ddpm:1000".
 
-
-def at_steps(request: Request, schedule: Schedule, steps: int) -> tuple[Plan, str]:
-    """The plan of a request over so many levels, or over its own, and its full name. ValueError as of `load_config`, and for
-    a spacing that does not exist.
+    Raises: ValueError as `parse_sampler`.
     """
-    if request.spacing not in SPACINGS:
-        raise ValueError(f"there is no spacing {request.spacing!r}: choose from {', '.join(SPACINGS)}")
-    t = SPACINGS[request.spacing](schedule, steps if request.steps is None else request.steps)
-    return named(request.name, schedule, t, request.spacing, **request.dials)
+    return [parse_sampler(part) for part in re.split(r",(?![^(]*\))", text)]
+
+
+def _parse_option(text: str, name: str, value: str) -> Any:
+    if name in TEXT_OPTIONS:
+        return value
+    if not _is_number(value):
+        raise ValueError(f"{name} of sampler {text} is {value!r}: use a number")
+    return float(value)
 
 
 def _is_number(text: str) -> bool:
@@ -123,65 +142,128 @@ def _is_number(text: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------- in a file
+# ------------------------------------------------------------------------------- plans
 
 
-def save(path: Path, plan: Plan, name: str = "") -> None:
-    """Write a plan: as a picture under its name to a .png file, and else as JSON, every digit of it."""
+def make_plan(request: SamplerRequest, schedule: Schedule, default_steps: int) -> tuple[Plan, str]:
+    """The plan of a request, and the sampler's full name, as "ddim(eta=0, trailing)".
+
+    The full name has every option, the spacing, and the number of levels where a level takes more
+    than one row. default_steps: the number of levels where the request names none.
+
+    Raises: ValueError for names, options or a number of steps that cannot be used.
+    """
+    request.check()
+    spacing = request.spacing or DEFAULT_SPACING
+    steps = default_steps if request.steps is None else request.steps
+    return _make(request, schedule, SPACINGS[spacing](schedule, steps), spacing)
+
+
+def make_plan_at(
+    request: SamplerRequest, schedule: Schedule, t: Sequence[float] | np.ndarray
+) -> tuple[Plan, str]:
+    """The plan of a request over explicit levels t, and the sampler's full name.
+
+    The full name is as in "heun(explicit, 3 levels)".
+    t: strictly decreasing in 1..T, where fractions lie between the levels of the schedule.
+
+    Raises: ValueError for names, options or levels that cannot be used, and for a request with a
+    spacing or steps of its own.
+    """
+    request.check()
+    for name, value in (("spacing", request.spacing), ("steps", request.steps)):
+        if value is not None:
+            raise ValueError(
+                f"{name} of sampler {request.name} is {value}: explicit levels take none"
+            )
+    return _make(request, schedule, t, "explicit")
+
+
+def _make(request: SamplerRequest, schedule: Schedule, t: Any, spacing: str) -> tuple[Plan, str]:
+    make, defaults = SAMPLERS[request.name]
+    options = {**defaults, **request.options}
+    t = check_levels(schedule, t)
+    plan = make(schedule, t, **options)
+    words = [
+        value if isinstance(value, str) else f"{name}={value:g}" for name, value in options.items()
+    ]
+    words += [spacing] + ([f"{len(t)} levels"] if plan.steps != len(t) else [])
+    return plan, f"{request.name}({', '.join(words)})"
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def save_plan(path: Path, plan: Plan, name: str = "") -> None:
+    """Write a plan as JSON, with every digit, or as a picture to a .png file."""
     if path.suffix.lower() == ".png":
-        plot(plan, name).savefig(path)
+        plot_plan(plan, name).savefig(path)
         return
     columns = {name: np.asarray(column).tolist() for name, column in plan.level._asdict().items()}
-    columns |= {"a": plan.a.tolist(), "b": plan.b.tolist(), "c": plan.c.tolist()}
-    columns |= {"d": None if plan.d is None else plan.d.tolist(), "number": plan.number.tolist()}
-    path.write_text("{\n" + ",\n".join(f'"{name}": {json.dumps(column)}' for name, column in columns.items()) + "\n}\n")
+    columns |= {name: getattr(plan, name).tolist() for name in ("a", "b", "c")}
+    columns |= {"d": None if plan.d is None else plan.d.tolist()}
+    columns |= {"noise_index": plan.noise_index.tolist()}
+    lines = (f'"{name}": {json.dumps(column)}' for name, column in columns.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def load(path: Path) -> Plan:
-    """A plan from JSON, as `save` wrote it. ValueError for a file that is no plan, naming what is wrong with it."""
+def load_plan(path: Path) -> Plan:
+    """The plan of a JSON file that `save_plan` wrote.
+
+    Raises: ValueError for a file that is not a plan.
+    """
     try:
         columns = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    names = ("t", "alpha", "sigma", "a", "b", "c", "d", "number")
+    names = ("t", "alpha", "sigma", "a", "b", "c", "d", "noise_index")
     if not isinstance(columns, dict) or set(columns) != set(names):
-        raise ValueError(f"{path} is not a plan: it needs the columns {', '.join(names)} and no others")
+        raise ValueError(f"{path} is not a plan: it needs exactly the columns {', '.join(names)}")
     try:
-        t = np.asarray(columns["t"])
-        level = Level(t if t.dtype.kind == "i" else t.astype(np.float64), *_floats(columns, "alpha", "sigma"))
-        a, b, c = _floats(columns, "a", "b", "c")
-        d = None if columns["d"] is None else np.asarray(columns["d"], np.float64)
-        plan = Plan(level, a, b, c, d, np.asarray(columns["number"]))
+        plan = _plan_of_columns(columns)
         check_plan(plan)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a plan: {error}") from None
-    return plan._replace(number=plan.number.astype(np.int32))
+    return plan._replace(noise_index=plan.noise_index.astype(np.int32))
 
 
-def check_fits(plan: Plan, schedule: Schedule) -> None:
-    """ValueError for a plan whose levels are not those of the schedule: the network would see noise unlike its own."""
+def _plan_of_columns(columns: dict[str, Any]) -> Plan:
+    floats = {
+        name: np.asarray(columns[name], np.float64) for name in ("alpha", "sigma", "a", "b", "c")
+    }
+    t = np.asarray(columns["t"])
+    t = t if t.dtype.kind == "i" else t.astype(np.float64)
+    d = None if columns["d"] is None else np.asarray(columns["d"], np.float64)
+    return Plan(
+        level=Level(t, floats.pop("alpha"), floats.pop("sigma")),
+        **floats,
+        d=d,
+        noise_index=np.asarray(columns["noise_index"]),
+    )
+
+
+def check_plan_fits(plan: Plan, schedule: Schedule) -> None:
+    """Check that a plan's levels are those of a schedule.
+
+    A network knows the noise of the schedule that it was trained on.
+
+    Raises: ValueError for a plan of another schedule.
+    """
     expected = at(schedule, plan.level.t)
     if np.min(plan.level.t) < 1:
-        raise ValueError("the plan calls the network at level 0, which is data: its levels are 1..T")
-    for name, found, right in zip(("alpha", "sigma"), plan.level[1:], expected[1:], strict=True):
-        off = np.abs(found - right) > 1e-6 * np.abs(right)
-        if off.any():
-            i = int(np.argmax(off))
+        raise ValueError("the plan calls the network at level 0, which is data: use levels of 1..T")
+    for name, ours, theirs in zip(("alpha", "sigma"), plan.level[1:], expected[1:], strict=True):
+        differs = np.abs(ours - theirs) > 1e-6 * np.abs(theirs)
+        if differs.any():
+            i = int(np.argmax(differs))
             raise ValueError(
-                f"the plan belongs to another schedule: {name} at level {plan.level.t[i]:g} is {found[i]:.6g} there and"
-                f" {right[i]:.6g} here"
+                f"the plan belongs to another schedule: its {name} at level {plan.level.t[i]:g} is"
+                f" {ours[i]:.6g}, and the model's is {theirs[i]:.6g}"
             )
 
 
-def _floats(columns: dict[str, Any], *names: str) -> list[np.ndarray]:
-    return [np.asarray(columns[name], np.float64) for name in names]
-
-
-# ---------------------------------------------------------------------------------------------- in a picture
-
-
-def plot(plan: Plan, title: str = "") -> Figure:
-    """Where the rows of a plan are called, and what they do there: logsnr and the coefficients, by row."""
+def plot_plan(plan: Plan, title: str = "") -> Figure:
+    """The figure of a plan: logsnr of its levels and its coefficients, by row."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     rows = np.arange(1, plan.steps + 1)

@@ -1,4 +1,4 @@
-"""The parts of a UNet, written for how compilers run them."""
+"""The layers of a UNet, in the form that XLA compiles to fast code."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,26 +13,38 @@ from jax.typing import DTypeLike
 
 
 def time_features(
-    t: Array, features: int, max_period: float = 10_000.0, sin_first: bool = False, shift: float = 0.0
+    t: Array,
+    features: int,
+    max_period: float = 10_000.0,
+    sin_first: bool = False,
+    shift: float = 0.0,
 ) -> Array:
-    """Sinusoids of a time (arXiv:1706.03762): cos and sin of t * max_period**(-i/(half - shift)), i = 0..half-1.
+    """Sinusoidal features of a time (arXiv:1706.03762).
 
-    t: [B], any real number. Returns float32 [B, features], whatever the dtype of the network: bfloat16
-    cannot tell 999 from 1000. sin_first and shift 1: as DDPM has them; cos first and shift 0: as ADM.
-    ValueError for an odd number of features.
+        cos and sin of t * max_period**(-i/(half - shift)), i = 0..half-1
+
+    t: [B], any real number. Returns float32 [B, features], whatever the dtype of the network:
+    bfloat16 cannot tell 999 from 1000. DDPM has sin_first and shift 1, ADM neither.
+
+    Raises: ValueError for an odd number of features.
     """
     if features % 2:
-        raise ValueError(f"time features come in pairs, got {features}: use an even number")
+        raise ValueError(f"features is {features}: use an even number, for pairs of cos and sin")
     half = features // 2
-    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    frequencies = jnp.exp(
+        -jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / (half - shift)
+    )
     angles = t.astype(jnp.float32)[:, None] * frequencies
     waves = (jnp.sin(angles), jnp.cos(angles)) if sin_first else (jnp.cos(angles), jnp.sin(angles))
     return jnp.concatenate(waves, axis=-1)
 
 
 class GroupNorm(nn.Module):
-    """(x - mean)/std of groups of neighbouring channels (arXiv:1803.08494), times a scale, plus a shift, in float32
-    whatever the dtype of x. groups: if None, of four channels or more, 32 groups at most.
+    """Group normalization and an activation (arXiv:1803.08494), in float32 for any dtype of x.
+
+        activation((x - mean)/std * scale + bias), mean and std of a group of adjacent channels
+
+    groups: None for groups of four channels or more, 32 groups at most.
     """
 
     groups: int | None = None
@@ -41,19 +53,27 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, scale: Array | None = None, shift: Array | None = None) -> Array:
-        """x: [B, H, W, C]. scale and shift, [B, 1, 1, C]: what is normalised is multiplied by 1 + scale, and moved.
-        Returns the shape and dtype of x. ValueError for groups that do not divide the channels.
+        """Normalize x [B, H, W, C]; the result has its shape and dtype.
+
+        scale, shift: [B, 1, 1, C]; the normalized x is multiplied by 1 + scale, and shift is added.
+
+        Raises: ValueError for groups that do not divide the channels.
         """
         batch, channels = x.shape[0], x.shape[-1]
         groups = self.groups
         if groups is None:
-            groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
+            most = min(32, max(1, channels // 4))
+            groups = next(g for g in range(most, 0, -1) if channels % g == 0)
         if channels % groups:
-            raise ValueError(f"norm_groups is {groups}: it must divide every width, and not {channels}")
-        # Over space first and over the channels of a group after: the large sums run along contiguous channels. All
-        # that follows is one multiplication and one addition for every number of x.
+            raise ValueError(
+                f"network.norm_groups is {groups}: use a divisor of every width, as of {channels}"
+            )
+        # Over space first and over the channels of a group after: the large sums run along
+        # contiguous channels. What follows is one multiplication and one addition per number of x.
         wide = x.astype(jnp.float32)
-        moments = jnp.stack([jnp.mean(wide, (1, 2)), jnp.mean(wide**2, (1, 2))]).reshape(2, batch, groups, -1)
+        moments = jnp.stack([jnp.mean(wide, (1, 2)), jnp.mean(wide**2, (1, 2))]).reshape(
+            2, batch, groups, -1
+        )
         mean, square = jnp.repeat(jnp.mean(moments, -1), channels // groups, axis=-1)
         a = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon)
         a *= self.param("scale", nn.initializers.ones, (channels,))
@@ -62,7 +82,7 @@ class GroupNorm(nn.Module):
         if scale is not None:
             a, b = a * (1 + scale), b * (1 + scale) + shift
 
-        # What is cheap is computed again for the gradient, not kept: on all devices memory is what it waits for.
+        # Cheap, so it is recomputed for the gradient: memory is the bottleneck on all devices.
         @jax.checkpoint
         def apply(x: Array, a: Array, b: Array) -> Array:
             return self.activation(x.astype(jnp.float32) * a + b).astype(x.dtype)
@@ -81,7 +101,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x: [B, H, W, C]. Returns [B, H', W', features] in the dtype of the computation."""
+        """Convolve x [B, H, W, C] to [B, H', W', features], in the dtype of the computation."""
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (leaf.astype(self.dtype) for leaf in (x, kernel, bias))
@@ -90,22 +110,27 @@ class Conv(nn.Module):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def convolve(x: Array, kernel: Array, strides: int = 1, padding: Any = "SAME") -> Array:
-    """x: [B, H, W, C], kernel: [3, 3, C, D]. Returns [B, H', W', D]."""
+    """Convolve x [B, H, W, C] with a kernel [3, 3, C, D] to [B, H', W', D]."""
     return _convolve(x, kernel, strides, padding, ("NHWC", "HWIO", "NHWC"))
 
 
 def _convolve_jvp(strides: int, padding: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # The derivative, with axes in an order of which the transpose (what gradients are made of) is a convolution of NHWC
-    # by HWIO again. JAX's own is not, and XLA brings such convolutions into that form on CPUs only outside loops: a
-    # training step inside `lax.scan` would be twenty times as slow. Elsewhere XLA folds the transposes away. Forward
-    # derivatives pay for it: they are of another form, so that inside loops CPUs are slow at them.
+    # The derivative, with axes in an order whose transpose, which gradients use, is a convolution
+    # of NHWC by HWIO again. JAX's own is not, and XLA brings such convolutions to that form on CPUs
+    # only outside loops: a training step inside `lax.scan` would be twenty times as slow. Elsewhere
+    # XLA folds the transposes away. The price is paid by forward derivatives, which have another
+    # form and are slow on CPUs inside loops.
     (x, kernel), (dx, dkernel) = primals, tangents
     parts = []  # a tangent that is known to be zero has none
     if not isinstance(dx, SymbolicZero):
-        parts.append(_convolve(dx, kernel.transpose(0, 1, 3, 2), strides, padding, ("NHWC", "HWOI", "NHWC")))
+        axes = ("NHWC", "HWOI", "NHWC")
+        parts.append(_convolve(dx, kernel.transpose(0, 1, 3, 2), strides, padding, axes))
     if not isinstance(dkernel, SymbolicZero):
-        turned = x.transpose(3, 1, 2, 0), dkernel.transpose(2, 0, 1, 3)
-        parts.append(_convolve(*turned, strides, padding, ("CHWN", "IHWO", "HWNC")).transpose(2, 0, 1, 3))
+        axes, operands = (
+            ("CHWN", "IHWO", "HWNC"),
+            (x.transpose(3, 1, 2, 0), dkernel.transpose(2, 0, 1, 3)),
+        )
+        parts.append(_convolve(*operands, strides, padding, axes).transpose(2, 0, 1, 3))
     y = convolve(x, kernel, strides, padding)
     return y, sum(parts, start=jnp.zeros_like(y)) if len(parts) != 1 else parts[0]
 
@@ -113,27 +138,32 @@ def _convolve_jvp(strides: int, padding: Any, primals: Any, tangents: Any) -> tu
 convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
-def _convolve(x: Array, kernel: Array, strides: int, padding: Any, axes: tuple[str, str, str]) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=axes)
+def _convolve(
+    x: Array, kernel: Array, strides: int, padding: Any, axes: tuple[str, str, str]
+) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (strides, strides), padding, dimension_numbers=axes
+    )
 
 
 def upsample(x: Array) -> Array:
-    """Every pixel becomes two by two: [B, H, W, C] -> [B, 2H, 2W, C]."""
+    """Repeat every pixel to two by two: [B, H, W, C] -> [B, 2H, 2W, C]."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
     return x.reshape(batch, 2 * height, 2 * width, channels)
 
 
 def downsample(x: Array) -> Array:
-    """Means of two by two pixels: [B, 2H, 2W, C] -> [B, H, W, C]."""
+    """Average two by two pixels: [B, 2H, 2W, C] -> [B, H, W, C]."""
     batch, height, width, channels = x.shape
     return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
 
 def dropout(keys: Array | None, x: Array, rate: float) -> Array:
-    """Numbers of x are 0 with probability `rate`, and the others are as much larger; x itself if keys is None.
+    """Set numbers of x to 0 with probability `rate`, and divide the others by 1 - rate.
 
-    keys: [B]. One per example, where nn.Dropout has one per batch: what is dropped does not depend on the devices.
+    keys: one per example, [B], where nn.Dropout has one per batch: what is dropped does not depend
+    on the devices. None for no dropout.
     """
     if keys is None or rate == 0:
         return x

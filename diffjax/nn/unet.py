@@ -1,9 +1,10 @@
-"""The UNet of DDPM (arXiv:2006.11239), improved DDPM (arXiv:2102.09672) and ADM (arXiv:2105.05233): an image, a time
-and a condition go in, an image comes out. It knows nothing of diffusion.
+"""The UNet of DDPM (arXiv:2006.11239), improved DDPM (arXiv:2102.09672) and ADM (arXiv:2105.05233).
+
+It maps x, a time and a condition to an array of the shape of x, and knows nothing of diffusion.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import zlib
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,17 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from diffjax.nn.conditioning import UNCONDITIONAL, Condition, Conditioning
 from diffjax.nn.layers import Conv, GroupNorm, downsample, dropout, time_features, upsample
+from diffjax.nn.registry import DTYPES, NetworkConfig, register
 
 
 class ResBlock(nn.Module):
-    """x + conv(norm(conv(norm(x)))), the second norm told of the time and the condition by a vector [B, E].
+    """A residual block, x + conv(norm(conv(norm(x)))), conditioned on an embedding.
 
-    scale_shift: by scaling and shifting what is normalised (improved DDPM), else by adding to it before (DDPM).
-    resample: "down" and "up" halve and double the resolution between the first norm and the first convolution (ADM).
+    scale_shift: the embedding scales and shifts the output of the second norm (improved DDPM), else
+    it is added to the input (DDPM). resample: "down" or "up" to halve or double the resolution
+    between the first norm and the first convolution (ADM).
     """
 
     channels: int
@@ -30,27 +34,32 @@ class ResBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, condition: Array, keys: Array | None) -> Array:
-        """x: [B, H, W, C], condition: [B, E], keys: [B] for dropout, or None. Returns [B, H', W', channels]."""
+    def __call__(self, x: Array, embedding: Array, keys: Array | None) -> Array:
+        """The block's output, [B, H', W', channels].
+
+        x: [B, H, W, C]; embedding of time and condition: [B, E]; keys: [B] for dropout, or None.
+        """
         h = GroupNorm(self.groups, self.epsilon, nn.silu, name="norm_1")(x)
         if self.resample:
             change = {"down": downsample, "up": upsample}[self.resample]
             h, x = change(h), change(x)
         h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
         width = self.channels * (2 if self.scale_shift else 1)
-        told = nn.Dense(width, dtype=self.dtype, name="condition")(nn.silu(condition))[:, None, None, :]
+        shift = nn.Dense(width, dtype=self.dtype, name="condition")(nn.silu(embedding))
+        shift = shift[:, None, None, :]
         norm = GroupNorm(self.groups, self.epsilon, nn.silu, name="norm_2")
-        h = norm(h, *jnp.split(told, 2, axis=-1)) if self.scale_shift else norm(h + told)
+        h = norm(h, *jnp.split(shift, 2, axis=-1)) if self.scale_shift else norm(h + shift)
         h = dropout(keys, h, self.dropout)
-        # Zero: at the start a block passes on what it gets, and the network is as shallow as it can be.
-        h = Conv(self.channels, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="conv_2")(h)
+        # Zero, so that a block starts as the identity, and the network as shallow as it can be.
+        zeros = nn.initializers.zeros
+        h = Conv(self.channels, kernel_init=zeros, dtype=self.dtype, name="conv_2")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
         return x + h
 
 
 class SelfAttention(nn.Module):
-    """x + projection of multi-head attention over all pixels, normalised before unless norm is False."""
+    """Multi-head attention over all pixels, added to x. norm: normalize its input."""
 
     heads: int
     norm: bool = True
@@ -60,176 +69,211 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """x: [B, H, W, C], and so is what is returned."""
+        """The layer's output for x [B, H, W, C], of the same shape."""
         batch, height, width, channels = x.shape
         h = GroupNorm(self.groups, self.epsilon, name="norm")(x) if self.norm else x
         qkv = nn.Dense(3 * channels, dtype=self.dtype, name="qkv")(h)
         qkv = qkv.reshape(batch, height * width, 3, self.heads, channels // self.heads)
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         h = h.reshape(batch, height, width, channels)
-        return x + nn.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(h)
+        zeros = nn.initializers.zeros
+        return x + nn.Dense(channels, dtype=self.dtype, kernel_init=zeros, name="out")(h)
+
+
+@dataclass(frozen=True)
+class UNetConfig(NetworkConfig):
+    """Architecture of the UNet."""
+
+    channels: int = 32
+    """Width at full resolution; an even number."""
+    multipliers: tuple[int, ...] = (1, 2)
+    """Width of each resolution, in units of channels; each resolution is half of the one before."""
+    blocks: int = 1
+    """Residual blocks per resolution on the way down; one more on the way up."""
+    attention: tuple[int, ...] = ()
+    """Heights in pixels at which self-attention follows each block."""
+    middle_attention: bool = True
+    """Self-attention between the two blocks at the lowest resolution."""
+    middle_attention_norm: bool = True
+    """A norm before that attention."""
+    heads: int = 1
+    """Attention heads; they must divide the width."""
+    head_width: int | None = None
+    """Channels of each attention head, in place of heads."""
+    scale_shift: bool = True
+    """Condition blocks by scaling and shifting their second norm (ADM), else by addition (DDPM)."""
+    resample_blocks: bool = False
+    """Change resolution inside residual blocks (ADM), else by convolutions (DDPM)."""
+    symmetric_padding: bool = False
+    """Pad downsampling convolutions on all four sides (PyTorch), else on two (TensorFlow)."""
+    norm_groups: int | None = None
+    """Groups of every norm; None for groups of four channels, 32 at most."""
+    norm_epsilon: float = 1e-6
+    """Constant that every norm adds to the variance."""
+    sin_first: bool = False
+    """Put sines before cosines in the embedding of the time (DDPM), else after (ADM)."""
+    frequency_shift: float = 0.0
+    """Shift of the embedding's frequencies: 1 for DDPM, 0 for ADM."""
+
+    def check(self) -> None:
+        """Check the values of the fields.
+
+        Raises: ValueError, naming the field.
+        """
+        super().check()
+        positive = ["channels", "blocks", "heads", "norm_epsilon"]
+        positive += [
+            name for name in ("head_width", "norm_groups") if getattr(self, name) is not None
+        ]
+        for name in positive:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"network.{name} is {getattr(self, name)}: use a number above 0")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(
+                f"network.multipliers is {self.multipliers}: use at least one, each 1 or more"
+            )
+        if self.channels % 2:
+            raise ValueError(f"network.channels is {self.channels}: use an even number")
+
+    def build(self, x_shape: tuple[int, ...], conditioning: Conditioning = UNCONDITIONAL) -> "UNet":
+        """The UNet for x of shape [B, H, W, C]."""
+        return UNet(self, x_shape[-1] * (2 if self.learned_variance else 1), conditioning)
 
 
 class UNet(nn.Module):
-    """Down to the smallest resolution and up again, with a skip connection from every block.
+    """Down to the lowest resolution and up again, with a skip connection from every block.
 
-    channels: width at full resolution; multipliers: width of each resolution, in units of `channels`, each
-    resolution half of the one before; blocks: residual blocks per resolution on the way down (one more on the
-    way up); attention: the sizes in pixels (of the image's height) at which blocks are followed by
-    self-attention, and middle_attention: so are the two blocks at the bottom, in between; heads: attention heads, or
-    head_width: channels of each, instead; scale_shift: how blocks are told of the time (see ResBlock);
-    resample_blocks: resolutions change inside residual blocks (ADM), not in convolutions (DDPM); dropout: rate inside
-    residual blocks while training; remat: blocks are computed again for the gradient, which takes less memory, and a
-    third more time; dtype: of the computation. Parameters, norms, the embedding of the time and the output are float32.
-
-    num_classes: classes of the condition, 0 for none. The class table has one row more than there are classes, unless
-    null_label is False: label num_classes means "no label". condition_width: width of a condition of real numbers; a
-    network with classes too does not hear them before it has learned to.
-
-    And what implementations differ in: norm_groups, for groups of four channels, 32 at most, if None; norm_epsilon;
-    middle_attention_norm; symmetric_padding: convolutions that halve see a border of zeros on all four sides (PyTorch's
-    habit), not on two (TensorFlow's); sin_first and frequency_shift: as of `time_features`.
+    Parameters, norms, the embeddings and the output are float32 whatever the dtype of the config.
     """
 
-    channels: int
+    config: UNetConfig
     out_channels: int
-    multipliers: Sequence[int] = (1, 2)
-    blocks: int = 2
-    attention: Sequence[int] = ()
-    middle_attention: bool = True
-    middle_attention_norm: bool = True
-    heads: int = 1
-    head_width: int | None = None
-    scale_shift: bool = True
-    resample_blocks: bool = False
-    symmetric_padding: bool = False
-    norm_groups: int | None = None
-    norm_epsilon: float = 1e-6
-    sin_first: bool = False
-    frequency_shift: float = 0.0
-    dropout: float = 0.0
-    num_classes: int = 0
-    null_label: bool = True
-    condition_width: int = 0
-    remat: bool = False
-    dtype: DTypeLike = jnp.float32
+    conditioning: Conditioning = UNCONDITIONAL
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, condition: Any = None, keys: Array | None = None) -> Array:
-        """x: [B, H, W, C], t: [B], condition: int labels [B] in 0..num_classes, floats [B, condition_width], the pair
-        of them where there are both, or None without either; keys: [B], one per example, to train with dropout. Returns
-        float32 [B, H, W, out_channels].
+    def __call__(
+        self, x: Array, t: Array, condition: Condition = None, keys: Array | None = None
+    ) -> Array:
+        """The network's output, float32 [B, H, W, out_channels].
 
-        ValueError for an image that cannot be halved often enough, heads that do not fit, or a condition missing or
-        unexpected.
+        x: [B, H, W, C]; t: [B]; condition: as the conditioning has it, [B, ...]; keys: [B], one per
+        example, to train with dropout.
+
+        Raises: ValueError for x that cannot be halved often enough, heads that do not divide the
+        width, or a condition missing or unexpected.
         """
+        c, dtype = self.config, DTYPES[self.config.dtype]
         self._check(x, condition)
         embedding = self._embed(t, condition)
-        make_block = nn.remat(ResBlock) if self.remat else ResBlock
-        drawn = 0
-
-        def block(h: Array, channels: int, name: str, resample: str = "") -> Array:
-            nonlocal drawn  # every block drops its own units
-            block_keys = None if keys is None else jax.vmap(lambda key, i=drawn: jax.random.fold_in(key, i))(keys)
-            drawn += 1
-            made = make_block(
-                channels, self.dropout, self.scale_shift, resample, self.norm_groups, self.norm_epsilon, self.dtype,
-                name=name,
-            )  # fmt: skip
-            return made(h, embedding, block_keys)
-
-        def attend(h: Array, name: str, with_norm: bool = True) -> Array:
-            heads = h.shape[-1] // self.head_width if self.head_width else self.heads
-            made = SelfAttention(
-                heads, with_norm, self.norm_groups, self.norm_epsilon, self.dtype, name=name + "_attention"
-            )
-            return made(h)
-
-        def block_and_attention(h: Array, channels: int, name: str) -> Array:
-            h = block(h, channels, name)
-            return attend(h, name) if h.shape[1] in self.attention else h
-
-        h = Conv(self.channels, dtype=self.dtype, name="in")(x.astype(self.dtype))
-        skips, last = [h], len(self.multipliers) - 1
-        for i, multiplier in enumerate(self.multipliers):
-            for j in range(self.blocks):
-                h = block_and_attention(h, self.channels * multiplier, f"down_{i}_{j}")
+        h = Conv(c.channels, dtype=dtype, name="in")(x.astype(dtype))
+        skips, last = [h], len(c.multipliers) - 1
+        for i, multiplier in enumerate(c.multipliers):
+            for j in range(c.blocks):
+                h = self._block(h, embedding, keys, f"down_{i}_{j}", c.channels * multiplier)
+                h = self._attend(h, f"down_{i}_{j}")
                 skips.append(h)
             if i < last:
-                name = f"down_{i}_resample"
-                if self.resample_blocks:
-                    h = block(h, h.shape[-1], name, "down")
-                else:
-                    padding = ((1, 1), (1, 1)) if self.symmetric_padding else "SAME"
-                    h = Conv(h.shape[-1], strides=2, padding=padding, dtype=self.dtype, name=name)(h)
+                h = self._downsample(h, embedding, keys, f"down_{i}_resample")
                 skips.append(h)
 
-        h = block(h, h.shape[-1], "middle_0")
-        h = attend(h, "middle", self.middle_attention_norm) if self.middle_attention else h
-        h = block(h, h.shape[-1], "middle_1")
+        h = self._block(h, embedding, keys, "middle_0", h.shape[-1])
+        if c.middle_attention:
+            h = self._attention("middle", h.shape[-1], c.middle_attention_norm)(h)
+        h = self._block(h, embedding, keys, "middle_1", h.shape[-1])
 
-        for i, multiplier in reversed(list(enumerate(self.multipliers))):
-            for j in range(self.blocks + 1):
-                h = block_and_attention(
-                    jnp.concatenate([h, skips.pop()], axis=-1), self.channels * multiplier, f"up_{i}_{j}"
-                )
+        for i, multiplier in reversed(list(enumerate(c.multipliers))):
+            for j in range(c.blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = self._block(h, embedding, keys, f"up_{i}_{j}", c.channels * multiplier)
+                h = self._attend(h, f"up_{i}_{j}")
             if i > 0:
-                name = f"up_{i}_resample"
-                if self.resample_blocks:
-                    h = block(h, h.shape[-1], name, "up")
-                else:
-                    h = Conv(h.shape[-1], dtype=self.dtype, name=name)(upsample(h))
+                h = self._upsample(h, embedding, keys, f"up_{i}_resample")
 
-        # In float32 at any dtype: at the noisy end an error of eps is multiplied by sigma/alpha, about 160.
-        h = GroupNorm(self.norm_groups, self.norm_epsilon, nn.silu, name="norm_out")(h.astype(jnp.float32))
+        # Float32 at any dtype: at the noisy end an error of eps is multiplied by sigma/alpha, which
+        # is about 160.
+        norm = GroupNorm(c.norm_groups, c.norm_epsilon, nn.silu, name="norm_out")
+        h = norm(h.astype(jnp.float32))
         return Conv(self.out_channels, kernel_init=nn.initializers.zeros, name="out")(h)
 
-    def _embed(self, t: Array, condition: Any) -> Array:
-        width = 4 * self.channels
-        features = time_features(t, self.channels, sin_first=self.sin_first, shift=self.frequency_shift)
-        embedding = nn.Dense(width, name="time_in")(features)
-        embedding = nn.Dense(width, name="time_out")(nn.silu(embedding))
-        label, numbers = condition if self.num_classes and self.condition_width else (condition, condition)
-        if self.num_classes:
-            # As large as the time's part of the vector: a table of small numbers takes long to be heard.
-            rows = self.num_classes + self.null_label
-            table = nn.Embed(rows, width, embedding_init=nn.initializers.normal(1.0), name="label")
-            embedding += table(label)
-        if self.condition_width:
-            said = nn.Dense(width, name="condition_in")(numbers.astype(jnp.float32))
-            # Zero beside labels: a network that knows them may be told more without forgetting.
-            first = nn.initializers.zeros if self.num_classes else nn.linear.default_kernel_init
-            embedding += nn.Dense(width, kernel_init=first, name="condition_out")(nn.silu(said))
-        return embedding
+    def _block(
+        self,
+        h: Array,
+        embedding: Array,
+        keys: Array | None,
+        name: str,
+        channels: int,
+        resample: str = "",
+    ) -> Array:
+        c = self.config
+        if keys is not None:  # every block drops its own units
+            number = zlib.crc32(name.encode())
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+        block = nn.remat(ResBlock) if c.remat else ResBlock
+        return block(
+            channels, c.dropout, c.scale_shift, resample, c.norm_groups, c.norm_epsilon,
+            DTYPES[c.dtype], name=name,
+        )(h, embedding, keys)  # fmt: skip
 
-    def _check(self, x: Array, condition: Any) -> None:
-        halvings = len(self.multipliers) - 1
+    def _attention(self, name: str, width: int, norm: bool = True) -> SelfAttention:
+        c = self.config
+        heads = width // c.head_width if c.head_width else c.heads
+        dtype = DTYPES[c.dtype]
+        return SelfAttention(
+            heads, norm, c.norm_groups, c.norm_epsilon, dtype, name=f"{name}_attention"
+        )
+
+    def _attend(self, h: Array, name: str) -> Array:
+        if h.shape[1] not in self.config.attention:
+            return h
+        return self._attention(name, h.shape[-1])(h)
+
+    def _downsample(self, h: Array, embedding: Array, keys: Array | None, name: str) -> Array:
+        if self.config.resample_blocks:
+            return self._block(h, embedding, keys, name, h.shape[-1], "down")
+        padding = ((1, 1), (1, 1)) if self.config.symmetric_padding else "SAME"
+        dtype = DTYPES[self.config.dtype]
+        return Conv(h.shape[-1], strides=2, padding=padding, dtype=dtype, name=name)(h)
+
+    def _upsample(self, h: Array, embedding: Array, keys: Array | None, name: str) -> Array:
+        if self.config.resample_blocks:
+            return self._block(h, embedding, keys, name, h.shape[-1], "up")
+        return Conv(h.shape[-1], dtype=DTYPES[self.config.dtype], name=name)(upsample(h))
+
+    def _embed(self, t: Array, condition: Condition) -> Array:
+        c = self.config
+        features = time_features(t, c.channels, sin_first=c.sin_first, shift=c.frequency_shift)
+        embedding = nn.Dense(4 * c.channels, name="time_in")(features)
+        embedding = nn.Dense(4 * c.channels, name="time_out")(nn.silu(embedding))
+        return embedding + self.conditioning.embed(condition, 4 * c.channels)
+
+    def _check(self, x: Array, condition: Condition) -> None:
+        c, halvings = self.config, len(self.config.multipliers) - 1
         if any(side % 2**halvings for side in x.shape[1:3]):
             raise ValueError(
-                f"images of {x.shape[1]}x{x.shape[2]} cannot be halved {halvings} times:"
-                f" give the network fewer multipliers, or images with sides divisible by {2**halvings}"
+                f"x of {x.shape[1]}x{x.shape[2]} cannot be halved {halvings} times: use fewer"
+                f" network.multipliers, or sides divisible by {2**halvings}"
             )
         sizes = [x.shape[1] // 2**i for i in range(halvings + 1)]
-        if not set(self.attention) <= set(sizes):
-            raise ValueError(f"attention at {tuple(self.attention)} never happens: this network sees sizes {sizes}")
-        attending = {
-            self.channels * m for m, size in zip(self.multipliers, sizes, strict=True) if size in self.attention
-        }
-        attending |= {self.channels * self.multipliers[-1]} if self.middle_attention else set()
+        if not set(c.attention) <= set(sizes):
+            raise ValueError(
+                f"network.attention is {tuple(c.attention)}: use heights of this network, {sizes}"
+            )
+        levels = zip(c.multipliers, sizes, strict=True)
+        attending = {c.channels * m for m, size in levels if size in c.attention}
+        attending |= {c.channels * c.multipliers[-1]} if c.middle_attention else set()
         for width in sorted(attending):
-            if width % (self.head_width or self.heads):
-                what = f"head_width is {self.head_width}" if self.head_width else f"heads is {self.heads}"
-                raise ValueError(f"{what}: it must divide every width where there is attention, and not {width}")
-        if (self.num_classes > 0 and self.condition_width > 0) != isinstance(condition, tuple):
+            if width % (c.head_width or c.heads):
+                name, value = ("head_width", c.head_width) if c.head_width else ("heads", c.heads)
+                raise ValueError(
+                    f"network.{name} is {value}: use a divisor of every width with attention, as of"
+                    f" {width}"
+                )
+        structure = jax.tree.structure(self.conditioning.zeros(1))
+        if jax.tree.structure(condition) != structure:
             raise ValueError(
-                f"num_classes is {self.num_classes} and condition_width {self.condition_width}: a network with both"
-                " is called with a pair of labels and numbers, others are not"
+                f"condition has structure {jax.tree.structure(condition)}, expected {structure} for"
+                f" a network with {self.conditioning}"
             )
-        if (condition is None) != (self.num_classes == 0 and self.condition_width == 0):
-            raise ValueError(
-                "this network has no classes: call it without a condition"
-                if condition is not None
-                else f"this network needs a condition of {self.condition_width} numbers per image"
-                if self.condition_width
-                else f"this network needs a label per image, {self.num_classes} for no label"
-            )
+
+
+register("unet", UNetConfig)

@@ -1,1 +1,1 @@
-"""Training state, steps and loops."""
+"""Training: state, step, loop, and the trainer that runs them in a run folder."""

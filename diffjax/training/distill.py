@@ -1,249 +1,484 @@
-"""Students of a trained run: which stages lead to them, and what trains each. `train.py distill` runs them.
+"""Distillation of a trained model into students: the chain of stages, and how each is trained.
 
-Every stage is a run folder of its own and is trained as any run is: it starts from the weights of its teacher, the
-stage before it. A network that says eps cannot teach a student of few steps to say eps, which at the noisiest level
-tells nothing of x0; nor can its outputs be read as v. So the first stage, `any`, learns at all levels to say in v (or
-x0) what the teacher says, guided if asked for, at any scale, in one pass; the others halve that, or make it consistent.
+Every stage is a run folder of its own, trained like any other run: it starts from the weights of
+its teacher, the stage before it. A network that predicts eps cannot teach a student of few steps to
+predict eps, which at the noisiest level determines nothing of x0; nor can its outputs be read as v.
+So the first stage, "any", learns at all levels to predict v (or x0) from the teacher's estimates,
+with guidance at any scale in one evaluation where that is asked for; the stages after it halve the
+number of steps, or make the student consistent.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+import optax
+from jax import Array
 
-from diffjax import distillation, schedule
+from diffjax import distillation
 from diffjax.build import (
+    ModelInfo,
+    build_module,
     build_network,
     build_optimizer,
-    build_prediction,
+    build_parameterization,
     build_schedule,
     build_times,
-    build_unet,
     build_weighting,
     init_params,
 )
 from diffjax.checkpoint import FOLDER
 from diffjax.config import Config, Data, Distillation, Train
-from diffjax.denoiser import ConditionalDenoiser, Denoiser, classifier_free_guidance, clip, condition_on, from_network
-from diffjax.devices import parallel
-from diffjax.inference.pipeline import Guidance, TrainedModel, check_guidance, describe_weights
-from diffjax.interop import unet2d
-from diffjax.loss import Objective, t_quartile
+from diffjax.denoiser import Condition, Denoiser, clip, condition_on, from_network
+from diffjax.distillation import Rows
+from diffjax.guidance import classifier_free_guidance
+from diffjax.inference import guidance
+from diffjax.inference.model import TrainedModel, describe_weights
+from diffjax.loss import Objective, TimeSampling
+from diffjax.nn.conditioning import ClassLabel, Conditioning, Fields
+from diffjax.parameterization import Parameterization
+from diffjax.schedule import Schedule, length
 from diffjax.training.setup import Training
-from diffjax.training.step import QUARTERS, TrainState, init_state, make_eval_step, make_train_step, multi_step
+from diffjax.training.state import TrainState, init_state
+from diffjax.training.step import QUARTILES, Metrics, make_eval_step, make_train_step, multi_step
 
 ANY, CONSISTENCY = "any", "consistency"  # names of stages; the others are named by their steps
-FOREIGN_RATE = 1e-4  # of learning, for a network from elsewhere, which does not tell its own
-METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    # (schedule, steps) -> rows, and (student, teacher, x_t, *row) -> x0 that the student is to say there
-    "guidance": (lambda levels, _: distillation.all_levels(levels), lambda _, teacher, x_t, level: teacher(x_t, level)),
-    "progressive": (
-        distillation.halving_levels,
-        lambda _, teacher, x_t, *row: distillation.progressive_target(teacher, x_t, *row),
-    ),
-    "consistency": (distillation.adjacent_levels, distillation.consistency_target),
-}
-OWN: dict[str, Any] = {  # of training, where students differ from their teacher
-    "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr", "label_dropout": 0.0, "ema": (0.999,),
-    "eval_every": 1000, "preview_every": 1000, "save_every": 200,
+FOREIGN_LEARNING_RATE = 1e-4  # for a teacher of another library, whose own rate is not known
+# Defaults of a student's training that do not come from its teacher's.
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr",
+    "condition_dropout": 0.0, "ema": (0.999,), "eval_every": 1000, "preview_every": 1000,
+    "save_every": 200,
 }  # fmt: skip
+
+# ------------------------------------------------------------------------------- methods
+
+
+class Method(Protocol):
+    """A method of distillation: the noise levels that a student is called at, and its targets."""
+
+    def rows(self, schedule: Schedule, steps: int) -> Rows:
+        """The table [N] of levels of a student of so many steps, its own level first."""
+        ...
+
+    def target(self, student: Denoiser, teacher: Denoiser, x_t: Array, *row: Any) -> Array:
+        """The target of the student's x0 at a row of the table. student: its moving average."""
+        ...
+
+
+class Guidance:
+    """The teacher's own estimate at every level, guided in one evaluation (arXiv:2210.03142)."""
+
+    def rows(self, schedule: Schedule, steps: int) -> Rows:
+        """All levels."""
+        return distillation.all_levels(schedule)
+
+    def target(self, student: Denoiser, teacher: Denoiser, x_t: Array, *row: Any) -> Array:
+        """The teacher's estimate."""
+        (level,) = row
+        return teacher(x_t, level)
+
+
+class Progressive:
+    """One DDIM step for two of the teacher's (arXiv:2202.00512)."""
+
+    def rows(self, schedule: Schedule, steps: int) -> Rows:
+        """The levels of the student's steps, and those of the teacher in between."""
+        return distillation.halving_levels(schedule, steps)
+
+    def target(self, student: Denoiser, teacher: Denoiser, x_t: Array, *row: Any) -> Array:
+        """The x0 whose one step ends where the teacher's two end."""
+        return distillation.progressive_target(teacher, x_t, *row)
+
+
+class Consistency:
+    """The end of the teacher's path, from every level (arXiv:2303.01469)."""
+
+    def rows(self, schedule: Schedule, steps: int) -> Rows:
+        """The levels of the teacher's steps, each with the next."""
+        return distillation.adjacent_levels(schedule, steps)
+
+    def target(self, student: Denoiser, teacher: Denoiser, x_t: Array, *row: Any) -> Array:
+        """The student's own estimate one step of the teacher later."""
+        return distillation.consistency_target(student, teacher, x_t, *row)
+
+
+METHODS: dict[str, Method] = {
+    "guidance": Guidance(), "progressive": Progressive(), "consistency": Consistency(),
+}  # fmt: skip
+
+# ------------------------------------------------------------------------------- the chain
 
 
 @dataclass(frozen=True)
-class Options:
-    """Distill a trained run into students of few steps. The same command again goes on where it was."""
+class DistillOptions:
+    """Options of a chain of students."""
 
-    teacher: str
-    """Run folder; or hf:FOLDER or hf:OWNER/NAME, a UNet2DModel of diffusers."""
-    workdir: str
-    """Folder of the students, each a run folder in it: any (of any number of steps), 32, 16, ..., 1, or consistency."""
     method: Literal["progressive", "guidance", "consistency"] = "progressive"
-    """Halve the steps of DDIM again and again; only make one pass of the two of guidance; or learn where the teacher's
-    path ends, for consistency sampling, from the student's own moving average."""
+    """Method of the last stage: progressive (halve the steps of DDIM repeatedly), guidance (only
+    make guidance one evaluation), or consistency (learn the end of the teacher's path)."""
     guidance: float | None = None
-    """Largest guidance scale of the students, which are told any from 1 on; None for none, or that of the teacher."""
+    """Largest guidance scale of the students, which take any from 1; None for the teacher's."""
     start: int = 64
-    """Steps of DDIM that the first student halves, or whose path ends where a consistent one says."""
+    """Steps of DDIM at the start: the first student halves them, or learns where they end."""
     end: int = 1
     """Steps of the last student of progressive distillation."""
     prediction: Literal["v", "x0"] | None = None
-    """What the students say; None for v, or x0 where the teacher says it."""
-    weights: str = "ema"
-    """Of the teacher: the moving average (of several the first, or one by its decay), or raw."""
-    checkpoint: int | None = None
-    """Training step of the teacher's checkpoint; None for the latest."""
-    tensorboard: bool = False
-    """Also write the metrics and previews of each student for TensorBoard."""
-    hosts: Annotated[parallel.DistributedOptions, tyro.conf.arg(name="")] = field(
-        default_factory=parallel.DistributedOptions
-    )
+    """What the students predict; None for v, or x0 where the teacher predicts x0."""
     data: Data = field(default_factory=Data)
-    """Those of the teacher, where it tells them."""
-    train: Train = field(default_factory=lambda: Train(**OWN))
-    """Of each student, with twice the steps for those of 2 and 1. The learning rate is a third of the teacher's, and
-    batch, seed and others are the teacher's, where not told."""
+    """Data of the students; the default is the teacher's, where it is recorded."""
+    train: Train = field(default_factory=lambda: Train(**TRAIN_DEFAULTS))
+    """Training of each student, twice as long for those of 2 and 1 steps. Other defaults are the
+    teacher's, with a third of its learning rate."""
 
 
 class Stage(NamedTuple):
-    """A student."""
+    """A student of a chain."""
 
-    name: str  # of its folder
+    name: str  # of its run folder
     config: Config
 
 
-def defaults(options: Options, teacher: TrainedModel) -> Options:
-    """The options with the teacher's data, and of its training what is not done otherwise here."""
-    config = teacher.description.config
+def default_options(options: DistillOptions, teacher: TrainedModel) -> DistillOptions:
+    """The options with the teacher's data and, but for TRAIN_DEFAULTS, its training."""
+    config = teacher.info.config
     rate = config.train.learning_rate / (3 if config.distillation.method == "none" else 1)
-    if unet2d.is_source(str(config.data)):
-        rate = FOREIGN_RATE
-    train: Any = dataclasses.replace(config.train, **OWN | {"learning_rate": rate})
+    if not config.data.known:
+        rate = FOREIGN_LEARNING_RATE
+    train = dataclasses.replace(config.train, **TRAIN_DEFAULTS | {"learning_rate": rate})
     return dataclasses.replace(options, data=config.data, train=train)
 
 
-def stages(options: Options, teacher: TrainedModel) -> list[Stage]:
-    """The students, each the teacher of the next. ValueError for what the teacher cannot teach."""
-    config = teacher.description.config
-    task, T = config.distillation, schedule.length(teacher.schedule)
-    largest = task.guidance if options.guidance is None else options.guidance
-    said = config.diffusion.prediction
-    says = options.prediction or ("x0" if said == "x0" else "v")
-    if task.told and largest != task.guidance:
-        raise ValueError(
-            f"{teacher.name} is told guidance scales of 1 to {task.guidance:g}: leave out --guidance, or name its own"
-            " teacher"
-        )
-    if not 1 <= largest < np.inf:
-        raise ValueError(f"--guidance is {largest:g}: a student learns the scales from 1 to it, use more than 1")
-    if not task.told:
-        check_guidance(teacher, Guidance(largest))
-    if unet2d.is_source(str(options.data)):
-        raise ValueError(f"{options.teacher} does not tell its images: name them, as with --data.name cifar10")
-    if options.method != "progressive" and options.end != 1:
-        raise ValueError(f"--end belongs to --method progressive, and not to {options.method}: leave it out")
-    if options.train.label_dropout:
-        raise ValueError("students learn with every label: leave out --train.label-dropout")
-    if task.method == "consistency":
-        raise ValueError(f"{teacher.name} says where a path ends, and not where it goes: use its teacher")
-    if task.steps and said != says:
-        raise ValueError(f"{teacher.name} says {said}, which its own students say too: leave out --prediction")
+def plan_chain(options: DistillOptions, teacher: TrainedModel) -> list[Stage]:
+    """The students of a chain, each the teacher of the next.
 
-    def stage(name: str, method: Any, start: int = 0, visited: int = 0) -> Stage:
-        # The last two halvings are the hardest, and are given twice the time (2202.00512, appendix).
-        steps = options.train.steps * (2 if visited in (1, 2) else 1)
-        return Stage(
-            name,
-            Config(
-                data=options.data,
-                network=dataclasses.replace(config.network, dropout=0.0),
-                diffusion=dataclasses.replace(config.diffusion, prediction=says),
-                train=dataclasses.replace(options.train, steps=steps),
-                distillation=Distillation(method, "", start, visited, largest),
-            ),
-        )
-
-    start, visited = options.start, options.start
-    found = [stage(ANY, "guidance")] if said != says or (largest > 1 and not task.told) else []
-    if options.method == "guidance":
-        if task.told or largest == 1:
-            raise ValueError(
-                f"--method guidance makes one pass of guidance of two, and {teacher.name} is "
-                + ("told its scale in one already" if task.told else "to have none: name a --guidance above 1")
-            )
-        return found
-    if not 2 <= start <= T:
-        raise ValueError(f"--start is {start}: use 2 to {T}, the levels of {teacher.name}")
-    if task.steps not in (0, start):
-        raise ValueError(
-            f"{teacher.name} is a student of {task.steps} steps itself: use --start {task.steps}, or its teacher"
-        )
+    Raises: ValueError for options that do not fit the teacher, as `validate`.
+    """
+    validate(options, teacher)
+    stages = []
+    if _needs_first_stage(options, teacher):
+        stages.append(_stage(options, teacher, ANY, "guidance", 0, 0))
     if options.method == "consistency":
-        return [*found, stage(CONSISTENCY, "consistency", start, start)]
-    while visited % 2 == 0 and visited > options.end >= 1:
-        visited //= 2
-        found.append(stage(str(visited), "progressive", start, visited))
-    if visited != options.end or visited == start:
+        start = options.start
+        stages.append(_stage(options, teacher, CONSISTENCY, "consistency", start, start))
+    elif options.method == "progressive":
+        for steps in _halvings(options.start, options.end):
+            stages.append(_stage(options, teacher, str(steps), "progressive", options.start, steps))
+    return stages
+
+
+def validate(options: DistillOptions, teacher: TrainedModel) -> None:
+    """Check that a teacher can teach the students that are asked for.
+
+    Raises: ValueError, naming the option that does not fit.
+    """
+    _validate_guidance(options, teacher)
+    config = teacher.info.config
+    if not options.data.known:
         raise ValueError(
-            f"--start {start} and --end {options.end}: halving once or more leads from one to the other, as from 64 to"
-            " 1"
+            f"data.name is {options.data.name!r}: use the name of a data set, since"
+            f" {teacher.name} does not record its own"
         )
-    return found
+    if options.method != "progressive" and options.end != 1:
+        raise ValueError(
+            f"end is {options.end} and method {options.method}: only method progressive has an end"
+        )
+    if options.train.condition_dropout:
+        raise ValueError(
+            f"train.condition_dropout is {options.train.condition_dropout}: use 0, since students"
+            " learn with every condition"
+        )
+    if config.distillation.method == "consistency":
+        raise ValueError(f"{teacher.name} is a consistency model: use its teacher")
+    if config.distillation.steps and config.diffusion.prediction != _prediction(options, teacher):
+        raise ValueError(
+            f"prediction is {options.prediction}, and {teacher.name} predicts"
+            f" {config.diffusion.prediction}, as its own students do: leave it out"
+        )
+    if options.method != "guidance":
+        _validate_steps(options, teacher)
 
 
-def taught(config: Config, teacher: TrainedModel) -> Config:
-    """A student's configuration once its teacher is trained: one with other weights is another teacher, and a student
-    that had begun to learn from it does not go on.
+def _validate_guidance(options: DistillOptions, teacher: TrainedModel) -> None:
+    learned, largest = teacher.info.config.distillation, _max_guidance(options, teacher)
+    if learned.guidance_conditioned and largest != learned.guidance:
+        raise ValueError(
+            f"guidance is {largest:g}, and {teacher.name} was distilled for 1 to"
+            f" {learned.guidance:g}: leave it out, or use its teacher"
+        )
+    if not 1 <= largest < math.inf:
+        raise ValueError(
+            f"guidance is {largest:g}: use more than 1, since students learn all scales up to it"
+        )
+    if not learned.guidance_conditioned:
+        guidance.check_guidance(teacher, guidance.Guidance(largest))
+    if options.method != "guidance":
+        return
+    if learned.guidance_conditioned:
+        raise ValueError(
+            f"method is guidance, and {teacher.name} computes guidance in one evaluation already:"
+            " use another method"
+        )
+    if largest == 1:
+        raise ValueError(
+            f"method is guidance and guidance {largest:g}: use more than 1 for students of"
+            f" {teacher.name}"
+        )
+
+
+def _validate_steps(options: DistillOptions, teacher: TrainedModel) -> None:
+    start, end, T = options.start, options.end, length(teacher.schedule)
+    steps = teacher.info.config.distillation.steps
+    if not 2 <= start <= T:
+        raise ValueError(f"start is {start}: use 2 to {T}, the number of levels of {teacher.name}")
+    if steps not in (0, start):
+        raise ValueError(
+            f"start is {start}, and {teacher.name} was distilled for {steps} steps: use {steps}, or"
+            " its teacher"
+        )
+    if options.method == "progressive" and _halvings(start, end)[-1:] != [end]:
+        raise ValueError(
+            f"start is {start} and end {end}: use numbers that one or more halvings connect, as 64"
+            " and 1"
+        )
+
+
+def _max_guidance(options: DistillOptions, teacher: TrainedModel) -> float:
+    default = teacher.info.config.distillation.guidance
+    return default if options.guidance is None else options.guidance
+
+
+def _prediction(options: DistillOptions, teacher: TrainedModel) -> str:
+    default = "x0" if teacher.info.config.diffusion.prediction == "x0" else "v"
+    return options.prediction or default
+
+
+def _needs_first_stage(options: DistillOptions, teacher: TrainedModel) -> bool:
+    config = teacher.info.config
+    learns_guidance = _max_guidance(options, teacher) > 1
+    if learns_guidance and not config.distillation.guidance_conditioned:
+        return True
+    return config.diffusion.prediction != _prediction(options, teacher)
+
+
+def _halvings(start: int, end: int) -> list[int]:
+    """The numbers of steps start/2, start/4, ... down to `end` or to the last whole number."""
+    steps = []
+    while start % 2 == 0 and start > end >= 1:
+        start //= 2
+        steps.append(start)
+    return steps
+
+
+def _stage(
+    options: DistillOptions, teacher: TrainedModel, name: str, method: Any, start: int, steps: int
+) -> Stage:
+    config = teacher.info.config
+    # The last two halvings are the hardest, and get twice the steps (arXiv:2202.00512, appendix).
+    train_steps = options.train.steps * (2 if steps in (1, 2) else 1)
+    prediction: Any = _prediction(options, teacher)
+    largest = _max_guidance(options, teacher)
+    student = Config(
+        data=options.data,
+        network=dataclasses.replace(config.network, dropout=0.0),
+        diffusion=dataclasses.replace(config.diffusion, prediction=prediction),
+        train=dataclasses.replace(options.train, steps=train_steps),
+        distillation=Distillation(method, "", start, steps, largest),
+    )
+    return Stage(name, student)
+
+
+def with_teacher(config: Config, teacher: TrainedModel) -> Config:
+    """A student's configuration with the name and checksum of its teacher.
+
+    A student whose teacher has changed cannot be resumed, since `check_resume` compares them.
     """
     name = f"{teacher.name}, {describe_weights(teacher)}"
-    return dataclasses.replace(config, distillation=dataclasses.replace(config.distillation, teacher=name))
+    changed = dataclasses.replace(config.distillation, teacher=name)
+    return dataclasses.replace(config, distillation=changed)
 
 
 def check_workdir(workdir: Path) -> None:
-    """ValueError for what can be no folder of students."""
-    if workdir.is_file():
-        raise ValueError(f"{workdir} is a file: name a folder as --workdir")
-    if (workdir / FOLDER).exists():
-        raise ValueError(f"{workdir} is a run folder: name another --workdir, whose folders the students will be")
+    """Check that a folder can hold the run folders of students.
 
-
-def build_training(config: Config, image_shape: tuple[int, int, int], classes: int, teacher: TrainedModel) -> Training:
-    """The steps of one device that train one student: as of `experiment.build_training`, but all of them take the
-    teacher's parameters, which they only read, after the batch. ValueError for parts, or a teacher, that do not fit.
+    Raises: ValueError for a file, or a run folder.
     """
-    if (image_shape, classes) != teacher.description[1:]:
+    if workdir.is_file():
+        raise ValueError(f"workdir is {workdir}, which is a file: use a folder")
+    if (workdir / FOLDER).exists():
         raise ValueError(
-            f"{teacher.name} knows images and classes {teacher.description[1:]}, and the data are"
-            f" {(image_shape, classes)}: name its data with --data"
+            f"workdir is {workdir}, which is a run folder: use another, with the students in its"
+            " sub-folders"
         )
-    task, train, levels = config.distillation, config.train, build_schedule(config)
-    prediction, times = build_prediction(config), build_times(config)
-    unet = build_unet(config, image_shape, classes)
-    network, (optimizer, rate) = build_network(config, unet), build_optimizer(config)
-    make_rows, says = METHODS[task.method]
-    rows = make_rows(levels, task.steps)
-    weights = build_weighting(config)(levels, prediction)[rows[0].t]
 
-    def guided(conditional: ConditionalDenoiser, condition: Any) -> Denoiser:
-        label, scale = condition
-        return classifier_free_guidance(conditional, label, classes, scale[:, 0])
 
-    teach = guided if task.told and not teacher.description.config.distillation.told else condition_on
+# ------------------------------------------------------------------------------- training
 
-    def objective(frozen: Any, averaged: Any) -> Objective:
-        conditional = from_network(teacher.network, frozen, teacher.prediction)
-        own = from_network(network, averaged, prediction)
 
-        def target(condition: Any, x_t: Any, *row: Any) -> Any:
-            return says(clip(condition_on(own, condition)), clip(teach(conditional, condition)), x_t, *row)
+def student_info(info: ModelInfo, teacher: TrainedModel) -> ModelInfo:
+    """The description of a student: with its teacher's conditioning.
 
-        return distillation.distillation_loss(network, prediction, rows, weights, target, times, task.guidance)
+    A teacher of another library may have no null condition, where the data allows one.
 
-    count = len(rows[0].t)
+    Raises: ValueError for data of another shape or with other conditions than the teacher's.
+    """
+    ours, theirs = ((each.x_shape, _with_null(each.conditioning)) for each in (info, teacher.info))
+    if ours != theirs:
+        raise ValueError(
+            f"data has x of {info.x_shape} and {info.conditioning}, and {teacher.name} was trained"
+            f" on {teacher.info.x_shape} and {teacher.info.conditioning}: use its data"
+        )
+    return info._replace(conditioning=teacher.info.conditioning)
 
-    def step(state: TrainState, batch: Any, frozen: Any, axis_name: str | None = None) -> Any:
-        one = make_train_step(
-            objective(frozen, state.ema[0]), optimizer, train.ema, train.seed, accumulate=train.accumulate, rate=rate,
-            quarters=t_quartile(times, count) if count >= len(QUARTERS) else None,
-        )  # fmt: skip
-        return one(state, batch, axis_name)
 
-    def steps(state: TrainState, batches: Any, frozen: Any, axis_name: str | None = None) -> Any:
-        return multi_step(lambda s, batch, axis_name: step(s, batch, frozen, axis_name))(state, batches, axis_name)
+def _with_null(conditioning: Conditioning) -> Conditioning:
+    if isinstance(conditioning, ClassLabel):
+        return dataclasses.replace(conditioning, has_null_label=True)
+    if isinstance(conditioning, Fields):
+        parts: Any = tuple(_with_null(part) for part in conditioning.parts)
+        return Fields(parts)
+    return conditioning
 
-    def eval_step(params: Any, batch: Any, frozen: Any, axis_name: str | None = None) -> jax.Array:
-        return make_eval_step(objective(frozen, params), train.seed)(params, batch, axis_name)
 
-    def init(key: jax.Array, frozen: Any) -> TrainState:
-        params = distillation.init_from_teacher(init_params(unet, image_shape, key), frozen)
-        # Copies: steps reuse the memory of their state, and go on reading the teacher.
+def build_distillation(info: ModelInfo, teacher: TrainedModel) -> Training:
+    """The functions that train a student, as `setup.build_training`.
+
+    All of them take the teacher's parameters, which they only read, as one more argument.
+
+    Raises: ValueError for parts that do not fit each other, or data that is not the teacher's.
+    """
+    info = student_info(info, teacher)
+    trainer = StudentTrainer.build(info, teacher)
+    return Training(
+        trainer.module,
+        trainer.objectives.network,
+        trainer.init,
+        multi_step(trainer.train_step),
+        trainer.eval_step,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationObjective:
+    """The loss of a student, but for the parameters of its teacher and its moving average."""
+
+    network: Callable[..., Array]  # as `build.build_network` returns it
+    parameterization: Parameterization
+    method: Method
+    rows: Rows
+    weights: np.ndarray  # one per row
+    times: TimeSampling
+    max_guidance: float  # 1 where the student is not conditioned on a guidance scale
+    teacher: TrainedModel
+
+    def bind(self, teacher_params: Any, averaged_params: Any) -> Objective:
+        """The objective of these parameters, which are held constant."""
+        return distillation.distillation_loss(
+            self.network,
+            self.parameterization,
+            self.rows,
+            self.weights,
+            partial(self.target, teacher_params, averaged_params),
+            self.times,
+            self.max_guidance,
+        )
+
+    def target(
+        self,
+        teacher_params: Any,
+        averaged_params: Any,
+        condition: Condition,
+        x_t: Array,
+        *row: Any,
+    ) -> Array:
+        """The target of the student's x0, from estimates that are clipped as in sampling."""
+        conditional = from_network(self.network, averaged_params, self.parameterization)
+        student = condition_on(conditional, condition)
+        teacher = self.guided_teacher(teacher_params, condition)
+        bounds = self.teacher.codec.bounds
+        if bounds is not None:
+            student, teacher = clip(student, *bounds), clip(teacher, *bounds)
+        return self.method.target(student, teacher, x_t, *row)
+
+    def guided_teacher(self, teacher_params: Any, condition: Condition) -> Denoiser:
+        """The teacher's denoiser, at the guidance scale that is part of the student's condition."""
+        model = self.teacher
+        conditional = from_network(model.network, teacher_params, model.parameterization)
+        if self.max_guidance == 1 or model.info.config.distillation.guidance_conditioned:
+            return condition_on(conditional, condition)
+        base, scale = condition
+        null = model.info.conditioning.null
+        return classifier_free_guidance(conditional, base, null, scale[:, 0])
+
+
+@dataclass(frozen=True, eq=False)
+class StudentTrainer:
+    """The steps of one device that train a student."""
+
+    info: ModelInfo
+    module: nn.Module
+    objectives: DistillationObjective
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+
+    @staticmethod
+    def build(info: ModelInfo, teacher: TrainedModel) -> "StudentTrainer":
+        """The trainer of a student.
+
+        Raises: ValueError for parts that do not fit each other.
+        """
+        config, module = info.config, build_module(info)
+        schedule, parameterization = build_schedule(config), build_parameterization(config)
+        method = METHODS[config.distillation.method]
+        rows = method.rows(schedule, config.distillation.steps)
+        weights = build_weighting(config)(schedule, parameterization.prediction)
+        objectives = DistillationObjective(
+            build_network(info, module),
+            parameterization,
+            method,
+            rows,
+            weights[rows[0].t],
+            build_times(config),
+            config.distillation.guidance,
+            teacher,
+        )
+        return StudentTrainer(info, module, objectives, *build_optimizer(config))
+
+    def init(self, key: Array, teacher_params: Any) -> TrainState:
+        """The state before the first step, with the teacher's parameters."""
+        fresh = init_params(self.info, self.module, key)
+        params = distillation.init_from_teacher(fresh, teacher_params)
+        # Copies, since steps reuse the memory of their state and go on reading the teacher.
         params = jax.tree.map(partial(jnp.array, copy=True), params)
-        return init_state(params, optimizer, len(train.ema))
+        return init_state(params, self.optimizer, len(self.info.config.train.ema))
 
-    return Training(unet, network, init, steps, eval_step)
+    def train_step(
+        self, state: TrainState, batch: Any, teacher_params: Any, axis_name: str | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """One step, as `step.make_train_step`; the student's average is the first."""
+        train = self.info.config.train
+        step = make_train_step(
+            self.objectives.bind(teacher_params, state.ema[0]),
+            self.optimizer,
+            train.ema,
+            train.seed,
+            accumulate=train.accumulate,
+            rate=self.rate,
+            log_quartiles=len(self.objectives.weights) >= len(QUARTILES),
+        )
+        return step(state, batch, axis_name)
+
+    def eval_step(
+        self, params: Any, batch: Any, teacher_params: Any, axis_name: str | None = None
+    ) -> Array:
+        """The loss of one batch, as `step.make_eval_step`."""
+        objective = self.objectives.bind(teacher_params, params)
+        return make_eval_step(objective, self.info.config.train.seed)(params, batch, axis_name)

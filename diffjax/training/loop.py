@@ -1,15 +1,14 @@
-"""The loop around a training step: progress, metrics, and whatever happens every so many steps."""
+"""The loop around a train step: progress, metrics, periodic actions, signals."""
 
 import contextlib
 import itertools
-import json
-import math
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,185 +16,222 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from diffjax.training.step import TrainState
+from diffjax.training.state import TrainState
 
 
 class PeriodicAction(NamedTuple):
-    """Call action(state) when the number of steps done is a multiple of `steps`, and once at the end; 0 for never."""
+    """Call action(state) every `steps` steps, and once after the last step; never if 0."""
 
     steps: int
     action: Callable[[TrainState], None]
 
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether to call it after this step, where the run ends with step `last`."""
+        return self.steps > 0 and (step % self.steps == 0 or step == last)
 
-@contextlib.contextmanager
-def catch_signals(hosts: int = 1) -> Iterator[Callable[[], int]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function return its number, in place of 0: a step or a
-    save under way ends in order. A second one does what it would have done.
 
-    Of several hosts, each calls the function equally often, and SIGTERM to one of them is told to all at the same call.
+@dataclass(frozen=True)
+class LoopOptions:
+    """Options of the training loop."""
+
+    steps: int  # in total
+    log_every: int  # steps between metrics that are logged
+    per_dispatch: int = 1  # steps per call of the compiled step, at most
+    max_skipped: int = 10  # consecutive skipped steps that end training with an error
+    progress: bool = True  # show a progress bar, on process 0
+
+
+# ------------------------------------------------------------------------------- metrics
+
+
+class MetricsBuffer:
+    """The metrics of the last dispatch, on the device until the next one runs.
+
+    They are fetched late so that the device never waits for the host.
     """
-    received = 0
-    if hosts > 1:  # JAX has its own handler, and agrees on a call that no host has made yet
-        calls = itertools.count()
 
-        def agreed() -> int:
-            nonlocal received
-            received = received or signal.SIGTERM * multihost_utils.reached_preemption_sync_point(next(calls))
-            return received
+    def __init__(
+        self, state: TrainState, log: Callable[..., None], options: LoopOptions, bar: tqdm
+    ) -> None:
+        """state: before the first dispatch; log: called as log(step, **metrics)."""
+        self._log, self._options, self._bar = log, options, bar
+        self._skipped, self._in_a_row = int(state.skipped), 0
+        self._losses: deque[float] = deque(maxlen=3)
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self.restart_clock(int(state.step))
 
-        # Ctrl-C is for all hosts too: as a SIGTERM, which JAX tells the others.
-        before_it = signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
-        try:
-            yield agreed
-        finally:
-            signal.signal(signal.SIGINT, before_it)
-        return
+    def restart_clock(self, step: int) -> None:
+        """Measure the rate of training from here, after this step."""
+        self._clock = step, time.perf_counter()
 
-    def handle(number: int, frame: Any) -> None:
-        nonlocal received
-        received = number
-        restore()
+    def push(self, first: int, metrics: dict[str, Any]) -> None:
+        """Keep the metrics [K] of the steps first, first + 1, ..., and flush those before them."""
+        self.flush()
+        self._pending = first, metrics
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def flush(self) -> None:
+        """Fetch and log the metrics that are kept, and move the progress bar.
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received
-    finally:
-        restore()
+        Raises: FloatingPointError after options.max_skipped skipped steps in a row.
+        """
+        if self._pending is None:
+            return
+        first, metrics = self._pending[0], jax.device_get(self._pending[1])
+        self._pending = None
+        last = first + len(metrics["loss"]) - 1
+        now = time.perf_counter()
+        rate = self._rate(first, last, now)
+        for i, step in enumerate(range(first, last + 1)):
+            values = {name: value[i] for name, value in metrics.items()}
+            self._check(step, values)
+            if step % self._options.log_every == 0 or step == self._options.steps:
+                self._log(step, **values, **rate)
+                self._clock = last, now
+        self._bar.set_postfix(loss=f"{self._losses[-1]:.4f}", refresh=False)
+        self._bar.update(last - self._bar.n)
+
+    def _rate(self, first: int, last: int, now: float) -> dict[str, float]:
+        step, since = self._clock
+        return {"steps_per_second": (last - step) / (now - since)} if first > step else {}
+
+    def _check(self, step: int, values: dict[str, Any]) -> None:
+        self._losses.append(float(values["loss"]))
+        self._in_a_row = self._in_a_row + 1 if values["skipped"] > self._skipped else 0
+        self._skipped = values["skipped"]
+        if self._in_a_row < self._options.max_skipped:
+            return
+        at = f" at learning rate {values['learning_rate']:.3g}" if "learning_rate" in values else ""
+        losses = ", ".join(f"{loss:.3g}" for loss in self._losses)
+        raise FloatingPointError(
+            f"gradients of {self._in_a_row} steps in a row, to step {step}{at}, are not finite, and"
+            f" the last losses are {losses}"
+        )
 
 
-class JsonlWriter:
-    """metrics.jsonl: one JSON object a line, each with the number of steps done."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        """Lines after step `init_noise`, of a run that went further than its last checkpoint, are dropped."""
-        self._path = path
-        kept = [line for line in _lines(path) if line["step"] <= start]
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        whole.replace(path)
-
-    def write(self, step: int, **metrics: Any) -> None:
-        """Append one line; metrics are numbers, or arrays of one; null stands for what is not a number."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **{name: _number(value) for name, value in metrics.items()}}) + "\n")
-
-
-class TensorBoard:
-    """The same metrics, and pictures, as TensorBoard shows them."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        """What the folder tells of steps after `init_noise` is no longer shown."""
-        from tensorboardX import SummaryWriter  # here, since most runs do without
-
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
-
-    def write(self, step: int, **metrics: Any) -> None:
-        """Metrics are numbers, or arrays of one."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), step)
-
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """pixels: uint8 [H, W, 3]."""
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write what is not written yet."""
-        self._writer.close()
+# ------------------------------------------------------------------------------- the loop
 
 
 def fit(
     step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
     state: TrainState,
     batches: Iterator[Any],
-    steps: int,
     log: Callable[..., None],
-    log_every: int,
-    every: tuple[PeriodicAction, ...] = (),
+    options: LoopOptions,
+    actions: tuple[PeriodicAction, ...] = (),
     stop: Callable[[], int] = lambda: 0,
-    per_dispatch: int = 1,
-    max_skipped: int = 10,
-    quiet: bool = False,
 ) -> TrainState:
-    """Train until `steps` steps are done, with a progress bar unless `silence_orbax`; returns the state after them, or after
-    the step at which stop(), called once a dispatch, was not 0.
+    """Train until options.steps steps are done, or stop() is not 0 after a dispatch.
 
-    step: compiled, (state, batches [K, ...]) -> (state, metrics [K]), of K = per_dispatch steps or, where something is
-    due before, fewer; it may reuse the memory of its state. log(step, **metrics) gets the metrics of a step, every
-    log_every steps and at the end. Metrics are fetched only when the next dispatch is under way, so that the device
-    never waits for the host. FloatingPointError after max_skipped steps in a row that were skipped.
+    step: compiled, (state, batches [K, ...]) -> (state, metrics [K]), for K of options.per_dispatch
+    steps, or fewer where an action is due before; it may reuse the memory of its state. log(step,
+    **metrics) gets the metrics of a step, every options.log_every steps and at the end.
+
+    Raises: FloatingPointError after options.max_skipped skipped steps in a row.
     """
-    start, skipped = int(state.step), int(state.skipped)
-    in_a_row = 0
-    last: deque[float] = deque(maxlen=3)
-    logged, since = start, time.perf_counter()
-    pending: tuple[int, dict[str, Any]] | None = None
-    silent = quiet or jax.process_index() > 0  # one bar for all hosts
-    with tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=silent) as bar:
-
-        def collect() -> None:
-            nonlocal pending, logged, since, skipped, in_a_row
-            if pending is None:
-                return
-            first, metrics = pending[0], jax.device_get(pending[1])
-            pending = None
-            now, count = time.perf_counter(), len(metrics["loss"])
-            rate = {"steps_per_second": (first + count - 1 - logged) / (now - since)} if first > logged else {}
-            for i in range(count):
-                n, of_step = first + i, {name: value[i] for name, value in metrics.items()}
-                last.append(float(of_step["loss"]))
-                in_a_row = in_a_row + 1 if of_step["skipped"] > skipped else 0
-                skipped = of_step["skipped"]
-                if in_a_row == max_skipped:
-                    at = f" at learning rate {of_step['learning_rate']:.3g}" if "learning_rate" in of_step else ""
-                    raise FloatingPointError(
-                        f"the gradients of {in_a_row} steps in a row, to step {n}{at}, were not numbers,"
-                        f" and the last losses {', '.join(f'{loss:.3g}' for loss in last)}"
-                    )
-                if n % log_every == 0 or n == steps:
-                    log(n, **of_step, **rate)
-                    logged, since = first + count - 1, now
-            bar.set_postfix(loss=f"{last[-1]:.4f}", refresh=False)
-            bar.update(first + count - 1 - bar.n)
-
-        n = start
-        while n < steps:
-            ends = [each.steps * (n // each.steps + 1) for each in every if each.steps]
-            count = min(per_dispatch, steps - n, *(end - n for end in ends))
-            state, metrics = step(state, jax.tree.map(_stack, *(next(batches) for _ in range(count))))
-            collect()
-            pending, n = (n + 1, metrics), n + count
-            due = [each.action for each in every if each.steps and (n % each.steps == 0 or n == steps)]
+    start = done = int(state.step)
+    with _progress_bar(start, options) as bar:
+        buffer = MetricsBuffer(state, log, options, bar)
+        while done < options.steps:
+            count = _dispatch_length(done, options, actions)
+            state, metrics = step(state, _stack(next(batches) for _ in range(count)))
+            buffer.push(done + 1, metrics)
+            is_first, done = done == start, done + count
+            due = [each.action for each in actions if each.is_due(done, options.steps)]
             if due:
-                collect()
+                buffer.flush()
             for action in due:
                 action(state)
-            if due or n == start + count:  # the rate is that of training: neither compiling nor what was due counts
+            if due or is_first:  # the rate counts neither compiling nor actions
                 jax.block_until_ready(state)
-                logged, since = n, time.perf_counter()
+                buffer.restart_clock(done)
             if stop():
                 break
-        collect()
+        buffer.flush()
     return state
 
 
-def _stack(*leaves: Any) -> np.ndarray:
-    return np.stack(leaves)
+def _dispatch_length(done: int, options: LoopOptions, actions: tuple[PeriodicAction, ...]) -> int:
+    """The number of steps of the next dispatch, which ends where an action is due."""
+    until_due = (action.steps - done % action.steps for action in actions if action.steps)
+    return min(options.per_dispatch, options.steps - done, *until_due)
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _progress_bar(start: int, options: LoopOptions) -> tqdm:
+    hidden = not options.progress or jax.process_index() > 0
+    return tqdm(
+        total=options.steps,
+        initial=start,
+        desc="train",
+        unit="step",
+        dynamic_ncols=True,
+        disable=hidden,
+    )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    # A line cut short by a kill is dropped with the steps that it would have told of.
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+def _stack(batches: Iterator[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+# ------------------------------------------------------------------------------- signals
+
+
+@contextlib.contextmanager
+def catch_signals(processes: int = 1) -> Iterator[Callable[[], int]]:
+    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function return its number.
+
+    The function returns 0 before that. A step or a save in progress so ends in order; a second
+    signal has its usual effect.
+
+    Of several processes, each must call the function equally often, and a signal to one of them is
+    reported to all at the same call.
+    """
+    if processes > 1:
+        agreement = _Agreement()
+        # Ctrl-C is for all processes too: it becomes a SIGTERM, which JAX reports to the others.
+        previous = {signal.SIGINT: signal.signal(signal.SIGINT, _terminate)}
+        received = agreement.received
+    else:
+        catcher = _Catcher()
+        previous = catcher.previous
+        received = catcher.received
+    try:
+        yield received
+    finally:
+        _restore(previous)
+
+
+class _Catcher:
+    """A handler that notes the first SIGINT or SIGTERM, and restores the previous handlers."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self.previous = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def received(self) -> int:
+        return self._number
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        _restore(self.previous)
+
+
+class _Agreement:
+    """The signal that all processes agree on, by JAX's own handler of SIGTERM."""
+
+    def __init__(self) -> None:
+        self._number, self._calls = 0, itertools.count()
+
+    def received(self) -> int:
+        # JAX agrees on a call that no process has made yet.
+        if not self._number and multihost_utils.reached_preemption_sync_point(next(self._calls)):
+            self._number = signal.SIGTERM
+        return self._number
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,54 +1,161 @@
-"""What trains the network of a configuration: functions of one device, to be compiled by `devices.parallel`."""
+"""The functions that train a network on data: of one device, and compiled for all of them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import numpy as np
+import optax
 
-from diffjax import loss, schedule
+from diffjax import loss
 from diffjax.build import (
+    ModelInfo,
+    build_module,
     build_network,
     build_optimizer,
-    build_prediction,
+    build_parameterization,
     build_schedule,
     build_times,
-    build_unet,
     build_weighting,
     init_params,
 )
-from diffjax.config import Config
-from diffjax.nn.unet import UNet
-from diffjax.training.step import TrainState, TrainStep, init_state, make_eval_step, make_train_step, multi_step
+from diffjax.config import Train
+from diffjax.denoiser import Condition
+from diffjax.devices import parallel
+from diffjax.training.state import TrainState, init_state
+from diffjax.training.step import Metrics, TrainStep, make_eval_step, make_train_step, multi_step
 
 
 class Training(NamedTuple):
-    """What trains a network."""
+    """The functions that train a network, for one device.
 
-    unet: UNet
-    network: Callable[..., jax.Array]  # as of build_network
+    Those of a student (`distill.build_distillation`) take its teacher's parameters as one more
+    argument after those given here.
+    """
+
+    module: nn.Module
+    network: Callable[..., jax.Array]  # as `build.build_network` returns it
     init: Callable[..., TrainState]  # key -> state before the first step
     step: TrainStep  # (state, batches [K, B, ...], axis_name=None) -> (state, metrics [K])
     eval_step: Callable[..., jax.Array]  # (params, batch [B, ...], axis_name=None) -> loss
-    # Of a student (distill.build_training), init, step and eval_step take its teacher's parameters last.
 
 
-def build_training(config: Config, image_shape: tuple[int, int, int], classes: int) -> Training:
-    """The steps of one device, and the state that they start from, for images [H, W, C] and a number of classes, 0 for
-    none: `parallel.parallelize` runs them on many. ValueError for parts that do not fit each other.
+def build_training(info: ModelInfo) -> Training:
+    """The functions that train a model on data.
+
+    Raises: ValueError for parts of the configuration that do not fit each other.
     """
-    train, levels, prediction = config.train, build_schedule(config), build_prediction(config)
-    unet, times = build_unet(config, image_shape, classes), build_times(config)
-    network, (optimizer, rate) = build_network(config, unet), build_optimizer(config)
-    weighting = build_weighting(config)
-    objective = loss.denoising_loss(network, prediction, levels, weighting, times, classes, train.label_dropout)
-    # The held-out loss is L_simple over independent levels whatever the weighting, so that runs compare.
-    held_out = loss.denoising_loss(lambda *inputs: network(*inputs[:-1]), prediction, levels)
+    config, train, conditioning = info.config, info.config.train, info.conditioning
+    schedule, parameterization = build_schedule(config), build_parameterization(config)
+    module = build_module(info)
+    network, (optimizer, rate) = build_network(info, module), build_optimizer(config)
+    # Without a null condition there is nothing that a condition could be dropped to.
+    drop_rate = train.condition_dropout if conditioning.has_null else 0.0
+    objective = loss.denoising_loss(
+        network,
+        parameterization,
+        schedule,
+        build_weighting(config),
+        build_times(config),
+        conditioning.null,
+        drop_rate,
+    )
     step = make_train_step(
-        objective, optimizer, train.ema, train.seed,
-        accumulate=train.accumulate, rate=rate, quarters=loss.t_quartile(times, schedule.length(levels)),
-    )  # fmt: skip
+        objective,
+        optimizer,
+        train.ema,
+        train.seed,
+        accumulate=train.accumulate,
+        rate=rate,
+        log_quartiles=True,
+    )
+    # The held-out loss is L_simple over independent levels whatever the weighting, so that runs
+    # compare; it is deterministic.
+    held_out = loss.denoising_loss(without_dropout(network), parameterization, schedule)
+    init = Initializer(info, module, optimizer)
+    return Training(module, network, init, multi_step(step), make_eval_step(held_out, train.seed))
 
-    def init(key: jax.Array) -> TrainState:
-        return init_state(init_params(unet, image_shape, key), optimizer, len(train.ema))
 
-    return Training(unet, network, init, multi_step(step), make_eval_step(held_out, train.seed))
+@dataclass(frozen=True, eq=False)
+class Initializer:
+    """The function from a key to the state before the first step."""
+
+    info: ModelInfo
+    module: nn.Module
+    optimizer: optax.GradientTransformation
+
+    def __call__(self, key: jax.Array) -> TrainState:
+        """The state with fresh parameters."""
+        params = init_params(self.info, self.module, key)
+        return init_state(params, self.optimizer, len(self.info.config.train.ema))
+
+
+def without_dropout(network: Callable[..., jax.Array]) -> loss.TrainingNetwork:
+    """The network as an objective calls it, with the keys for dropout left out."""
+
+    def evaluated(
+        params: Any, x: jax.Array, time: jax.Array, condition: Condition, keys: jax.Array
+    ) -> jax.Array:
+        return network(params, x, time, condition)
+
+    return evaluated
+
+
+class ParallelTraining:
+    """A training on all devices of all processes, in the mode of train.parallel.
+
+    The train state is replicated, on the mesh of `parallel.state_mesh`.
+    """
+
+    def __init__(self, training: Training, train: Train, teacher_params: Any = None) -> None:
+        """Nothing is compiled before it is called.
+
+        teacher_params: of a student's teacher, replicated over all devices of all processes.
+        """
+        self._mesh, self._mode, self._init = parallel.device_mesh(), train.parallel, training.init
+        self._state_mesh = parallel.state_mesh(self._mesh, self._mode)
+        self._extra_args: tuple[Any, ...] = ()
+        if teacher_params is not None:
+            self._extra_args = (parallel.on_mesh(self._state_mesh, teacher_params),)
+        compiled = partial(
+            parallel.parallelize, self._mesh, self._mode, extra_args=len(self._extra_args)
+        )
+        self._step = compiled(training.step, axis=1, donate=True)
+        self._eval_step = compiled(training.eval_step)
+
+    def init_state(self, seed: int) -> TrainState:
+        """The state before the first step."""
+        sharding = parallel.replicated(self._state_mesh)
+        init = jax.jit(partial(_init_from_seed, self._init), out_shardings=sharding)
+        return init(np.uint32(seed), *self._extra_args)
+
+    def place_state(self, state: TrainState) -> TrainState:
+        """A state that is replicated over all devices, as the step takes it; nothing is copied.
+
+        It is so from the start, so that the first step can reuse its memory like all others.
+        """
+        return parallel.on_mesh(self._state_mesh, state)
+
+    def global_state(self, state: TrainState) -> TrainState:
+        """The state as arrays over all devices of all processes, as checkpoints take it."""
+        return parallel.on_mesh(self._mesh, state)
+
+    def place_batch(self, batch: Any) -> Any:
+        """A process's share of a batch [B, ...], placed as `eval_step` takes it."""
+        return parallel.shard_batch(self._mesh, self._mode, batch)
+
+    def step(self, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
+        """Train on this process's shares of batches [K, B, ...]; the state's memory is reused."""
+        batches = parallel.shard_batch(self._mesh, self._mode, batches, axis=1)
+        return self._step(state, batches, *self._extra_args)
+
+    def eval_step(self, params: Any, batch: Any) -> jax.Array:
+        """The mean loss of a batch that `place_batch` has placed."""
+        return self._eval_step(params, batch, *self._extra_args)
+
+
+def _init_from_seed(init: Callable[..., TrainState], seed: Any, *extra_args: Any) -> TrainState:
+    return init(jax.random.key(seed), *extra_args)

@@ -4,24 +4,27 @@ import numpy as np
 import pytest
 from helpers import naming
 
-from diffjax.data import dataset
-from diffjax.data.batches import READ_AHEAD, batch_stream, first_batches
-from diffjax.data.image_io import to_uint8
+from diffjax.data.batches import READ_AHEAD, batch_stream, first_batches, first_examples
+from diffjax.data.image_io import to_float, to_uint8
+from diffjax.data.tfds import load_tfds
+from diffjax.nn.conditioning import ClassLabel, Fields, Vector
+
+LABEL = ClassLabel(10)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """The real builder, writing real files."""
-    return dataset.load_tfds("digits", str(tmp_path_factory.mktemp("datasets")))
+    return load_tfds("digits", str(tmp_path_factory.mktemp("datasets")))
 
 
 def take(stream, n):
     return [next(stream) for _ in range(n)]
 
 
-def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(digits):
+def test_an_epoch_is_a_permutation(digits):
     epochs = [take(batch_stream(digits.train, 100, seed=0, start=start), 15) for start in (0, 15)]
-    seen = [np.concatenate([b["image"] for b in epoch]).reshape(1500, -1) for epoch in epochs]
+    seen = [np.concatenate([b["x"] for b in epoch]).reshape(1500, -1) for epoch in epochs]
     real = np.sort([digits.train[i]["image"].tobytes() for i in range(1500)])
     for images in seen:
         assert (np.sort([to_uint8(image).tobytes() for image in images]) == real).all()
@@ -35,34 +38,86 @@ def test_the_stream_is_a_function_of_the_step(digits):
         assert all((a[k] == b[k]).all() for k in a)
     assert (np.concatenate([b["index"] for b in whole]) == np.arange(30 * 64)).all()
     other = next(batch_stream(digits.train, 64, seed=4))
-    assert (other["image"] != whole[0]["image"]).any()
+    assert (other["x"] != whole[0]["x"]).any()
 
 
-def test_hosts_share_each_global_batch_in_order(digits):
-    whole = take(batch_stream(digits.train, 60, seed=3, start=2), 4)
-    shares = [take(batch_stream(digits.train, 60, seed=3, start=2, host=h, hosts=3), 4) for h in range(3)]
+def test_processes_share_each_global_batch(digits):
+    whole = take(batch_stream(digits.train, 60, seed=3, start=2, conditioning=LABEL), 4)
+    shares = [
+        take(
+            batch_stream(
+                digits.train,
+                60,
+                seed=3,
+                start=2,
+                conditioning=LABEL,
+                process_index=i,
+                process_count=3,
+            ),
+            4,
+        )
+        for i in range(3)
+    ]
     for n, batch in enumerate(whole):
         for key, value in batch.items():
             assert (np.concatenate([share[n][key] for share in shares]) == value).all()
 
 
-def test_batches_are_what_the_step_takes(digits):
-    batch = next(batch_stream(digits.train, 32, seed=0))
+def test_shapes_and_dtypes(digits):
+    batch = next(batch_stream(digits.train, 32, seed=0, conditioning=LABEL))
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
-        "image": ((32, 8, 8, 1), "float32"), "label": ((32,), "int32"), "index": ((32,), "uint32"),
-    }  # fmt: skip
-    assert (batch["image"].min(), batch["image"].max()) == (-1, 1)
-    assert "label" not in next(batch_stream(digits.train, 32, seed=0, labels=False))
+        "x": ((32, 8, 8, 1), "float32"),
+        "condition": ((32,), "int32"),
+        "index": ((32,), "uint32"),
+    }
+    assert (batch["x"].min(), batch["x"].max()) == (-1, 1)
+    assert "condition" not in next(batch_stream(digits.train, 32, seed=0))
 
 
-@pytest.mark.parametrize(("batch", "multiple", "sizes"), [(64, 8, [64] * 4), (512, 8, [296]), (64, 1, [64] * 4)])
-def test_held_out_batches_are_always_the_same(digits, batch, multiple, sizes):
+def test_condition_of_several_fields():
+    class Examples:
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            vector = np.array([i, -i], np.float32)
+            return {"image": np.full((1, 1, 1), i, np.uint8), "label": i, "vector": vector}
+
+    conditioning = Fields((LABEL, Vector(2)))
+    streamed = next(batch_stream(Examples(), 8, seed=0, conditioning=conditioning))
+    x, condition = first_examples(Examples(), 8, conditioning)
+    order = np.argsort(streamed["x"].ravel())
+    for batch, found in (
+        (streamed["x"][order], x),
+        (streamed["condition"]["label"][order], condition["label"]),
+    ):
+        np.testing.assert_array_equal(batch, found)
+    np.testing.assert_array_equal(streamed["condition"]["vector"][order], condition["vector"])
+    np.testing.assert_array_equal(condition["vector"], np.outer(np.arange(8), [1, -1]))
+    assert condition["label"].dtype == np.int32
+
+
+def test_first_examples(digits):
+    x, labels = first_examples(digits.held_out, 5, LABEL)
+    examples = [digits.held_out[i] for i in range(5)]
+    np.testing.assert_array_equal(x, to_float(np.stack([e["image"] for e in examples])))
+    assert labels.tolist() == [e["label"] for e in examples]
+    assert first_examples(digits.held_out, 5)[1] is None
+    for num in (0, 298):
+        with pytest.raises(ValueError, match=naming("num", num, 297)):
+            first_examples(digits.held_out, num)
+
+
+@pytest.mark.parametrize(
+    ("batch", "multiple", "sizes"), [(64, 8, [64] * 4), (512, 8, [296]), (64, 1, [64] * 4)]
+)
+def test_first_batches(digits, batch, multiple, sizes):
     found = first_batches(digits.held_out, batch, multiple, limit=9)
-    assert [len(b["image"]) for b in found] == sizes
+    assert [len(b["x"]) for b in found] == sizes
     assert (np.concatenate([b["index"] for b in found]) == np.arange(sum(sizes))).all()
 
 
-def test_a_batch_larger_than_the_data_is_named(digits):
+def test_batch_larger_than_the_data(digits):
     with pytest.raises(ValueError, match=naming("batch", 1600, 1500)):
         batch_stream(digits.train, 1600, seed=0)
 
@@ -81,50 +136,55 @@ class Counting:
         return {"image": np.full((2, 4, 1), i % 256, np.uint8), "label": int(i)}
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_a_host_reads_its_rows_and_no_others(hosts, monkeypatch):
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_process_reads_its_rows_alone(count, monkeypatch):
     monkeypatch.setattr("diffjax.data.batches.READ_AHEAD", 1)
     monkeypatch.setattr("diffjax.data.batches.THREADS", 1)
-    whole = take(batch_stream(Counting(240), 24, seed=1, start=3), 5)
+    options = {"seed": 1, "start": 3, "conditioning": ClassLabel(240)}
+    whole = take(batch_stream(Counting(240), 24, **options), 5)
     read = []
-    for host in range(hosts):
+    for index in range(count):
         source = Counting(240)
-        mine = take(batch_stream(source, 24, seed=1, start=3, host=host, hosts=hosts), 5)
-        share = 24 // hosts
-        rows = slice(host * share, (host + 1) * share)
+        stream = batch_stream(source, 24, process_index=index, process_count=count, **options)
+        mine = take(stream, 5)
+        share = 24 // count
+        rows = slice(index * share, (index + 1) * share)
         for batch, all_of_it in zip(mine, whole, strict=True):
-            assert (batch["label"] == all_of_it["label"][rows]).all()
-        expected = sorted(np.concatenate([batch["label"] for batch in mine]))
+            assert (batch["condition"] == all_of_it["condition"][rows]).all()
+        expected = sorted(np.concatenate([batch["condition"] for batch in mine]))
         assert set(expected) <= set(source.reads)
         assert len(source.reads) <= (5 + 3) * share  # and what is read ahead
         read.append(set(expected))
     assert sum(map(len, read)) == len(set.union(*read)) == 5 * 24  # within one pass, no image twice
 
 
-def test_flips_are_of_the_seed_and_the_example_alone():
+def test_flips_depend_on_seed_and_example():
     def flipped(batches):
-        return np.concatenate([b["image"][:, 0, 0, 0] > b["image"][:, 0, 1, 0] for b in batches])
+        return np.concatenate([b["x"][:, 0, 0, 0] > b["x"][:, 0, 1, 0] for b in batches])
 
     class Ramp(Counting):
         def __getitem__(self, i):
             return {"image": np.arange(8, dtype=np.uint8).reshape(1, 8, 1)}
 
     def stream(seed=5, flip=True, **options):
-        return batch_stream(Ramp(400), 100, seed=seed, labels=False, flip=flip, **options)
+        return batch_stream(Ramp(400), 100, seed=seed, flip=flip, **options)
 
     whole = flipped(take(stream(), 20))
     assert 0.45 < whole.mean() < 0.55  # 2000 draws: five standard deviations are 0.056
     assert (flipped(take(stream(start=7), 3)) == whole[700:1000]).all()
-    shares = [flipped(take(stream(host=h, hosts=2), 20)).reshape(20, 50) for h in range(2)]
+    shares = [
+        flipped(take(stream(process_index=h, process_count=2), 20)).reshape(20, 50)
+        for h in range(2)
+    ]
     assert (np.concatenate(shares, axis=1).ravel() == whole).all()
     assert (flipped(take(stream(seed=6), 20)) != whole).any()
     assert not flipped(take(stream(flip=False), 4)).any()
-    pixels = take(stream(), 1)[0]["image"]
+    pixels = take(stream(), 1)[0]["x"]
     assert (np.sort(pixels, axis=2) == np.sort(pixels[:1], axis=2)).all()
 
 
-def test_the_stream_reads_ahead_of_who_takes_from_it():
-    """While nothing is taken, a step's worth of batches is read: none holds up the step after it."""
+def test_reading_ahead():
+    """While nothing is taken, a step's worth of batches is read, so that none delays the next."""
     source = Counting(1000)
     stream = batch_stream(source, 10, seed=0)
     next(stream)
@@ -134,6 +194,6 @@ def test_the_stream_reads_ahead_of_who_takes_from_it():
     assert len(source.reads) >= 10 * READ_AHEAD
 
 
-def test_hosts_that_cannot_share_a_batch_are_named(digits):
+def test_batch_not_divisible_by_processes(digits):
     with pytest.raises(ValueError, match=naming("batch", 64, 3)):
-        batch_stream(digits.train, 64, seed=0, hosts=3)
+        batch_stream(digits.train, 64, seed=0, process_count=3)

@@ -6,7 +6,7 @@ from PIL import Image, ImageSequence
 from diffjax.data import image_io
 
 
-def test_eight_bits_survive_the_way_to_floats_and_back():
+def test_eight_bits_round_trip():
     images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     floats = image_io.to_float(images)
     assert (floats.min(), floats.max(), floats.dtype) == (-1, 1, np.float32)
@@ -15,9 +15,11 @@ def test_eight_bits_survive_the_way_to_floats_and_back():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_holds_every_image_where_it_belongs(channels):
+def test_grid_places_every_image(channels):
     images = np.random.default_rng(0).integers(0, 255, (7, 60, 50, channels), np.uint8)
-    sheet = np.asarray(image_io.grid(images, [str(i) for i in range(7)], columns=3, titles=["a", "bb", "ccc"]))
+    sheet = np.asarray(
+        image_io.grid(images, [str(i) for i in range(7)], columns=3, titles=["a", "bb", "ccc"])
+    )
     for i, image in enumerate(images):
         found = [
             (y, x)
@@ -29,7 +31,7 @@ def test_a_grid_holds_every_image_where_it_belongs(channels):
         assert found[0][0] // 70 == i // 3
 
 
-def test_a_picture_has_one_or_three_channels():
+def test_grid_of_two_channels():
     with pytest.raises(ValueError, match=naming("channels", "2", "1", "3")):
         image_io.grid(np.zeros((1, 4, 4, 2), np.uint8))
 
@@ -39,35 +41,43 @@ def written(tmp_path, image, name="a.png"):
     return tmp_path / name
 
 
-def test_an_image_that_fits_is_read_as_it_is(tmp_path):
+def test_fitting_image_is_unchanged(tmp_path):
     for mode, shape in [("L", (6, 4, 1)), ("RGB", (6, 4, 3))]:
         pixels = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
         path = written(tmp_path, Image.fromarray(pixels.squeeze(), mode))
-        found, said = image_io.read(path, shape)
+        found, described = image_io.read(path, shape)
         assert (found == pixels).all()
-        assert said == ""
+        assert described == ""
 
 
 @pytest.mark.parametrize(
-    ("image", "name", "said"),
+    ("image", "name", "described"),
     [
-        (Image.new("RGB", (640, 480), "red"), "a.jpg", "640x480 RGB: cut to its middle, resized to 8x8, made grey"),
+        (
+            Image.new("RGB", (640, 480), "red"),
+            "a.jpg",
+            "640x480 RGB: cut to its middle, resized to 8x8, made grey",
+        ),
         (Image.new("L", (16, 16), 7), "a.png", "16x16 L: resized to 8x8"),
         (Image.new("P", (8, 8)), "a.gif", "8x8 P: made grey"),
-        (Image.new("1", (24, 8), 1), "a.png", "24x8 1: cut to its middle, resized to 8x8, made grey"),
+        (
+            Image.new("1", (24, 8), 1),
+            "a.png",
+            "24x8 1: cut to its middle, resized to 8x8, made grey",
+        ),
         (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "a.png", "8x8 RGBA: laid over white, made grey"),
         (Image.new("CMYK", (8, 8)), "a.jpg", "8x8 CMYK: made grey"),
     ],
 )
-def test_what_is_done_to_an_image_is_said(tmp_path, image, name, said):
+def test_changes_are_described(tmp_path, image, name, described):
     path = written(tmp_path, image, name)
     found, sentence = image_io.read(path, (8, 8, 1))
     assert (found.shape, found.dtype) == ((8, 8, 1), np.uint8)
-    assert sentence == f"{path} is {said}"
+    assert sentence == f"{path} is {described}"
     assert name != "a.png" or image.mode != "RGBA" or found.min() == 255
 
 
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+def test_exif_rotation(tmp_path):
     image = Image.new("RGB", (4, 8))
     image.putpixel((0, 0), (255, 255, 255))
     exif = image.getexif()
@@ -77,7 +87,7 @@ def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
     assert found[0, 7].tolist() == [255, 255, 255]
 
 
-def test_files_that_are_no_images_are_named(tmp_path):
+def test_files_that_are_no_images(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match=naming(tmp_path / "a.png", "PNG", "JPEG")):
         image_io.read(tmp_path / "a.png", (8, 8, 1))
@@ -93,17 +103,20 @@ def test_files_that_are_no_images_are_named(tmp_path):
         image_io.read(tmp_path / "none.png", (8, 8, 1))
 
 
-def test_an_animation_shows_every_frame_and_rests_on_the_last(tmp_path):
+def test_animation_rests_on_the_last_frame(tmp_path):
     frames = [image_io.grid(np.full((1, 8, 8, 1), value, np.uint8)) for value in (0, 90, 180)]
     image_io.save_gif(tmp_path / "folder" / "a.gif", frames)
     animation = Image.open(tmp_path / "folder" / "a.gif")
-    shown = [(f.convert("L").getpixel((20, 20)), f.info["duration"]) for f in ImageSequence.Iterator(animation)]
+    shown = [
+        (f.convert("L").getpixel((20, 20)), f.info["duration"])
+        for f in ImageSequence.Iterator(animation)
+    ]
     assert [value for value, _ in shown] == [0, 90, 180]
     assert shown[-1][1] == 2000
     assert animation.info["loop"] == 0
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+def test_png_is_whole_or_unchanged(tmp_path):
     image_io.save_png(tmp_path / "a.png", Image.new("L", (3, 3)))
     before = (tmp_path / "a.png").read_bytes()
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from diffjax.evaluation import metrics
 
-NO_ERROR = 1e-9  # of what float64 computes in a few thousand operations, relative to numbers of order 1
+NO_ERROR = 1e-9  # of a few thousand operations in float64, relative to numbers of order 1
 
 
 def gaussian(seed, n, size=5, mean=0.0, scale=1.0):
@@ -14,12 +14,14 @@ def gaussian(seed, n, size=5, mean=0.0, scale=1.0):
 
 
 def moments_of(features):
-    return metrics.add(metrics.no_moments(features.shape[1]), features)
+    return metrics.Moments.empty(features.shape[1]).update(features)
 
 
 def exactly(mean, covariance, count=101):
     """Moments of a Gaussian that is known."""
-    return metrics.Moments(count, np.asarray(mean, float), np.asarray(covariance, float) * (count - 1))
+    return metrics.Moments(
+        count, np.asarray(mean, float), np.asarray(covariance, float) * (count - 1)
+    )
 
 
 def rotation(seed, size=5):
@@ -28,49 +30,53 @@ def rotation(seed, size=5):
 
 seeds = st.integers(0, 2**32 - 1)
 
-# ------------------------------------------------------------------------------------------- moments
+# ------------------------------------------------------------------------------- moments
 
 
 @given(seeds, st.lists(st.integers(0, 40), min_size=1, max_size=6), st.sampled_from([0.0, 1e6]))
-def test_moments_in_any_chunking_are_numpys(seed, sizes, mean):
+def test_moments_in_any_chunking(seed, sizes, mean):
     """Also far from 0, where a sum of squares has lost 12 of its 16 digits."""
     features = gaussian(seed, sum(sizes) + 2, mean=mean)
-    found = metrics.no_moments(5)
+    found = metrics.Moments.empty(5)
     for chunk in np.split(features, np.cumsum(sizes)):
-        found = metrics.add(found, chunk)
+        found = found.update(chunk)
     assert found.count == len(features)
     # Deviations are exact to 1e-16 of the mean, and enter twice.
     tolerance = 1e-10 + 1e-15 * mean
     np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-14, atol=1e-12)
-    np.testing.assert_allclose(found.scatter / (found.count - 1), np.cov(features.T), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        found.scatter / (found.count - 1), np.cov(features.T), rtol=tolerance, atol=tolerance
+    )
 
 
 @given(seeds, st.integers(0, 20))
-def test_merging_is_adding(seed, at):
+def test_merge_is_update(seed, at):
     features = gaussian(seed, 20)
-    found = metrics.merge(moments_of(features[:at]), moments_of(features[at:]))
+    found = moments_of(features[:at]).merge(moments_of(features[at:]))
     for a, b in zip(found, moments_of(features), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------- Frechet's distance
+# ------------------------------------------------------------------------------- Frechet distance
 
 
 def bures(a, b):
-    """The closed form for covariances that commute, with the axes V: sum of (sqrt(a) - sqrt(b))^2."""
+    """The closed form for covariances that commute: sum of (sqrt(a) - sqrt(b))^2."""
     return np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
 
 
 @given(seeds)
-def test_frechet_distance_of_gaussians_that_share_their_axes(seed):
+def test_frechet_of_shared_axes(seed):
     rng = np.random.default_rng(seed)
     a, b, shift, V = rng.uniform(0, 3, 5), rng.uniform(0, 3, 5), rng.normal(size=5), rotation(seed)
-    found = metrics.frechet_distance(exactly(shift, V * a @ V.T), exactly(np.zeros(5), V * b @ V.T, count=7))
+    found = metrics.frechet_distance(
+        exactly(shift, V * a @ V.T), exactly(np.zeros(5), V * b @ V.T, count=7)
+    )
     assert found == pytest.approx(shift @ shift + bures(a, b), abs=NO_ERROR)
 
 
-def test_frechet_distance_of_few_images_is_exact_too():
-    """80 features of which 5 vary: the other eigenvalues are rounding's, and their roots 1e-8 each."""
+def test_frechet_of_few_images():
+    """80 features of which 5 vary: the other eigenvalues are rounding, of roots 1e-8 each."""
     rng, V = np.random.default_rng(0), rotation(0, 80)
     a, b = np.zeros(80), rng.uniform(0, 3, 80)
     a[:5] = rng.uniform(0, 3, 5)
@@ -79,7 +85,7 @@ def test_frechet_distance_of_few_images_is_exact_too():
     assert metrics.frechet_distance(other, one) == pytest.approx(bures(a, b), rel=NO_ERROR)
 
 
-def test_frechet_distance_of_any_two_gaussians_of_the_plane():
+def test_frechet_in_the_plane():
     """tr (S_a S_b)^1/2 = sqrt(tr S_a S_b + 2 sqrt(det S_a S_b)) there."""
     for seed in range(20):
         a, b = (np.cov(gaussian(seed + k, 10, 2).T) for k in (0, 100))
@@ -89,8 +95,8 @@ def test_frechet_distance_of_any_two_gaussians_of_the_plane():
 
 
 @given(seeds, st.integers(2, 30))
-def test_frechet_distance_is_a_distance(seed, n):
-    """Of few images too, whose covariance is singular: rounding in its null space must not add up."""
+def test_frechet_is_a_distance(seed, n):
+    """Also with singular covariances: rounding in their null space must not add up."""
     a, b, c = (moments_of(gaussian(seed + k, n, 8, mean=k)) for k in range(3))
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=NO_ERROR)
     assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a), abs=1e-7)
@@ -99,7 +105,7 @@ def test_frechet_distance_is_a_distance(seed, n):
 
 
 @given(seeds)
-def test_frechet_distance_does_not_see_rotations_or_translations_of_both(seed):
+def test_frechet_is_invariant(seed):
     a, b = gaussian(seed, 30), gaussian(seed + 1, 40, scale=2.0)
     V, shift = rotation(seed), gaussian(seed + 2, 1)
     before = metrics.frechet_distance(moments_of(a), moments_of(b))
@@ -107,7 +113,7 @@ def test_frechet_distance_does_not_see_rotations_or_translations_of_both(seed):
     assert after == pytest.approx(before, abs=NO_ERROR)
 
 
-# ------------------------------------------------------------------------------------------- the kernel distance
+# ------------------------------------------------------------------------------- kernel distance
 
 
 def discrepancy(x, y):
@@ -116,29 +122,35 @@ def discrepancy(x, y):
     def mean(pairs):
         return np.mean([(u @ v / len(u) + 1) ** 3 for u, v in pairs])
 
-    within = [mean([(u, v) for i, u in enumerate(z) for j, v in enumerate(z) if i != j]) for z in (x, y)]
+    within = [
+        mean([(u, v) for i, u in enumerate(z) for j, v in enumerate(z) if i != j]) for z in (x, y)
+    ]
     return sum(within) - 2 * mean([(u, v) for u in x for v in y])
 
 
 @given(seeds, st.integers(3, 8), st.integers(3, 8))
 @settings(max_examples=20)
-def test_kernel_distance_is_its_definition_and_its_error_the_jackknife(seed, m, n):
+def test_kernel_by_definition(seed, m, n):
     x, y = gaussian(seed, m), gaussian(seed + 1, n, mean=0.5)
     found, error = metrics.kernel_distance(x, y)
     assert found == pytest.approx(discrepancy(x, y), abs=NO_ERROR)
     of_x = [discrepancy(np.delete(x, i, 0), y) for i in range(m)]
     of_y = [discrepancy(x, np.delete(y, i, 0)) for i in range(n)]
-    assert error == pytest.approx(np.sqrt((m - 1) * np.var(of_x) + (n - 1) * np.var(of_y)), abs=NO_ERROR)
+    assert error == pytest.approx(
+        np.sqrt((m - 1) * np.var(of_x) + (n - 1) * np.var(of_y)), abs=NO_ERROR
+    )
 
 
-def test_kernel_distance_of_subsets_is_that_of_each():
+def test_kernel_of_subsets():
     x, y = gaussian(0, 20), gaussian(1, 30, mean=0.5)
     subsets = [(np.arange(k, k + 9), np.arange(2 * k, 2 * k + 12)) for k in range(5)]
     each = [metrics.kernel_distance(x[i], y[j])[0] for i, j in subsets]
-    assert metrics.kernel_distance(x, y, subsets) == pytest.approx((np.mean(each), np.std(each)), abs=NO_ERROR)
+    assert metrics.kernel_distance(x, y, subsets) == pytest.approx(
+        (np.mean(each), np.std(each)), abs=NO_ERROR
+    )
 
 
-def test_kernel_distance_works_in_blocks():
+def test_kernel_in_blocks():
     """More images than fit into one, against all kernels at once; and neither set is first."""
     x, y = gaussian(0, 1203, 3), gaussian(1, 701, 3, mean=0.3)
     k = [(a @ b.T / 3 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
@@ -149,33 +161,37 @@ def test_kernel_distance_works_in_blocks():
 
 
 @pytest.mark.parametrize(("mean", "too_large"), [(0.0, 1.42), (0.7, 1.05)])
-def test_kernel_distance_is_unbiased_and_its_error_honest(mean, too_large):
+def test_kernel_is_unbiased(mean, too_large):
     """Over 400 draws of 40 and 60 images: E k(x, x') is E (1 + x.x'/D)^3, known for Gaussians."""
     found = np.array(
-        [metrics.kernel_distance(gaussian((0, i), 40), gaussian((1, i), 60, mean=mean)) for i in range(400)]
+        [
+            metrics.kernel_distance(gaussian((0, i), 40), gaussian((1, i), 60, mean=mean))
+            for i in range(400)
+        ]
     )
     true = expected_kernel(0, 0) + expected_kernel(mean, mean) - 2 * expected_kernel(0, mean)
     spread = found[:, 0].std(ddof=1)
     assert abs(found[:, 0].mean() - true) < 4 * spread / np.sqrt(400)
-    # What it says of itself, against what it is, known to 1/sqrt(800) and less for its tails. Of equal sets, where
-    # single images tell nothing and pairs all, the jackknife counts every pair twice.
-    said = np.sqrt(np.mean(found[:, 1] ** 2))
-    assert 0.9 * too_large < said / spread < 1.15 * too_large
+    # The error as estimated, against the true one, which is known to 1/sqrt(800) and less for its
+    # tails. Of equal sets, where only pairs matter, the jackknife counts every pair twice.
+    estimated = np.sqrt(np.mean(found[:, 1] ** 2))
+    assert 0.9 * too_large < estimated / spread < 1.15 * too_large
 
 
 def expected_kernel(a, b, size=5):
-    """E (1 + x.y/D)^3 for independent x ~ N(a, 1), y ~ N(b, 1) in every one of D dimensions, from the cumulants of x*y:
-    ab, 1 + a^2 + b^2, and 6ab.
+    """E (1 + x.y/D)^3 for independent x ~ N(a, 1), y ~ N(b, 1) in every one of D dimensions.
+
+    From the cumulants of x*y: ab, 1 + a^2 + b^2, and 6ab.
     """
     k1, k2, k3 = a * b * size, (1 + a**2 + b**2) * size, 6 * a * b * size
     m1, m2, m3 = k1, k2 + k1**2, k3 + 3 * k2 * k1 + k1**3
     return 1 + 3 * m1 / size + 3 * m2 / size**2 + m3 / size**3
 
 
-# ------------------------------------------------------------------------------------------- the inception score
+# ------------------------------------------------------------------------------- inception score
 
 
-def test_inception_score_of_certain_and_of_uncertain_classifiers():
+def test_inception_score_extremes():
     classes = 7
     certain = np.eye(classes)[np.arange(10 * classes) % classes]
     assert metrics.inception_score(certain) == pytest.approx((classes, 0), abs=NO_ERROR)
@@ -185,7 +201,7 @@ def test_inception_score_of_certain_and_of_uncertain_classifiers():
 
 
 @given(seeds, st.integers(1, 5))
-def test_inception_score_is_mutual_information_and_has_its_bounds(seed, splits):
+def test_inception_score_is_mutual_information(seed, splits):
     """H(y) - H(y|x), of each part."""
     p = np.random.default_rng(seed).dirichlet(np.full(4, 0.3), size=23)
     mean, spread = metrics.inception_score(p, splits)
@@ -199,67 +215,75 @@ def test_inception_score_is_mutual_information_and_has_its_bounds(seed, splits):
     assert 1 - NO_ERROR <= mean <= 4 + NO_ERROR
 
 
-# ------------------------------------------------------------------------------------------- precision and recall
+# ------------------------------------------------------------------------------- precision, recall
 
 
-def test_precision_and_recall_of_itself_and_of_what_is_far():
+def test_precision_recall_extremes():
     real = gaussian(0, 60)
     assert metrics.precision_recall(real, real) == (1, 1)
     assert metrics.precision_recall(real, real + 1e3) == (0, 0)
 
 
-def test_precision_and_recall_see_lost_modes_and_nonsense():
-    """Two modes of equal weight, of which one is made, or four, of which two are real."""
+def test_precision_recall_of_modes():
+    """Two modes of equal weight, of which one is generated, or four, of which two are real."""
     modes = [gaussian(k, 50, 2, mean=100.0 * k) for k in range(4)]
     two, four = np.concatenate(modes[:2]), np.concatenate(modes)
     assert metrics.precision_recall(two, modes[0]) == (1, 0.5)
     assert metrics.precision_recall(two, four) == (0.5, 1)
 
 
-def nearest(real, made, k):
+def nearest(real, generated, k):
     """By its definition, distance by distance."""
 
     def covered(points, by):
         radii = [np.sort([np.linalg.norm(a - b) for b in by])[k] for a in by]
-        return np.mean([any(np.linalg.norm(p - b) <= r for b, r in zip(by, radii, strict=True)) for p in points])
+        return np.mean(
+            [
+                any(np.linalg.norm(p - b) <= r for b, r in zip(by, radii, strict=True))
+                for p in points
+            ]
+        )
 
-    return covered(made, real), covered(real, made)
+    return covered(generated, real), covered(real, generated)
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 9))
 @settings(max_examples=20)
-def test_precision_and_recall_are_their_definition_in_any_batch(seed, k, batch):
-    real, made = gaussian(seed, 12, 2), gaussian(seed + 1, 9, 2, mean=1.0)
-    found = metrics.precision_recall(real, made, k, batch)
-    assert found == nearest(real, made, k)
-    assert metrics.precision_recall(made, real, k, batch) == found[::-1]
+def test_precision_recall_by_definition(seed, k, batch):
+    real, generated = gaussian(seed, 12, 2), gaussian(seed + 1, 9, 2, mean=1.0)
+    found = metrics.precision_recall(real, generated, k, batch)
+    assert found == nearest(real, generated, k)
+    assert metrics.precision_recall(generated, real, k, batch) == found[::-1]
     V, shift = rotation(seed, 2), gaussian(seed + 2, 1, 2)
-    assert metrics.precision_recall(real @ V + shift, made @ V + shift, k, batch) == found
+    assert metrics.precision_recall(real @ V + shift, generated @ V + shift, k, batch) == found
 
 
 @pytest.mark.parametrize("batch", [7, 500])
-def test_copies_of_one_image_cover_that_image(batch):
-    """Balls of radius 0 hold their centre, though the 36th image is alone in its batch of 7, where products are rounded
-    otherwise.
+def test_precision_recall_of_copies(batch):
+    """Balls of radius 0 contain their centre.
+
+    The 36th image is alone in its batch of 7, where products are rounded otherwise.
     """
     for seed in range(20):
         real = gaussian(seed, 36, 67, mean=3.0)
-        made = np.concatenate([np.repeat(real[-1:], 4, 0), gaussian(seed + 1, 40, 67, mean=500.0)])
-        assert metrics.precision_recall(real, made, batch=batch) == (4 / 44, 1 / 36)
+        generated = np.concatenate(
+            [np.repeat(real[-1:], 4, 0), gaussian(seed + 1, 40, 67, mean=500.0)]
+        )
+        assert metrics.precision_recall(real, generated, batch=batch) == (4 / 44, 1 / 36)
 
 
-# ------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------- bad input
 
-# Each with what it says there are too few of, and how many images it takes.
+# Each with the argument that has too few images, and how many it needs.
 SETS = {
     "frechet": (lambda a, b: metrics.frechet_distance(moments_of(a), moments_of(b)), "moments", 2),
-    "kernel": (metrics.kernel_distance, "made", 3),
-    "precision, recall": (metrics.precision_recall, "made", 4),
+    "kernel": (metrics.kernel_distance, "generated", 3),
+    "precision, recall": (metrics.precision_recall, "generated", 4),
 }
 
 
 @pytest.mark.parametrize(("measure", "too_few", "least"), SETS.values(), ids=SETS)
-def test_bad_features_are_told_in_a_sentence(measure, too_few, least):
+def test_bad_features(measure, too_few, least):
     real = gaussian(0, 20)
     with pytest.raises(ValueError, match=naming(too_few, "1", least)):
         measure(real, real[:1])
@@ -269,11 +293,11 @@ def test_bad_features_are_told_in_a_sentence(measure, too_few, least):
         measure(real, np.where(np.arange(5) == 2, np.nan, real))
 
 
-def test_bad_arguments_are_told_in_a_sentence():
+def test_bad_arguments():
     real = gaussian(0, 20)
     with pytest.raises(ValueError, match=naming("features", "[5]")):
-        metrics.add(metrics.no_moments(5), real[0])
-    with pytest.raises(ValueError, match=naming("made", "[5]")):
+        metrics.Moments.empty(5).update(real[0])
+    with pytest.raises(ValueError, match=naming("generated", "[5]")):
         metrics.kernel_distance(real, real[0])
     with pytest.raises(ValueError, match=naming("moments", "NaN")):
         metrics.frechet_distance(exactly(np.full(2, np.nan), np.eye(2)), exactly([0, 0], np.eye(2)))

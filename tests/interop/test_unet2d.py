@@ -68,7 +68,12 @@ def test_what_is_written_is_read_again(tmp_path_factory, network, diffusion, cla
     unet2d.save(folder, config, SHAPE, classes, params, weights, 7)
     found = unet2d.load(folder)
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
-    assert (found.image_shape, found.classes, found.weights, found.step) == (SHAPE, classes, weights, 7)
+    assert (found.image_shape, found.classes, found.weights, found.step) == (
+        SHAPE,
+        classes,
+        weights,
+        7,
+    )
     levels = build_schedule(config), build_schedule(found.config)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *levels)
     assert found.config.diffusion.prediction == diffusion.prediction
@@ -78,7 +83,8 @@ def test_what_is_written_is_read_again(tmp_path_factory, network, diffusion, cla
 
 
 CONFIG = Config(
-    network=UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups=4), data=Data()
+    network=UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups=4),
+    data=Data(),
 )
 
 
@@ -96,12 +102,24 @@ def theirs(tmp_path):
 
 
 MISTAKES = [
-    ("config.json", {"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel", "UNet2DModel"]),
+    (
+        "config.json",
+        {"_class_name": "UNet2DConditionModel"},
+        ["UNet2DConditionModel", "UNet2DModel"],
+    ),
     ("config.json", {"sample_size": None}, ["sample_size", "None"]),
-    ("config.json", {"time_embedding_type": "fourier"}, ["time_embedding_type", "fourier", "positional"]),
+    (
+        "config.json",
+        {"time_embedding_type": "fourier"},
+        ["time_embedding_type", "fourier", "positional"],
+    ),
     ("config.json", {"out_channels": 5}, ["out_channels", 5, "in_channels"]),
     ("config.json", {"block_out_channels": [8, 12]}, ["block_out_channels", [8, 12]]),
-    ("config.json", {"down_block_types": ["SkipDownBlock2D"] * 2}, ["down_block_types", "SkipDownBlock2D"]),
+    (
+        "config.json",
+        {"down_block_types": ["SkipDownBlock2D"] * 2},
+        ["down_block_types", "SkipDownBlock2D"],
+    ),
     ("config.json", {"up_block_types": ["UpBlock2D"] * 2}, ["up_block_types", "UpBlock2D"]),
     ("config.json", {"layers_per_block": 2}, [WEIGHTS, "down_blocks.0.resnets.1"]),
     ("config.json", {"block_out_channels": [16, 32]}, [WEIGHTS, "conv_in.bias", (8,), (16,)]),
@@ -148,21 +166,34 @@ def test_a_pipeline_with_old_names_and_unknown_weights_is_read(theirs, tmp_path)
     save_file(tensors, tmp_path / "pipeline" / "unet" / WEIGHTS, metadata={"format": "pt"})
     found = unet2d.load(tmp_path / "pipeline")
     assert found.weights == "unknown"
-    assert all(any(re.search(naming(word), remark) for remark in found.remarks) for word in ("weights", 4))
-    assert (found.classes, found.config.network.null_label, found.config.train.label_dropout) == (4, False, 0)
+    assert all(
+        any(re.search(naming(word), remark) for remark in found.remarks) for word in ("weights", 4)
+    )
+    assert (found.classes, found.config.network.null_label, found.config.train.label_dropout) == (
+        4,
+        False,
+        0,
+    )
     jax.tree.map(np.testing.assert_array_equal, found.params, params_of(CONFIG, 3))
 
 
 @pytest.mark.parametrize(
     ("fields", "name", "metadata", "expected"),
     [
-        ({"optimization_step": 9, "use_ema_warmup": False, "inv_gamma": 1.0, "decay": 0.999}, WEIGHTS, {}, "ema"),
+        (
+            {"optimization_step": 9, "use_ema_warmup": False, "inv_gamma": 1.0, "decay": 0.999},
+            WEIGHTS,
+            {},
+            "ema",
+        ),
         ({}, "diffusion_pytorch_model.non_ema.safetensors", {}, "raw"),
         ({}, WEIGHTS, {"weights": "raw"}, "raw"),
         ({}, WEIGHTS, {}, "unknown"),
     ],
 )
-def test_whether_weights_are_averaged_is_said_where_it_is_known(theirs, fields, name, metadata, expected):
+def test_whether_weights_are_averaged_is_said_where_it_is_known(
+    theirs, fields, name, metadata, expected
+):
     folder = theirs("config.json", **fields)
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
@@ -175,7 +206,9 @@ def test_a_repository_is_downloaded(theirs, monkeypatch):
     monkeypatch.setitem(
         sys.modules,
         "huggingface_hub",
-        types.SimpleNamespace(snapshot_download=lambda name, allow_patterns: asked.append(name) or str(folder)),
+        types.SimpleNamespace(
+            snapshot_download=lambda name, allow_patterns: asked.append(name) or str(folder)
+        ),
     )
     assert load_model("hf:someone/digits").name == "unet of hf:theirs"
     assert asked == ["someone/digits"]
@@ -207,7 +240,9 @@ def test_what_diffusers_does_not_have_is_not_written(tmp_path, network, diffusio
         unet2d.save(tmp_path, config, SHAPE, 3, params_of(config, 3), "ema", 0)
 
 
-def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(theirs, tmp_path, monkeypatch, capsys):
+def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(
+    theirs, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     folder = theirs("config.json")
     source = f"hf:{folder}"
@@ -299,9 +334,9 @@ def test_a_network_of_diffusers_says_the_same_here_and_back_there(name, tmp_path
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "theirs")
-    theirs.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").save_pretrained(
-        tmp_path / "theirs"
-    )
+    theirs.DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
+    ).save_pretrained(tmp_path / "theirs")
     found = unet2d.load(tmp_path / "theirs")
     np.testing.assert_array_equal(build_schedule(found.config), schedule.cosine(1000))
     unet = build_unet(found.config, found.image_shape, found.classes)
@@ -311,14 +346,22 @@ def test_a_network_of_diffusers_says_the_same_here_and_back_there(name, tmp_path
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(jax.jit(unet.apply)({"params": found.params}, x, jnp.asarray(t), label))
     unet2d.save(
-        tmp_path / "back", found.config, found.image_shape, found.classes, found.params, found.weights, found.step
+        tmp_path / "back",
+        found.config,
+        found.image_shape,
+        found.classes,
+        found.params,
+        found.weights,
+        found.step,
     )
     theirs.DDPMScheduler.from_pretrained(tmp_path / "back")
     for folder in ("theirs", "back"):
         again = theirs.UNet2DModel.from_pretrained(tmp_path / folder).eval()
         with torch.no_grad():
             images = torch.from_numpy(x).permute(0, 3, 1, 2)
-            said = again(images, torch.from_numpy(t), None if label is None else torch.from_numpy(label)).sample
+            said = again(
+                images, torch.from_numpy(t), None if label is None else torch.from_numpy(label)
+            ).sample
         said = said.permute(0, 2, 3, 1).numpy()
         assert np.abs(ours - said).max() / np.abs(said).max() < 2e-4
     assert Path(tmp_path / "back" / WEIGHTS).exists()

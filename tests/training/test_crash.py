@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from helpers import QUICK, QUIET, TINY, check_told, free_port, naming, of_steps
+from helpers import QUICK, QUIET, TINY, check_told, free_port, lines_of, naming, of_steps
 
 from diffjax.checkpoint import Checkpoints
 from diffjax.cli import train
@@ -22,7 +22,16 @@ from diffjax.inference.pipeline import ModelInfo, load_model
 
 KILLS = int(os.environ.get("KILLS", "5"))  # `make crash` asks for more
 STEPS = 12 + 4 * KILLS
-SHORT = [*TINY, *QUIET, "--diffusion.schedule", "cosine", "--diffusion.T", 20, "--train.log-every", 1]
+SHORT = [
+    *TINY,
+    *QUIET,
+    "--diffusion.schedule",
+    "cosine",
+    "--diffusion.T",
+    20,
+    "--train.log-every",
+    1,
+]
 
 
 def steps_of(folder):
@@ -32,13 +41,17 @@ def steps_of(folder):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "steps_per_second"} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name != "steps_per_second"}
+        for line in lines
+    ]
 
 
 def assert_same_run(folder, expected):
     for weights in ("raw", "ema"):
         jax.tree.map(
-            np.testing.assert_array_equal, *(load_model(f, weights=weights).params for f in (folder, expected))
+            np.testing.assert_array_equal,
+            *(load_model(f, weights=weights).params for f in (folder, expected)),
         )
     assert metrics(folder) == metrics(expected)
 
@@ -92,13 +105,19 @@ def test_killed_again_and_again_a_run_ends_as_if_never_interrupted(killed, unint
     """Parameters, averages and metrics bit for bit; no checkpoint lost, nothing left of saves that were cut short."""
     assert_same_run(killed, uninterrupted)
     assert steps_of(killed) == [STEPS - 2, STEPS - 1, STEPS]
-    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "curve.png", "metrics.jsonl"]
+    assert sorted(path.name for path in killed.iterdir()) == [
+        "checkpoints",
+        "curve.png",
+        "metrics.jsonl",
+    ]
     assert len(list((killed / "checkpoints").iterdir())) == 3
 
 
 # Where one array cannot be read, Orbax leaves the reads of others under way, and they find its event loop closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(killed, uninterrupted, run_program, arguments):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    killed, uninterrupted, run_program, arguments
+):
     last, before = killed / "checkpoints" / str(STEPS), killed / "checkpoints" / str(STEPS - 1)
     for payload in (last / "params").rglob("d/*"):
         content = bytearray(payload.read_bytes())
@@ -122,7 +141,9 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(killed, tmp_path, run_p
     shutil.copytree(killed, tmp_path / "run")
     for step in steps_of(tmp_path / "run"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step) / "rest")
-    code, _, err = run_program(*arguments, "--workdir", tmp_path / "run", "--train.steps", STEPS + 1, flags=QUICK)
+    code, _, err = run_program(
+        *arguments, "--workdir", tmp_path / "run", "--train.steps", STEPS + 1, flags=QUICK
+    )
     check_told(code, err, str(tmp_path / "run" / "checkpoints" / str(STEPS)))
     assert steps_of(tmp_path / "run") == steps_of(killed)
 
@@ -136,7 +157,7 @@ def test_a_signal_leaves_a_run_that_goes_on(number, code, program, tmp_path):
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == code, err
-    said = err.strip().splitlines()[-1]
+    (said,) = lines_of(err)
     assert "Traceback" not in err
     assert re.search(naming(load_model(tmp_path).step), said)
 
@@ -144,7 +165,9 @@ def test_a_signal_leaves_a_run_that_goes_on(number, code, program, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder of two megabytes."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True
+    ).returncode:
         pytest.skip("only root can mount a small disk")
     yield tmp_path
     subprocess.run(["umount", "-l", tmp_path], check=True)
@@ -168,7 +191,9 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(small_disk, run_pro
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    os.truncate(filler, filler.stat().st_size - 16384)  # room for metrics, and for the start of a checkpoint
+    os.truncate(
+        filler, filler.stat().st_size - 16384
+    )  # room for metrics, and for the start of a checkpoint
     code, _, err = run_program(*arguments, "--train.steps", 40, flags=QUICK)
     check_told(code, err, str(small_disk / "run" / "checkpoints"), after_progress=True)
     filler.unlink()
@@ -185,7 +210,10 @@ def two_hosts(program, *arguments):
     """Two processes of four devices each, which train one run."""
     flags = f"{QUICK} --xla_force_host_platform_device_count=4"
     together = ["--distributed", f"localhost:{free_port()}", "--processes", 2]
-    return [program("train.py", *HOSTS, *arguments, *together, "--process", i, flags=flags) for i in range(2)]
+    return [
+        program("train.py", *HOSTS, *arguments, *together, "--process", i, flags=flags)
+        for i in range(2)
+    ]
 
 
 def test_two_processes_of_four_devices_train_what_one_of_eight_does(program, data_dir, tmp_path):
@@ -205,7 +233,9 @@ def test_two_processes_of_four_devices_train_what_one_of_eight_does(program, dat
     assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert sorted(path.name for path in (tmp_path / "two" / "previews").iterdir()) == ["0000006.png"]
+    assert sorted(path.name for path in (tmp_path / "two" / "previews").iterdir()) == [
+        "0000006.png"
+    ]
 
 
 def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_path):
@@ -217,12 +247,14 @@ def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_pa
     moved = Checkpoints(tmp_path)
     moved.save(state._replace(step=np.int32(far)), description.to_dict())
     moved.close()
-    hosts = two_hosts(program, "--train.save-every", 1, "--train.steps", 2 * far, "--workdir", tmp_path)
+    hosts = two_hosts(
+        program, "--train.save-every", 1, "--train.steps", 2 * far, "--workdir", tmp_path
+    )
     try:
         while all(host.poll() is None for host in hosts) and max(steps_of(tmp_path)) < far + 3:
             time.sleep(0.01)
         hosts[1].send_signal(signal.SIGTERM)
-        told = [host.communicate(timeout=100)[1].strip().splitlines()[-1] for host in hosts]
+        told = [lines_of(host.communicate(timeout=100)[1])[-1] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
@@ -232,5 +264,7 @@ def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_pa
 
 
 def test_hosts_that_cannot_be_found_are_asked_for(run_program, tmp_path):
-    code, _, err = run_program("train.py", "digits", "--workdir", tmp_path / "x", "--distributed", "auto", flags=QUICK)
+    code, _, err = run_program(
+        "train.py", "digits", "--workdir", tmp_path / "x", "--distributed", "auto", flags=QUICK
+    )
     check_told(code, err, ("distributed", "auto", "HOST:PORT", "processes", "process"))

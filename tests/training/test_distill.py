@@ -19,7 +19,16 @@ from diffjax import distillation, loss, process, sampler, schedule, testing
 from diffjax.build import build_optimizer, build_schedule, build_unet, init_params
 from diffjax.checkpoint import Checkpoints
 from diffjax.cli import demo, edit, evaluate, frontier, sample, train
-from diffjax.config import Config, Data, Diffusion, Distillation, Train, UNetConfig, check_config, check_resume
+from diffjax.config import (
+    Config,
+    Data,
+    Diffusion,
+    Distillation,
+    Train,
+    UNetConfig,
+    check_config,
+    check_resume,
+)
 from diffjax.denoiser import classifier_free_guidance, clip, condition_on, from_network
 from diffjax.devices import parallel
 from diffjax.inference import samplers
@@ -43,7 +52,9 @@ from diffjax.training.step import init_state, make_train_step, step_key
 
 def curved(x, level):
     """A teacher that is no straight line, neither in x nor in the level."""
-    return np.tanh(process.append_dims(1 + level.alpha, x) * x + process.append_dims(level.sigma, x) ** 2)
+    return np.tanh(
+        process.append_dims(1 + level.alpha, x) * x + process.append_dims(level.sigma, x) ** 2
+    )
 
 
 def at_row(rows, level):
@@ -55,7 +66,9 @@ def at_row(rows, level):
 @st.composite
 def grids(draw, least=1, **kinds):
     """A schedule and a number of steps that it can be visited in, `least` times over."""
-    levels = draw(testing.schedules(**kinds).filter(lambda levels: schedule.length(levels) >= least))
+    levels = draw(
+        testing.schedules(**kinds).filter(lambda levels: schedule.length(levels) >= least)
+    )
     return levels, draw(st.integers(1, min(64, schedule.length(levels) // least)))
 
 
@@ -65,14 +78,20 @@ def test_a_student_given_the_target_takes_one_step_where_its_teacher_takes_two(g
     rows = distillation.halving_levels(levels, steps)
 
     def student(teacher):
-        return lambda x_t, level: distillation.progressive_target(teacher, x_t, *at_row(rows, level))
+        return lambda x_t, level: distillation.progressive_target(
+            teacher, x_t, *at_row(rows, level)
+        )
 
     testing.assert_halving(student, curved, levels, steps, x)
     # A level per image, as training has them, is no other arithmetic.
     n = min(3, steps)
-    together = distillation.progressive_target(curved, x[:n], *jax.tree.map(lambda leaf: leaf[:n], rows))
+    together = distillation.progressive_target(
+        curved, x[:n], *jax.tree.map(lambda leaf: leaf[:n], rows)
+    )
     for i in range(n):
-        alone = distillation.progressive_target(curved, x[i : i + 1], *at_row(rows, Level(rows[0].t[i], 0, 0)))
+        alone = distillation.progressive_target(
+            curved, x[i : i + 1], *at_row(rows, Level(rows[0].t[i], 0, 0))
+        )
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
 
 
@@ -81,13 +100,17 @@ def test_a_student_given_the_target_takes_one_step_where_its_teacher_takes_two(g
 def test_the_whole_chain_of_perfect_students_is_the_teacher(name, emptied):
     """From 64 steps to 1 the target of the target of ... is DDIM in 64 steps, on every schedule that can be trained
     on, with no signal at level T too; 100 levels are not even divisible by 64."""
-    levels = build_schedule(Config(diffusion=Diffusion(schedule=name, T=100, zero_terminal_snr=emptied)))
+    levels = build_schedule(
+        Config(diffusion=Diffusion(schedule=name, T=100, zero_terminal_snr=emptied))
+    )
     x = np.random.default_rng(0).normal(size=(2, 2, 2))
     end = testing.run_plan(curved, sampler.ddim(levels, schedule.trailing(levels, 64)), x)
     student = curved
     for steps in (32, 16, 8, 4, 2, 1):
         rows = distillation.halving_levels(levels, steps)
-        student = lambda x_t, level, s=student, rows=rows: distillation.progressive_target(s, x_t, *at_row(rows, level))  # noqa: E731
+        student = lambda x_t, level, s=student, rows=rows: distillation.progressive_target(
+            s, x_t, *at_row(rows, level)
+        )  # noqa: E731
         plan = sampler.ddim(levels, schedule.trailing(levels, steps))
         np.testing.assert_allclose(testing.run_plan(student, plan, x), end, rtol=0, atol=1e-9)
 
@@ -99,7 +122,9 @@ def test_where_the_path_ends_is_a_fixed_point_of_consistency(grid, seed):
     rows = distillation.adjacent_levels(levels, steps)
 
     def target(student, teacher):
-        return lambda x_t, level: distillation.consistency_target(student, teacher, x_t, *at_row(rows, level))
+        return lambda x_t, level: distillation.consistency_target(
+            student, teacher, x_t, *at_row(rows, level)
+        )
 
     with jax.enable_x64(True):
         testing.assert_consistency(target, curved, levels, steps, x)
@@ -113,12 +138,18 @@ MEANS = np.array([-0.5, 0.5, 0.0])  # by label, the last for none
 
 def knowing(x, level, label):
     """The denoiser of Gaussian data whose mean is their label's."""
-    return testing.gaussian_denoiser(process.append_dims(jnp.asarray(MEANS)[label], x), 0.3)(x, level)
+    return testing.gaussian_denoiser(process.append_dims(jnp.asarray(MEANS)[label], x), 0.3)(
+        x, level
+    )
 
 
 def batch(indices):
     image = np.random.default_rng(0).uniform(-1, 1, (64, 2, 2, 1))[indices]
-    return {"image": image, "label": np.asarray(indices) % 2, "index": np.asarray(indices, np.uint32)}
+    return {
+        "image": image,
+        "label": np.asarray(indices) % 2,
+        "index": np.asarray(indices, np.uint32),
+    }
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0"])
@@ -140,16 +171,24 @@ def test_the_student_that_says_guided_estimates_at_its_scale_has_no_loss(x64, pr
         return classifier_free_guidance(knowing, label, 2, scale[:, 0])(x_t, level)
 
     weights = loss.truncated_snr(LEVELS, said)[rows[0].t]
-    objective = distillation.distillation_loss(network, said, rows, weights, target, loss.uniform, largest=3.0)
-    assert objective(None, batch(range(64)), jax.random.key(0)).max() < 1e-10  # squares of float32's rounding: tables
+    objective = distillation.distillation_loss(
+        network, said, rows, weights, target, loss.uniform, largest=3.0
+    )
+    assert (
+        objective(None, batch(range(64)), jax.random.key(0)).max() < 1e-10
+    )  # squares of float32's rounding: tables
     assert objective(2.0, batch(range(64)), jax.random.key(0)).max() > 1e-3
     drawn = scales[0]
     assert drawn.shape == (64, 1)
     assert ((drawn >= 1) & (drawn < 3)).all()
-    assert np.histogram(drawn, 4, (1, 3))[0].min() >= 5  # of 16 expected: a chance of one in a hundred at most
+    assert (
+        np.histogram(drawn, 4, (1, 3))[0].min() >= 5
+    )  # of 16 expected: a chance of one in a hundred at most
     # What an example draws is its own, in whatever batch it is.
     part = objective(2.0, batch(range(16, 32)), jax.random.key(0))
-    np.testing.assert_allclose(part, objective(2.0, batch(range(64)), jax.random.key(0))[16:32], rtol=1e-12)
+    np.testing.assert_allclose(
+        part, objective(2.0, batch(range(64)), jax.random.key(0))[16:32], rtol=1e-12
+    )
 
 
 def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_devices():
@@ -189,13 +228,17 @@ def test_nothing_is_learned_through_the_target_and_a_step_is_the_same_on_eight_d
         home = parallel.replicated(parallel.state_mesh(mesh, mode))
         state = jax.device_put(init_state(params, optimizer), home)
         run = parallel.parallelize(mesh, mode, step, frozen=True)
-        return jax.device_get(run(state, parallel.shard_batch(mesh, mode, images), jax.device_put(params, home)))
+        return jax.device_get(
+            run(state, parallel.shard_batch(mesh, mode, images), jax.device_put(params, home))
+        )
 
     expected = taken(1, "pmap")
     assert abs(expected[0].params["w"] - 0.3) > 1e-4
     for mode in typing.get_args(parallel.Mode):
         found = taken(8, mode)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+        )
 
 
 def test_weights_are_one_per_row():
@@ -222,11 +265,16 @@ def write_run(folder, config, classes=CLASSES, seed=0):
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     params = tree.unflatten(
-        [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+        [
+            leaf + 0.1 * jax.random.normal(key, leaf.shape)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
     )
     state = init_state(params, build_optimizer(config)[0])
     checkpoints = Checkpoints(folder)
-    checkpoints.save(state._replace(step=state.step + 3), ModelInfo(config, SHAPE, classes).to_dict())
+    checkpoints.save(
+        state._replace(step=state.step + 3), ModelInfo(config, SHAPE, classes).to_dict()
+    )
     checkpoints.close()
     return folder
 
@@ -244,7 +292,9 @@ def runs(tmp_path_factory):
     """Folders of a teacher, of students of it, and of a run without labels."""
     home = tmp_path_factory.mktemp("distilled")
     unlabelled = dataclasses.replace(TEACHER, data=Data(name="digits", labels=False))
-    undropped = dataclasses.replace(TEACHER, train=dataclasses.replace(TEACHER.train, label_dropout=0.0))
+    undropped = dataclasses.replace(
+        TEACHER, train=dataclasses.replace(TEACHER.train, label_dropout=0.0)
+    )
     write_run(home / "teacher", TEACHER)
     write_run(home / "two", student_of("progressive", 2, 3.0))
     write_run(home / "whole", student_of("guidance", 0, 3.0), seed=5)
@@ -264,7 +314,9 @@ def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
     x, t, label = jnp.ones((2, *SHAPE)), jnp.array([3, 12]), jnp.array([1, 7])
     scale = jnp.array([[1.0], [2.5]])
     np.testing.assert_allclose(
-        training.network(params, x, t, (label, scale)), teacher.network(teacher.params, x, t, label), atol=1e-5
+        training.network(params, x, t, (label, scale)),
+        teacher.network(teacher.params, x, t, label),
+        atol=1e-5,
     )
     with pytest.raises(ValueError, match=naming(teacher.name, SHAPE, (8, 8, 3))):
         distillation.build_training(config, (8, 8, 3), CLASSES, teacher)
@@ -272,7 +324,9 @@ def test_a_student_begins_as_its_teacher_whatever_scale_it_is_told(runs):
         distillation.init_from_teacher({"a": jnp.zeros(3)}, {"a": jnp.zeros(2)})
 
 
-@pytest.mark.parametrize(("method", "steps"), [("guidance", 0), ("progressive", 2), ("consistency", 4)])
+@pytest.mark.parametrize(
+    ("method", "steps"), [("guidance", 0), ("progressive", 2), ("consistency", 4)]
+)
 @pytest.mark.parametrize("told", [False, True])
 def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told):
     """Written out with the weights, levels and networks as they are, for a teacher of two passes and of one."""
@@ -290,18 +344,26 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
     drawn = loss.add_noise_to_batch(
         batch, step_key(config.train.seed, 0), loss.uniform, (schedule.at(levels, np.sort(t)),)
     )
-    scale = jax.vmap(lambda key: jax.random.uniform(key, (1,), minval=1.0, maxval=3.0))(drawn.for_condition)
+    scale = jax.vmap(lambda key: jax.random.uniform(key, (1,), minval=1.0, maxval=3.0))(
+        drawn.for_condition
+    )
 
     def says(network, params, x, level, *condition):
         """x0 of one network, of v."""
         output = network(params, x, level.t - 1, condition[0] if len(condition) == 1 else condition)
-        return process.append_dims(level.alpha, x) * x - process.append_dims(level.sigma, x) * output
+        return (
+            process.append_dims(level.alpha, x) * x - process.append_dims(level.sigma, x) * output
+        )
 
     def teaches(x, level):
         if told:
-            return jnp.clip(says(teacher.network, teacher.params, x, level, batch["label"], scale), -1, 1)
+            return jnp.clip(
+                says(teacher.network, teacher.params, x, level, batch["label"], scale), -1, 1
+            )
         conditional = from_network(teacher.network, teacher.params, teacher.prediction)
-        named, unnamed = (conditional(x, level, label) for label in (batch["label"], np.full(16, CLASSES)))
+        named, unnamed = (
+            conditional(x, level, label) for label in (batch["label"], np.full(16, CLASSES))
+        )
         return jnp.clip(unnamed + process.append_dims(scale[:, 0], x) * (named - unnamed), -1, 1)
 
     def after(level, count):
@@ -311,7 +373,9 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
         return schedule.at(levels, np.append(way, 0)[places])
 
     def moved(x, x0, level, to):
-        alpha, sigma, alpha_to, sigma_to = (process.append_dims(v, x) for v in (level.alpha, level.sigma, *to[1:]))
+        alpha, sigma, alpha_to, sigma_to = (
+            process.append_dims(v, x) for v in (level.alpha, level.sigma, *to[1:])
+        )
         return alpha_to * x0 + sigma_to * (x - alpha * x0) / sigma
 
     (level,), x = drawn.row, drawn.x_t
@@ -319,13 +383,17 @@ def test_a_step_of_training_has_the_loss_of_the_paper(runs, method, steps, told)
     if method == "consistency":
         to = after(level, 1)
         there = moved(x, goal, level, to)
-        own_words = jnp.clip(says(training.network, averaged, there, to, batch["label"], scale), -1, 1)
+        own_words = jnp.clip(
+            says(training.network, averaged, there, to, batch["label"], scale), -1, 1
+        )
         goal = jnp.where(process.append_dims(to.t, x) > 0, own_words, there)
     elif method == "progressive":
         middle, to = after(level, 1), after(level, 2)
         x_m = moved(x, goal, level, middle)
         x_s = moved(x_m, teaches(x_m, middle), middle, to)
-        alpha, sigma, alpha_s, sigma_s = (process.append_dims(v, x) for v in (level.alpha, level.sigma, *to[1:]))
+        alpha, sigma, alpha_s, sigma_s = (
+            process.append_dims(v, x) for v in (level.alpha, level.sigma, *to[1:])
+        )
         goal = (x_s - sigma_s / sigma * x) / (alpha_s - sigma_s / sigma * alpha)
     v = (
         process.append_dims(level.alpha, x)
@@ -344,7 +412,9 @@ def levels_of(method, levels, steps):
     """Where the student is called, and where its teacher is."""
     if method == "guidance":
         return np.arange(1, schedule.length(levels) + 1), None
-    return schedule.trailing(levels, steps), schedule.trailing(levels, steps * (2 if method == "progressive" else 1))
+    return schedule.trailing(levels, steps), schedule.trailing(
+        levels, steps * (2 if method == "progressive" else 1)
+    )
 
 
 def test_a_student_is_sampled_as_it_was_distilled_with_its_scale_in_one_pass(runs):
@@ -353,7 +423,8 @@ def test_a_student_is_sampled_as_it_was_distilled_with_its_scale_in_one_pass(run
     plan, _ = samplers.named("ddim", run.schedule, schedule.trailing(run.schedule, 2), "trailing")
     labels = np.array([3, 8], np.int32)
     made = [
-        Pipeline.of(run)(run.params, plan, labels, 2, guidance=Guidance(scale), seed=1, batch=8) for scale in (1.5, 3)
+        Pipeline.of(run)(run.params, plan, labels, 2, guidance=Guidance(scale), seed=1, batch=8)
+        for scale in (1.5, 3)
     ]
     assert [m.nfe for m in made] == [2, 2]
     keys = sampler.image_keys(jax.random.key(1), np.arange(2))
@@ -366,7 +437,9 @@ def test_a_student_is_sampled_as_it_was_distilled_with_its_scale_in_one_pass(run
 
 
 def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
-    two, consistent, teacher = (load_model(runs / name) for name in ("two", "consistent", "teacher"))
+    two, consistent, teacher = (
+        load_model(runs / name) for name in ("two", "consistent", "teacher")
+    )
     levels = two.schedule
 
     def said(run, name, t, **dials):
@@ -385,7 +458,11 @@ def test_a_plan_that_a_student_was_not_distilled_for_is_told(runs):
     for steps in (1, 2, 4):
         assert said(consistent, "consistency", schedule.trailing(levels, steps)) == ""
     every = schedule.trailing(levels, 4)  # Heun calls there twice
-    for name, t in [("consistency", schedule.trailing(levels, 5)), ("ddim", right), ("heun", every)]:
+    for name, t in [
+        ("consistency", schedule.trailing(levels, 5)),
+        ("ddim", right),
+        ("heun", every),
+    ]:
         assert re.search(naming("consistency", 4), said(consistent, name, t))
 
 
@@ -404,8 +481,13 @@ def test_the_stages_lead_from_the_teacher_to_the_last_student(runs):
         check_config(stage.config)
         assert (stage.config.diffusion.prediction, stage.config.distillation.guidance) == ("v", 2.0)
     assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance")] == ["any"]
-    assert [stage.name for stage in chain(runs, "unlabelled", method="consistency")] == ["any", "consistency"]
-    assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance", start=64)] == ["any"]
+    assert [stage.name for stage in chain(runs, "unlabelled", method="consistency")] == [
+        "any",
+        "consistency",
+    ]
+    assert [stage.name for stage in chain(runs, guidance=2.0, method="guidance", start=64)] == [
+        "any"
+    ]
     # A student that says v, and is told its scale, may teach without a stage before.
     assert [stage.name for stage in chain(runs, "two", start=2)] == ["1"]
 
@@ -414,19 +496,27 @@ def test_a_teacher_from_diffusers_does_not_tell_its_images(runs, tmp_path):
     teacher = load_model(runs / "teacher")
     unet2d.save(tmp_path / "theirs", *teacher.description, teacher.params, "ema", 3)
     run = load_model(f"hf:{tmp_path / 'theirs'}")
-    options = distillation.defaults(distillation.Options("hf:theirs", "", guidance=2.0, start=16), run)
+    options = distillation.defaults(
+        distillation.Options("hf:theirs", "", guidance=2.0, start=16), run
+    )
     with pytest.raises(ValueError, match=naming("hf:theirs")):
         distillation.stages(options, run)
     found = distillation.stages(dataclasses.replace(options, data=Data(name="digits")), run)
     assert [stage.name for stage in found] == ["any", "8", "4", "2", "1"]
     training = distillation.build_training(found[0].config, SHAPE, CLASSES, run)
     state = jax.eval_shape(training.init, jax.random.key(0), run.params)
-    like = {"image": np.zeros((8, *SHAPE), np.float32), "label": np.zeros(8, int), "index": np.zeros(8, np.uint32)}
+    like = {
+        "image": np.zeros((8, *SHAPE), np.float32),
+        "label": np.zeros(8, int),
+        "index": np.zeros(8, np.uint32),
+    }
     assert jax.eval_shape(training.eval_step, state.params, like, run.params).shape == ()
 
 
 def test_what_takes_a_whole_network_refuses_a_student(runs, tmp_path):
-    two, consistent, teacher = (load_model(runs / name) for name in ("two", "consistent", "teacher"))
+    two, consistent, teacher = (
+        load_model(runs / name) for name in ("two", "consistent", "teacher")
+    )
     require_undistilled(teacher)
     for student in (two, consistent):
         with pytest.raises(ValueError, match=naming(student.name)):
@@ -445,22 +535,49 @@ MISTAKES = [
     ("--teacher {runs}/teacher --workdir {new} --start 12", ("start", "12", "end", "1")),
     ("--teacher {runs}/teacher --workdir {new} --start 16 --end 3", ("start", "16", "end", "3")),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --end 4", ("start", "end", "4")),
-    ("--teacher {runs}/teacher --workdir {new} --start 4 --end 2 --method consistency", ("end", "consistency")),
+    (
+        "--teacher {runs}/teacher --workdir {new} --start 4 --end 2 --method consistency",
+        ("end", "consistency"),
+    ),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --end 0", ("start", "4", "end", "0")),
     ("--teacher {runs}/teacher --workdir {new}", ("start", "64", "2", "20")),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --guidance 0.5", ("guidance", "0.5")),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --guidance nan", ("guidance", "nan")),
-    ("--teacher {runs}/unlabelled --workdir {new} --start 4 --guidance 2", ("unlabelled", "guidance")),
-    ("--teacher {runs}/undropped --workdir {new} --start 4 --guidance 2", ("undropped", "label_dropout", "0")),
-    ("--teacher {runs}/teacher --workdir {new} --method guidance", ("method", "guidance", "unet of teacher", "1")),
-    ("--teacher {runs}/two --workdir {new} --method guidance", ("method", "guidance", "{runs.name}/two")),
-    ("--teacher {runs}/teacher --workdir {new} --start 4 --train.label-dropout 0.1", "label_dropout"),
-    ("--teacher {runs}/two --workdir {new} --start 2 --guidance 2", ("{runs.name}/two", "guidance", "1", "3")),
+    (
+        "--teacher {runs}/unlabelled --workdir {new} --start 4 --guidance 2",
+        ("unlabelled", "guidance"),
+    ),
+    (
+        "--teacher {runs}/undropped --workdir {new} --start 4 --guidance 2",
+        ("undropped", "label_dropout", "0"),
+    ),
+    (
+        "--teacher {runs}/teacher --workdir {new} --method guidance",
+        ("method", "guidance", "unet of teacher", "1"),
+    ),
+    (
+        "--teacher {runs}/two --workdir {new} --method guidance",
+        ("method", "guidance", "{runs.name}/two"),
+    ),
+    (
+        "--teacher {runs}/teacher --workdir {new} --start 4 --train.label-dropout 0.1",
+        "label_dropout",
+    ),
+    (
+        "--teacher {runs}/two --workdir {new} --start 2 --guidance 2",
+        ("{runs.name}/two", "guidance", "1", "3"),
+    ),
     ("--teacher {runs}/two --workdir {new} --start 4", ("{runs.name}/two", "start", "2")),
-    ("--teacher {runs}/two --workdir {new} --start 2 --prediction x0", ("{runs.name}/two", "prediction", "v")),
+    (
+        "--teacher {runs}/two --workdir {new} --start 2 --prediction x0",
+        ("{runs.name}/two", "prediction", "v"),
+    ),
     ("--teacher {runs}/consistent --workdir {new} --start 4", "{runs.name}/consistent"),
     ("--teacher {runs}/teacher --workdir {runs}/teacher --start 4", ("{runs}/teacher", "workdir")),
-    ("--teacher {runs}/teacher --workdir {runs}/other/notes.txt --start 4", ("{runs}/other/notes.txt", "workdir")),
+    (
+        "--teacher {runs}/teacher --workdir {runs}/other/notes.txt --start 4",
+        ("{runs}/other/notes.txt", "workdir"),
+    ),
     ("--teacher {runs}/teacher --workdir {new} --start 4 --train.steps 0", ("steps", "0")),
 ]
 
@@ -476,7 +593,10 @@ def test_mistakes_are_named_in_one_line(runs, in_suite_data, tmp_path, capsys, c
         ("{runs}/two --guidance 4", ("{runs.name}/two", "guidance", "4", "1", "3")),
         ("{runs}/two --guidance 2 --negative 3", ("{runs.name}/two", "guidance")),
         ("{runs}/consistent --guidance 2", ("{runs.name}/consistent", "guidance")),
-        ("{runs}/consistent --guidance 2 --worse {runs}/teacher", ("{runs.name}/consistent", "guidance")),
+        (
+            "{runs}/consistent --guidance 2 --worse {runs}/teacher",
+            ("{runs.name}/consistent", "guidance"),
+        ),
         ("{runs}/teacher --guidance 2 --worse {runs}/two", "{runs.name}/two"),
     ],
 )
@@ -502,11 +622,24 @@ def test_programs_say_what_a_student_was_not_distilled_for(runs, in_suite_data, 
     assert re.search(naming("ddim", 2, "trailing"), said)
     few = ["--features", "pixels", "--num", "40", "--batch", "8"]
     for steps, told in (("2", 0), ("3", 1)):
-        sample.main([str(runs / "two"), "--num", "8", "--steps", steps, "--out", str(tmp_path / "a.png")])
+        sample.main(
+            [str(runs / "two"), "--num", "8", "--steps", steps, "--out", str(tmp_path / "a.png")]
+        )
         assert capsys.readouterr().out.count(said) == told
         evaluate.main([str(runs / "two"), "--steps", steps, *few])
         assert capsys.readouterr().out.count(said) == told
-    frontier.main([str(runs / "two"), "--samplers", "ddim:3", "--guidance", "1,3", *few, "--out", str(tmp_path)])
+    frontier.main(
+        [
+            str(runs / "two"),
+            "--samplers",
+            "ddim:3",
+            "--guidance",
+            "1,3",
+            *few,
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert capsys.readouterr().out.count(said) == 1
 
 
@@ -518,7 +651,9 @@ def test_a_sweep_takes_students_as_they_were_made(runs):
         ("two", "ddim(eta=0, trailing)", 2, 1.0), ("consistent", "consistency(trailing)", 2, 1.0),
         ("two", "ddim(eta=0, trailing)", 2, 3.0),
     ]  # fmt: skip
-    asked = frontier.combine(dataclasses.replace(options, samplers="ddim"), [load_model(runs / name) for name in names])
+    asked = frontier.combine(
+        dataclasses.replace(options, samplers="ddim"), [load_model(runs / name) for name in names]
+    )
     assert {(c.run.name, c.plan.steps) for c in asked} == {
         (load_model(runs / n).name, k) for n in names for k in (2, 20)
     }
@@ -531,7 +666,9 @@ def test_the_usual_plan_of_a_student_raises_no_doubt():
         name, many = default_sampler(config.distillation, levels)
         run = open_fake(config, levels)
         assert (
-            distillation_warning(run, samplers.named(name, levels, schedule.trailing(levels, many), "trailing")[0])
+            distillation_warning(
+                run, samplers.named(name, levels, schedule.trailing(levels, many), "trailing")[0]
+            )
             == ""
         )
 
@@ -539,11 +676,20 @@ def test_the_usual_plan_of_a_student_raises_no_doubt():
 def open_fake(config, levels):
     """A run without a network, of which only the task and the schedule are asked."""
     return TrainedModel(
-        "", ModelInfo(config, SHAPE, CLASSES), lambda *_: None, None, process.PREDICTIONS["v"], levels, "ema", 3
+        "",
+        ModelInfo(config, SHAPE, CLASSES),
+        lambda *_: None,
+        None,
+        process.PREDICTIONS["v"],
+        levels,
+        "ema",
+        3,
     )
 
 
-def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, program, run_program, tmp_path, capsys):
+def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(
+    runs, program, run_program, tmp_path, capsys
+):
     """Real processes: guidance and two halvings, killed in the middle of the first halving."""
     options = ["--teacher", runs / "teacher", "--start", 4, "--guidance", 2, "--train.steps", 6]
     options += ["--train.preview-every", 0, "--train.eval-every", 0, "--train.save-every", 1]
@@ -564,14 +710,21 @@ def test_a_chain_killed_within_a_stage_ends_as_if_never_interrupted(runs, progra
     assert not re.search(of_steps(killed / "any", 0, 6), out)
     assert re.search(rf"{re.escape(str(killed / 'any'))}\D+\b6\b", out)
     assert int(re.search(of_steps(killed / "2", r"(\d+)", 12), out)[1]) >= 3
-    taught = [load_model(whole / name).description.config.distillation.teacher for name in ("2", "1")]
-    assert taught == [f"{run.name}, {describe_weights(run)}" for run in map(load_model, (whole / "any", whole / "2"))]
+    taught = [
+        load_model(whole / name).description.config.distillation.teacher for name in ("2", "1")
+    ]
+    assert taught == [
+        f"{run.name}, {describe_weights(run)}"
+        for run in map(load_model, (whole / "any", whole / "2"))
+    ]
     for name in ("any", "2", "1"):
         for weights in ("raw", "ema"):
             pair = [load_model(folder / name, weights=weights).params for folder in (whole, killed)]
             jax.tree.map(np.testing.assert_array_equal, *pair)
     before, after = (load_model(whole / name).params for name in ("2", "1"))
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    assert any(
+        (a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    )
     # Another chain does not go on there.
     command = f"distill --teacher {runs / 'teacher'} --start 4 --guidance 3 --train.steps 6 --workdir {whole}"
     check_mistake(train.main, command, ("guidance", "2", "3"), capsys)
@@ -591,19 +744,48 @@ def test_a_student_does_not_go_on_with_another_teacher(runs):
             check_resume(ours, theirs)
 
 
-def test_two_processes_of_four_devices_distill_what_one_of_eight_does(runs, program, data_dir, tmp_path):
+def test_two_processes_of_four_devices_distill_what_one_of_eight_does(
+    runs, program, data_dir, tmp_path
+):
     """Guidance in one pass and, from it, consistency, with a picture of each."""
-    options = ["distill", "--teacher", runs / "teacher", "--method", "consistency", "--start", 4, "--guidance", 2]
-    options += ["--train.steps", 2, "--train.preview-every", 2, "--train.eval-every", 0, "--data.dir", data_dir]
+    options = [
+        "distill",
+        "--teacher",
+        runs / "teacher",
+        "--method",
+        "consistency",
+        "--start",
+        4,
+        "--guidance",
+        2,
+    ]
+    options += [
+        "--train.steps",
+        2,
+        "--train.preview-every",
+        2,
+        "--train.eval-every",
+        0,
+        "--data.dir",
+        data_dir,
+    ]
     together = ["--distributed", f"localhost:{free_port()}", "--processes", 2, "--process"]
     flags = f"{QUICK} --xla_force_host_platform_device_count=4"
-    hosts = [program("train.py", *options, "--workdir", tmp_path / "two", *together, i, flags=flags) for i in range(2)]
+    hosts = [
+        program("train.py", *options, "--workdir", tmp_path / "two", *together, i, flags=flags)
+        for i in range(2)
+    ]
     told = [host.communicate(timeout=400) for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], told
     assert "8 x cpu" in told[0][0]
     train.main([*map(str, options), "--workdir", str(tmp_path / "one")])
     for name in ("any", "consistency"):
-        one, two = (load_model(tmp_path / folder / name, weights="raw").params for folder in ("one", "two"))
+        one, two = (
+            load_model(tmp_path / folder / name, weights="raw").params for folder in ("one", "two")
+        )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
-        pictures = [Image.open(tmp_path / folder / name / "previews" / "0000002.png") for folder in ("one", "two")]
+        pictures = [
+            Image.open(tmp_path / folder / name / "previews" / "0000002.png")
+            for folder in ("one", "two")
+        ]
         assert np.abs(np.subtract(*(np.asarray(picture, int) for picture in pictures))).max() <= 2

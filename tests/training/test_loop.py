@@ -1,19 +1,19 @@
 import itertools
-import json
-import struct
+import os
+import signal
+import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import naming
-from tensorboardX.proto import event_pb2
 
-from diffjax.training.loop import JsonlWriter, PeriodicAction, TensorBoard, fit
-from diffjax.training.step import TrainState
+from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
+from diffjax.training.state import TrainState
 
 
 def count(state, batches):
-    """Steps whose losses are their batches; those that are no numbers are skipped."""
+    """Steps whose losses are their batches; non-finite ones are skipped."""
     losses = np.asarray(batches, np.float32)
     skipped = state.skipped + np.cumsum(~np.isfinite(losses))
     state = state._replace(step=state.step + len(losses), skipped=skipped[-1])
@@ -24,58 +24,97 @@ def state(step=0):
     return TrainState(jnp.int32(step), jnp.int32(0), None, None, None)
 
 
+def ignore(*_, **__):
+    pass
+
+
 @pytest.mark.parametrize("per_dispatch", [1, 2, 5, 100])
-def test_every_step_is_logged_with_its_own_metrics_and_actions_follow(per_dispatch):
+def test_metrics_and_actions(per_dispatch):
+    """Every step is logged with its own metrics; an action comes after those of its step."""
     seen = []
-    every = tuple(PeriodicAction(n, lambda s, n=n: seen.append((f"every {n}", int(s.step)))) for n in (3, 4, 0))
-    log = lambda step, **metrics: seen.append((float(metrics["loss"]), step))  # noqa: E731
-    end = fit(count, state(2), itertools.count(3), 10, log, 1, every, per_dispatch=per_dispatch)
+
+    def log(step, **metrics):
+        seen.append((float(metrics["loss"]), step))
+
+    actions = tuple(
+        PeriodicAction(n, lambda s, n=n: seen.append((f"every {n}", int(s.step))))
+        for n in (3, 4, 0)
+    )
+    end = fit(count, state(2), itertools.count(3), log, LoopOptions(10, 1, per_dispatch), actions)
     assert int(end.step) == 10
     assert [s for name, s in seen if name == "every 3"] == [3, 6, 9, 10]
     assert [s for name, s in seen if name == "every 4"] == [4, 8, 10]
-    assert [entry for entry in seen if not isinstance(entry[0], str)] == [(float(n), n) for n in range(3, 11)]
-    # An action at step n comes after the metrics of step n.
+    assert [s for name, s in seen if name == "every 0"] == []
+    assert [e for e in seen if not isinstance(e[0], str)] == [(float(n), n) for n in range(3, 11)]
     assert seen.index(("every 3", 6)) > seen.index((6.0, 6))
 
 
+def test_metrics_are_fetched_one_dispatch_late():
+    seen = []
+
+    def step(state, batches):
+        seen.append(("run", int(state.step) + 1))
+        return count(state, batches)
+
+    def log(step, **metrics):
+        seen.append(("log", step))
+
+    fit(step, state(), itertools.count(1), log, LoopOptions(4, 2))
+    assert seen == [("run", 1), ("run", 2), ("run", 3), ("log", 2), ("run", 4), ("log", 4)]
+
+
+def test_rate_is_that_of_training():
+    """Neither the first dispatch, which compiles, nor actions count."""
+    rates = []
+
+    def slow_first(state, batches):
+        time.sleep(0.5 if state.step == 0 else 0.01)
+        return count(state, batches)
+
+    def log(step, **metrics):
+        rates.append(metrics.get("steps_per_second"))
+
+    action = PeriodicAction(4, lambda state: time.sleep(0.5))
+    fit(slow_first, state(), itertools.count(1), log, LoopOptions(10, 1), (action,))
+    assert rates[0] is None
+    assert min(rates[1:]) > 3  # below 2 if it counted them
+
+
 @pytest.mark.parametrize("per_dispatch", [1, 4])
-def test_skipped_steps_in_a_row_stop_the_training(per_dispatch):
+def test_skipped_steps_in_a_row_end_training(per_dispatch):
     fine, bad = 1.0, float("nan")
     losses = [fine, bad, bad, fine, 2.0, bad, bad, bad, fine, fine]
     with pytest.raises(FloatingPointError, match=naming(3, 8, 0.25, "nan")):
-        fit(count, state(), iter(losses), 10, lambda *_, **__: None, 1, per_dispatch=per_dispatch, max_skipped=3)
-    end = fit(count, state(), iter(losses), 10, lambda *_, **__: None, 1, per_dispatch=per_dispatch, max_skipped=4)
+        fit(count, state(), iter(losses), ignore, LoopOptions(10, 1, per_dispatch, max_skipped=3))
+    options = LoopOptions(10, 1, per_dispatch, max_skipped=4)
+    end = fit(count, state(), iter(losses), ignore, options)
     assert (int(end.step), int(end.skipped)) == (10, 5)
 
 
-def test_metrics_beyond_the_checkpoint_and_lines_cut_short_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    metrics = JsonlWriter(path, 0)
-    for step in (1, 2, 3):
-        metrics.write(step, loss=jnp.float32(step))
-    path.write_text(path.read_text() + '{"step": 4, "lo')
-    JsonlWriter(path, 2).write(3, loss=9, empty=float("nan"))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0, "empty": None}]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+def test_stop_is_asked_once_a_dispatch():
+    answers = iter([0, 0, 2])
+    end = fit(
+        count,
+        state(),
+        itertools.count(1),
+        ignore,
+        LoopOptions(100, 1, 5),
+        (),
+        lambda: next(answers),
+    )
+    assert int(end.step) == 15
 
 
-def events(folder):
-    """What a TensorBoard folder tells: records of a length (8 bytes), its checksum (4), an event, and its checksum."""
-    for file in sorted(folder.iterdir()):
-        data = file.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + length])
-            yield from ((event.step, value) for value in event.summary.value)
-            data = data[16 + length :]
-
-
-def test_tensorboard_shows_the_same_metrics_and_the_pictures(tmp_path):
-    board = TensorBoard(tmp_path, 0)
-    board.write(3, loss=jnp.float32(0.25), skipped=0)
-    board.picture(3, "samples", np.zeros((8, 16, 3), np.uint8))
-    board.close()
-    (*scalars, (at, picture)) = events(tmp_path)
-    assert [(step, value.tag, value.simple_value) for step, value in scalars] == [(3, "loss", 0.25), (3, "skipped", 0)]
-    assert (at, picture.tag, picture.image.height, picture.image.width) == (3, "samples", 8, 16)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted(number):
+    """The second one has its usual effect."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with catch_signals() as received:
+        assert received() == 0
+        os.kill(os.getpid(), number)
+        assert received() == number
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

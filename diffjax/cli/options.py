@@ -1,0 +1,60 @@
+"""Groups of options that several commands share: one spelling for one idea."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from diffjax.inference.defaults import default_sampler, default_steps
+from diffjax.inference.model import TrainedModel
+from diffjax.inference.samplers import make_plan, parse_sampler
+from diffjax.sampler import Plan
+
+Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+ConfigName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
+Flag = tyro.conf.FlagCreatePairsOff[bool]  # off by default, without a --no-NAME
+Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+File = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
+Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+Step = Annotated[int | None, tyro.conf.arg(metavar="STEP")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="X")]
+Numbers = Annotated[str, tyro.conf.arg(metavar="N,N,...")]
+SamplerText = Annotated[str | None, tyro.conf.arg(metavar="SAMPLER")]
+
+
+@dataclass(frozen=True)
+class WeightsOptions:
+    """Weights of the model."""
+
+    weights: Annotated[str, tyro.conf.arg(metavar="ema|raw|DECAY")] = "ema"
+    """ema (the moving average), raw (as trained), or the decay of one of several averages."""
+    checkpoint: Step = None
+    """Training step of the checkpoint; None for the latest."""
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """Sampler and its steps."""
+
+    sampler: SamplerText = None
+    """As in ddim, "ddim(eta=0.5):50" or "ddpm(variance=fixed_large, spacing=leading)".
+    None for ddim, or what a distilled model was trained for."""
+    steps: Count = None
+    """Noise levels to visit, from 1 to T, unless the sampler names them itself.
+    None for all T with ddpm, 50 with others, or what a distilled model was trained for."""
+
+
+def choose_plan(options: SamplerOptions, model: TrainedModel) -> tuple[Plan, str]:
+    """The plan of a sampler and its full name, by default what the model is sampled with.
+
+    Raises: ValueError for a sampler or a number of steps that cannot be used.
+    """
+    distillation = model.info.config.distillation
+    name = options.sampler or default_sampler(distillation, model.schedule)[0]
+    request = parse_sampler(name)
+    steps = options.steps
+    if steps is None:
+        steps = default_steps(distillation, model.schedule, request.name)
+    return make_plan(request, model.schedule, steps)

@@ -1,0 +1,108 @@
+"""Data sets of arrays in one .npz file."""
+
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffjax.data.dataset import Dataset, Example, MappedSource, label_fields, train_holdout_split
+from diffjax.nn.conditioning import Conditioning, Vector
+
+# Names of the arrays; the last ones are the fields of an example.
+IMAGES, LABELS = ("x", "images", "image"), ("y", "labels", "label")
+# What numpy raises for files that are damaged, or of another kind.
+READ_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def load_npz(path: Path) -> Dataset:
+    """The data set of one .npz file.
+
+    Its arrays: x, uint8 [N, H, W] or [N, H, W, C], C of 1 or 3; y, integers [N] from 0, if the
+    images are labelled; or `images` and `labels`, as `diffjax sample` writes them. Every further
+    array of numbers, [N] or [N, width], is a vector that a network can be conditioned on, by its
+    name; others are ignored. A tenth is held out, by `train_holdout_split`.
+
+    Raises: ValueError, naming the path, for any other file.
+    """
+    arrays = _read(path)
+    names = ", ".join(arrays) or "none"
+    x, y = (_take(arrays, known) for known in (IMAGES, LABELS))
+    if x is None:
+        raise ValueError(
+            f"{path} has the arrays {names}: use x (or images) for images, and y for their labels"
+        )
+    x = _check_images(path, x)
+    y = None if y is None else _check_labels(path, y, len(x))
+    vectors = {
+        name: _vectors(path, name, array)
+        for name, array in arrays.items()
+        if array.ndim in (1, 2) and len(array) == len(x) and array.dtype.kind in "fiu"
+    }
+    fields: dict[str, Conditioning] = label_fields(0 if y is None else int(y.max()) + 1)
+    fields |= {name: Vector(vector.shape[1], name) for name, vector in vectors.items()}
+    columns = {"image": x} | ({} if y is None else {"label": y}) | vectors
+    train, held_out = (
+        MappedSource(rows, partial(_example, columns))
+        for rows in train_holdout_split(range(len(x)), path)
+    )
+    return Dataset(train, held_out, x.shape[1:], fields)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise ValueError(f"data.path is {path}, which does not exist: use an .npz file of images")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file}
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"{path} cannot be read as an .npz file ({error}): it is damaged, or of another kind"
+        ) from error
+
+
+def _take(arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray | None:
+    found = [arrays.pop(name) for name in names if name in arrays]
+    return found[0] if found else None
+
+
+def _check_images(path: Path, x: np.ndarray) -> np.ndarray:
+    x = x[..., None] if x.ndim == 3 else x
+    if x.ndim != 4 or x.shape[-1] not in (1, 3) or x.dtype != np.uint8:
+        raise ValueError(
+            f"images of {path} are {x.dtype} {x.shape}: use uint8 [N, H, W] or [N, H, W, 1 or 3]"
+        )
+    return x
+
+
+def _check_labels(path: Path, y: np.ndarray, num: int) -> np.ndarray | None:
+    if y.shape != (num,) or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(
+            f"labels of {path} are {y.dtype} {y.shape}: use {num} integers, one per image"
+        )
+    if num and (y < 0).all():  # written by `diffjax sample` for images without labels
+        return None
+    if (y < 0).any():
+        raise ValueError(f"labels of {path} begin at {y.min()}: count classes from 0")
+    return y
+
+
+def _vectors(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise ValueError(f"array {name} of {path} has NaN or infinity: use finite numbers")
+    return array.reshape(len(array), -1).astype(np.float32)
+
+
+def _example(columns: dict[str, np.ndarray], i: int) -> Example:
+    example: dict[str, Any] = {name: column[i] for name, column in columns.items()}
+    return example | ({"label": int(example["label"])} if "label" in example else {})

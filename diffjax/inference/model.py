@@ -1,0 +1,120 @@
+"""A trained model, opened from its run folder or a folder of another library."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from diffjax.build import (
+    ModelInfo,
+    abstract_params,
+    build_codec,
+    build_module,
+    build_network,
+    build_parameterization,
+    build_schedule,
+)
+from diffjax.checkpoint import ema_key, open_checkpoint, tree_sha256
+from diffjax.data.codec import Codec
+from diffjax.denoiser import Network
+from diffjax.devices import parallel
+from diffjax.interop import unet2d
+from diffjax.nn.registry import network_name
+from diffjax.parameterization import Parameterization
+from diffjax.schedule import Schedule
+
+
+class TrainedModel(NamedTuple):
+    """A trained network, and all that is needed to sample from it."""
+
+    name: str  # as in "unet of digits"
+    info: ModelInfo
+    network: Network
+    params: Any
+    parameterization: Parameterization
+    schedule: Schedule
+    codec: Codec
+    weights: str  # "ema", a decay, "raw", or "unknown" where the source does not tell
+    step: int
+    notes: tuple[str, ...] = ()  # sentences on an imported model
+
+
+def load_model(source: str | Path, step: int | None = None, weights: str = "ema") -> TrainedModel:
+    """Load the model of a run folder, or a published one.
+
+    source: the folder, or "hf:FOLDER" or "hf:OWNER/NAME" for a UNet2DModel of diffusers.
+    step: the checkpoint's training step, None for the latest. weights: "ema", the first moving
+    average; the decay of one, as "0.9999"; or "raw", the parameters as trained.
+
+    Raises: FileNotFoundError where there is none; ValueError for weights that it has not, or a
+    network that cannot be read.
+    """
+    if unet2d.is_source(source):
+        return _load_imported(source, step, weights)
+    workdir = Path(source)
+    checkpoints, step = open_checkpoint(workdir, step)
+    info = ModelInfo.from_dict(checkpoints.config(step))
+    decays = [str(decay) for decay in info.config.train.ema]
+    keys = {"ema": ema_key(0), "raw": "params"}
+    keys |= {decay: ema_key(i) for i, decay in enumerate(decays)}
+    if weights not in keys:
+        raise ValueError(
+            f"weights is {weights!r}: use ema, raw, or the decay of a moving average,"
+            f" {' or '.join(decays)}"
+        )
+    module = build_module(info)
+    like = abstract_params(info, module)
+    sharding = parallel.replicated(parallel.device_mesh())
+    params = checkpoints.restore_weights(step, keys[weights], like, sharding)
+    checkpoints.close()
+    name = workdir.resolve().name
+    if info.config.distillation.method != "none":  # named by its steps, in a folder with a name
+        name = f"{workdir.resolve().parent.name}/{name}"
+    return _model(name, info, params, weights, step)
+
+
+def _load_imported(source: str | Path, step: int | None, weights: str) -> TrainedModel:
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights is {weights!r}: use ema or raw")
+    if step is not None:
+        raise ValueError(f"checkpoint is {step}, and {source} has one set of weights: leave it out")
+    found = unet2d.load(unet2d.locate(source))
+    if weights == "raw" and found.weights == "ema":
+        raise ValueError(f"weights is 'raw', and {source} has only a moving average: use ema")
+    sharding = parallel.replicated(parallel.device_mesh())
+    params = jax.device_put(jax.device_get(found.params), sharding)
+    name = str(found.info.config.data)
+    return _model(name, found.info, params, found.weights, found.step, found.notes)
+
+
+def _model(
+    name: str, info: ModelInfo, params: Any, weights: str, step: int, notes: tuple[str, ...] = ()
+) -> TrainedModel:
+    config = info.config
+    return TrainedModel(
+        name=f"{network_name(config.network)} of {name}",
+        info=info,
+        network=build_network(info, build_module(info)),
+        params=params,
+        parameterization=build_parameterization(config),
+        schedule=build_schedule(config),
+        codec=build_codec(config),
+        weights=weights,
+        step=step,
+        notes=notes,
+    )
+
+
+def output_folder(source: str | Path) -> Path:
+    """The folder for a model's pictures: its run folder, or runs/NAME if imported."""
+    if unet2d.is_source(source):
+        return Path("runs") / Path(str(source).removeprefix(unet2d.PREFIX)).name
+    return Path(source)
+
+
+def describe_weights(model: TrainedModel) -> str:
+    """Weights, step and checksum, as in "ema, step 1000, sha256:45f1fd30".
+
+    The checksum tells apart models that were trained anew in the same folder.
+    """
+    return f"{model.weights}, step {model.step}, sha256:{tree_sha256(model.params)[:8]}"

@@ -1,0 +1,71 @@
+"""Previews of a model in training: samples with the same seed and conditions every time."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from PIL.Image import Image
+
+from diffjax.build import ModelInfo, build_codec, build_parameterization, build_schedule
+from diffjax.data import image_io
+from diffjax.data.batches import first_examples
+from diffjax.denoiser import Condition, Network
+from diffjax.devices import parallel
+from diffjax.inference.defaults import default_sampler
+from diffjax.inference.guidance import Guidance, can_be_guided
+from diffjax.inference.pipeline import Pipeline, Request
+from diffjax.inference.samplers import SamplerRequest, make_plan
+from diffjax.nn.conditioning import Conditioning
+from diffjax.sampler import Plan
+
+GUIDANCE_SCALE, SEED, NUM, COLUMNS = 2.0, 0, 40, 10
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A function from parameters to a grid of samples, on the devices of this process."""
+
+    pipeline: Pipeline
+    plan: Plan
+    request: Request
+    conditioning: Conditioning
+    mesh: Mesh
+
+    def __call__(self, params: Any) -> Image:
+        """The grid, with a caption for each condition. params: replicated."""
+        params = parallel.on_mesh(self.mesh, params)
+        samples = self.pipeline(params, self.plan, self.request)
+        captions = self.conditioning.describe(samples.condition)
+        return image_io.grid(samples.images, captions, columns=COLUMNS)
+
+
+def make_preview(info: ModelInfo, network: Network, held_out: Any) -> Preview:
+    """The preview of a model with its default sampler, guided where it can be.
+
+    held_out: examples whose conditions are used where conditions cannot be enumerated.
+    """
+    config, mesh = info.config, parallel.device_mesh(jax.local_devices())
+    schedule = build_schedule(config)
+    name, steps = default_sampler(config.distillation, schedule)
+    plan, _ = make_plan(SamplerRequest(name), schedule, steps)
+    pipeline = Pipeline(info, network, build_parameterization(config), build_codec(config), mesh)
+    num, condition = preview_conditions(info.conditioning, held_out)
+    scale = GUIDANCE_SCALE if can_be_guided(info) else config.distillation.guidance
+    batch = parallel.round_up(num, mesh.size)
+    request = Request(
+        num=num, batch=batch, seed=SEED, condition=condition, guidance=Guidance(scale)
+    )
+    return Preview(pipeline, plan, request, info.conditioning, mesh)
+
+
+def preview_conditions(conditioning: Conditioning, held_out: Any) -> tuple[int, Condition]:
+    """The number of preview samples and their conditions, spread evenly where that is possible.
+
+    Else they are those of the first held-out examples.
+    """
+    try:
+        return NUM, conditioning.spread(NUM)
+    except ValueError:  # numbers cannot be enumerated
+        num = min(NUM, len(held_out))
+        return num, first_examples(held_out, num, conditioning)[1]

@@ -1,0 +1,383 @@
+"""The trainer: it opens a run folder, resumes from its last checkpoint, and trains to the end."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from diffjax.build import ModelInfo, count_parameters, load_data, model_info
+from diffjax.checkpoint import FOLDER, Checkpoints, SaveError
+from diffjax.config import Config, check_resume
+from diffjax.data import image_io
+from diffjax.data.batches import batch_stream, first_batches
+from diffjax.data.dataset import Dataset, UnreadableError
+from diffjax.devices import parallel
+from diffjax.inference.model import TrainedModel
+from diffjax.inference.pipeline import describe_devices
+from diffjax.training.distill import build_distillation, student_info
+from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
+from diffjax.training.metrics import JsonlWriter, TensorBoard, plot_curve
+from diffjax.training.preview import Preview, make_preview
+from diffjax.training.setup import ParallelTraining, Training, build_training
+from diffjax.training.state import TrainState, state_from_trees, state_to_trees
+
+METRICS, CURVE, PREVIEWS, TENSORBOARD = "metrics.jsonl", "curve.png", "previews", "tensorboard"
+HELD_OUT_BATCHES = 10  # at most, per evaluation
+Report = Callable[[str], Any]  # called with sentences on the progress of a run
+
+
+class TrainResult(NamedTuple):
+    """How a training run ended."""
+
+    status: Literal["done", "already_done", "interrupted"]
+    step: int  # steps done in total
+    signal: int = 0  # that interrupted it
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    *,
+    teacher: TrainedModel | None = None,
+    tensorboard: bool = False,
+    report: Report = print,
+) -> TrainResult:
+    """Train a configuration in a run folder, from its last checkpoint if there is one.
+
+    All processes call it. teacher: of a student, whose configuration `distill.plan_chain` has made.
+    report: called on process 0.
+
+    Raises: ValueError for a configuration, data or a run folder that cannot be used; OSError for
+    files that cannot be read or written; FloatingPointError where gradients are not finite.
+    """
+    session = open_session(config, workdir, teacher=teacher, tensorboard=tensorboard, report=report)
+    return run(session)
+
+
+# ------------------------------------------------------------------------------- the session
+
+
+class MetricsWriter(Protocol):
+    """A destination of metrics."""
+
+    def write(self, step: int, **metrics: Any) -> None:
+        """Write the metrics of a step."""
+        ...
+
+
+@dataclass
+class Session:
+    """A training run that is ready to start, on this process."""
+
+    info: ModelInfo
+    workdir: Path
+    state: TrainState  # before the first step of this session, which reuses its memory
+    training: ParallelTraining
+    checkpoints: Checkpoints
+    report: Report
+    # Of a run that has done all of its steps, the rest is empty.
+    batches: Iterator[Any] = field(default_factory=partial(iter, ()))
+    held_out: Sequence[Any] = ()  # batches, placed
+    preview: Preview | None = None
+    metrics: JsonlWriter | None = None  # on process 0
+    board: TensorBoard | None = None  # on process 0, where asked for
+
+    @property
+    def actions(self) -> tuple[PeriodicAction, ...]:
+        """What is done every so many steps, in this order."""
+        train = self.info.config.train
+        return (
+            PeriodicAction(train.eval_every, self.evaluate),
+            PeriodicAction(train.preview_every, self.draw_preview),
+            PeriodicAction(train.save_every, self.save),
+        )
+
+    @property
+    def options(self) -> LoopOptions:
+        """The options of the training loop."""
+        train = self.info.config.train
+        return LoopOptions(
+            train.steps, train.log_every, train.steps_per_dispatch, train.max_skipped
+        )
+
+    def step(self, state: TrainState, batches: Any) -> Any:
+        """Train on this process's shares of batches [K, B, ...]: (state, metrics [K])."""
+        return self.training.step(state, batches)
+
+    def eval_step(self, params: Any, batch: Any) -> jax.Array:
+        """The mean loss of a held-out batch."""
+        return self.training.eval_step(params, batch)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Write the metrics of a step."""
+        writers: tuple[MetricsWriter | None, ...] = self.metrics, self.board
+        for writer in writers:
+            if writer is not None:
+                writer.write(step, **values)
+
+    def evaluate(self, state: TrainState) -> None:
+        """Log the held-out loss of the first moving average."""
+        losses = [float(self.eval_step(state.ema[0], batch)) for batch in self.held_out]
+        self.log(int(state.step), held_out_loss=np.mean(losses))
+
+    def draw_preview(self, state: TrainState) -> None:
+        """Write a picture of samples of the first moving average."""
+        if self.preview is None:
+            return
+        step, picture = int(state.step), self.preview(state.ema[0])
+        image_io.save_png(self.workdir / PREVIEWS / f"{step:07d}.png", picture)
+        if self.board is not None:
+            self.board.write_picture(step, "samples", np.asarray(picture.convert("RGB")))
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint in the background."""
+        trees = state_to_trees(self.training.global_state(state))
+        self.checkpoints.save(int(state.step), trees, self.info.to_dict())
+
+    def draw_curve(self) -> None:
+        """Write the picture of the losses, on process 0."""
+        metrics, data = self.workdir / METRICS, self.info.config.data
+        if jax.process_index() == 0 and metrics.exists():
+            plot_curve(metrics, self.workdir / CURVE, f"{self.workdir.name}: {data}")
+
+    def describe(self) -> str:
+        """A sentence on the run: folder, steps, data, size and devices."""
+        config, step = self.info.config, int(self.state.step)
+        return (
+            f"{'resuming' if step else 'training'} {self.workdir} at step {step} of"
+            f" {config.train.steps}: {config.data},"
+            f" {count_parameters(self.state.params):,} parameters, batch {config.train.batch},"
+            f" {describe_devices()}, {config.network.dtype}"
+        )
+
+
+def run(session: Session) -> TrainResult:
+    """Train a session to its last step, or to the first Ctrl-C or SIGTERM.
+
+    Raises: FloatingPointError where too many steps in a row are skipped; ValueError for an example
+    that cannot be read; OSError for files that cannot be written. The run can then be resumed from
+    its last checkpoint.
+    """
+    steps, start = session.info.config.train.steps, int(session.state.step)
+    if start >= steps:
+        if not (session.workdir / CURVE).exists():  # the folder may be read-only
+            session.draw_curve()
+        return TrainResult("already_done", start)
+    session.report(session.describe())
+    try:
+        with catch_signals(jax.process_count()) as received:
+            state = fit(
+                session.step,
+                session.state,
+                session.batches,
+                session.log,
+                session.options,
+                session.actions,
+                received,
+            )
+            if int(state.step) < steps:
+                session.save(state)
+            session.checkpoints.close()
+    except (FloatingPointError, UnreadableError):
+        with contextlib.suppress(SaveError):
+            session.checkpoints.close()
+        raise
+    finally:
+        if session.board is not None:
+            session.board.close()
+    if int(state.step) < steps:
+        return TrainResult("interrupted", int(state.step), received())
+    session.draw_curve()
+    return TrainResult("done", steps)
+
+
+def open_session(
+    config: Config,
+    workdir: Path,
+    *,
+    teacher: TrainedModel | None = None,
+    tensorboard: bool = False,
+    report: Report = print,
+) -> Session:
+    """Prepare a training run: its checkpoints, data, train state and compiled steps.
+
+    Raises: ValueError or OSError as `train`.
+    """
+    report = report if jax.process_index() == 0 else _ignore
+    check_run(config, workdir)
+    checkpoints = _open_checkpoints(workdir, config) if (workdir / FOLDER).is_dir() else None
+    resumed = None if checkpoints is None else resume(checkpoints, config, teacher, report)
+    start = 0 if resumed is None else int(resumed.state.step)
+    if resumed is not None and checkpoints is not None and start >= config.train.steps:
+        training = _parallel(resumed.training, config, teacher)
+        return Session(resumed.info, workdir, resumed.state, training, checkpoints, report)
+    dataset = _load_data(config)
+    info = _model_info(config, dataset, teacher)
+    if resumed is not None:
+        _check_same_data(workdir, resumed.info, info)
+    batches, held_out = _batches(info, dataset, start), _held_out_batches(info, dataset)
+    functions = _build(info, teacher) if resumed is None else resumed.training
+    training = _parallel(functions, config, teacher)
+    if resumed is None:
+        state = training.init_state(config.train.seed)
+    else:
+        state = training.place_state(resumed.state)
+    if checkpoints is None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = _open_checkpoints(workdir, config)
+    session = Session(info, workdir, state, training, checkpoints, report, batches)
+    session.held_out = [training.place_batch(batch) for batch in held_out]
+    if jax.process_index() == 0:
+        session.preview = make_preview(info, functions.network, dataset.held_out)
+        session.metrics = JsonlWriter(workdir / METRICS, start)
+        session.board = TensorBoard(workdir / TENSORBOARD, start) if tensorboard else None
+    return session
+
+
+def check_run(config: Config, workdir: Path) -> None:
+    """Check a configuration, for the devices that there are, and its run folder.
+
+    Raises: ValueError, naming the field.
+    """
+    config.check()
+    if workdir.is_file():
+        raise ValueError(f"workdir is {workdir}, which is a file: use a folder")
+    train = config.train
+    parallel.check_divisible(train.batch, jax.device_count(), "train.batch", train.accumulate)
+
+
+# ------------------------------------------------------------------------------- resuming
+
+
+class Resumed(NamedTuple):
+    """What a run resumes from."""
+
+    info: ModelInfo  # as it was stored
+    training: Training
+    state: TrainState  # replicated over all devices of all processes
+
+
+def resume(
+    checkpoints: Checkpoints,
+    config: Config,
+    teacher: TrainedModel | None = None,
+    report: Report = print,
+) -> Resumed | None:
+    """The latest checkpoint that is not damaged, or None if there is none at all.
+
+    Damaged ones after it are quarantined.
+
+    Raises: ValueError if all are damaged, or for a configuration that cannot resume from it.
+    """
+    damaged: dict[int, ValueError] = {}
+    for step in reversed(checkpoints.steps()):
+        try:
+            stored = checkpoints.config(step)
+        except ValueError as error:
+            damaged[step] = error
+            continue
+        info = ModelInfo.from_dict(stored)
+        changes = check_resume(info.config, config)
+        training = _build(info._replace(config=config), teacher)
+        try:
+            state = _restore(checkpoints, step, training, teacher)
+        except ValueError as error:
+            damaged[step] = error
+            continue
+        for later in damaged:
+            place = checkpoints.quarantine(later)
+            report(f"checkpoint {later} is damaged and was moved to {place}: step {step} is used")
+        for change in changes:
+            report(f"changed since the checkpoint: {change}")
+        return Resumed(info, training, state)
+    if damaged:
+        raise damaged[max(damaged)]
+    return None
+
+
+def _restore(
+    checkpoints: Checkpoints, step: int, training: Training, teacher: TrainedModel | None
+) -> TrainState:
+    extra_args = () if teacher is None else (teacher.params,)
+    like = jax.eval_shape(training.init, jax.random.key(0), *extra_args)
+    sharding = parallel.replicated(parallel.device_mesh())
+    return state_from_trees(checkpoints.restore(step, state_to_trees(like), sharding), like)
+
+
+def _check_same_data(workdir: Path, stored: ModelInfo, info: ModelInfo) -> None:
+    ours, theirs = ((each.x_shape, each.conditioning) for each in (info, stored))
+    if ours != theirs:
+        raise ValueError(
+            f"data has x of {info.x_shape} and {info.conditioning}, and {workdir} was trained on"
+            f" {stored.x_shape} and {stored.conditioning}: use another run folder"
+        )
+
+
+# ------------------------------------------------------------------------------- parts
+
+
+def _build(info: ModelInfo, teacher: TrainedModel | None) -> Training:
+    return build_training(info) if teacher is None else build_distillation(info, teacher)
+
+
+def _parallel(training: Training, config: Config, teacher: TrainedModel | None) -> ParallelTraining:
+    return ParallelTraining(training, config.train, None if teacher is None else teacher.params)
+
+
+def _open_checkpoints(workdir: Path, config: Config) -> Checkpoints:
+    return Checkpoints(workdir, config.train.keep, clean=True)
+
+
+def _load_data(config: Config) -> Dataset:
+    """The data set; process 0 prepares it first, on a disk that the others may share."""
+    is_first = jax.process_index() == 0
+    if not is_first:
+        multihost_utils.sync_global_devices("data")
+    dataset = load_data(config)
+    if is_first and jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data")
+    return dataset
+
+
+def _model_info(config: Config, dataset: Dataset, teacher: TrainedModel | None) -> ModelInfo:
+    info = model_info(config, dataset)
+    return info if teacher is None else student_info(info, teacher)
+
+
+def _batches(info: ModelInfo, dataset: Dataset, start: int) -> Iterator[Any]:
+    """The training batches from step `start` on: the shares of this process."""
+    config = info.config
+    return batch_stream(
+        dataset.train,
+        config.train.batch,
+        config.train.seed,
+        start,
+        conditioning=info.conditioning,
+        flip=config.data.flip,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _held_out_batches(info: ModelInfo, dataset: Dataset) -> list[Any]:
+    """The held-out batches, none without evaluation: the shares of this process."""
+    train = info.config.train
+    batches = first_batches(
+        dataset.held_out,
+        train.batch,
+        jax.device_count(),
+        HELD_OUT_BATCHES if train.eval_every else 0,
+        conditioning=info.conditioning,
+    )
+    place = jax.process_index(), jax.process_count()
+    return [parallel.process_slice(batch, *place) for batch in batches]
+
+
+def _ignore(text: str) -> None:
+    pass

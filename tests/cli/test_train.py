@@ -1,0 +1,168 @@
+"""`diffjax train` as its users run it: real processes, real digits, real files."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers import QUICK, QUIET, TINY, check_mistake, check_told
+from PIL import Image
+
+from diffjax.cli import main
+from diffjax.inference.model import load_model
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_training_learns(digits_run):
+    """Losses fall, and checkpoints, previews and metrics are where the command says."""
+    lines = metrics(digits_run)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    assert np.mean(losses[-3:]) < 0.25 * losses[0]
+    assert held_out[-1] < min(0.12, held_out[0])
+    assert sorted(int(path.name) for path in (digits_run / "checkpoints").iterdir()) == [200, 220]
+    assert Image.open(digits_run / "previews" / "0000220.png").size[0] > 400
+    assert len(list((digits_run / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_finished(digits_run, capsys, in_suite_data):
+    """The same command again says so, and changes nothing."""
+    before = (digits_run / "metrics.jsonl").read_bytes()
+    main(["train", "digits", "--workdir", str(digits_run), "--train.steps", "220"])
+    assert re.search(rf"{re.escape(str(digits_run))}\D+\b220\b", capsys.readouterr().out)
+    assert (digits_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_averages(unconditional_run):
+    """Each of several moving averages can be opened."""
+    names = ("ema", "0.9", "0.1", "raw")
+    params = {w: jax.tree.leaves(load_model(unconditional_run, weights=w).params) for w in names}
+    apart = {
+        w: sum(np.abs(a - b).sum() for a, b in zip(params[w], params["raw"], strict=True))
+        for w in names
+    }
+    assert apart["ema"] == apart["0.9"] > apart["0.1"] > apart["raw"] == 0
+
+
+def test_non_finite(data_dir, tmp_path, capsys):
+    """Training ends with the step and the learning rate; what was saved is from before."""
+    options = ["--train.learning-rate", "1e30", "--train.warmup", "0", "--train.clip", "1e30"]
+    options += ["--train.save-every", "1", "--train.max-skipped", "3", "--data.dir", str(data_dir)]
+    with pytest.raises(SystemExit) as end:
+        main(["train", "digits", "--workdir", str(tmp_path), *TINY, *QUIET, *options])
+    names = ("3", "learning_rate", "1e+30")
+    check_told(end.value.code, capsys.readouterr().err, names, after_progress=True)
+    for leaf in jax.tree.leaves(load_model(tmp_path, weights="raw").params):
+        assert np.isfinite(leaf).all()
+
+
+def test_damaged_image(tmp_path, capsys):
+    """It is met at its turn, after the progress bar."""
+    (tmp_path / "images").mkdir()
+    for i in range(90):  # a tenth is held out, one for each device
+        Image.new("RGB", (9, 9), (i, i, i)).save(tmp_path / "images" / f"{i:02}.png")
+    (tmp_path / "images" / "05.png").write_text("no image")
+    options = "--data.size 8 --network.channels=4 --network.multipliers=1 --network.attention"
+    options += f" --network.head-width=4 --train.batch=8 --data.path {tmp_path}/images"
+    words = ["train", "folder", "--workdir", str(tmp_path / "run"), *options.split()]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--data.conditions"])
+    err = capsys.readouterr().err
+    check_told(end.value.code, err, f"{tmp_path}/images/05.png", after_progress=True)
+
+
+@pytest.mark.slow
+def test_processes_not_found(run_program, tmp_path):
+    options = ["--workdir", tmp_path / "x", "--distributed", "auto"]
+    code, _, err = run_program("train", "digits", *options, flags=QUICK)
+    check_told(code, err, ("distributed", "auto", "HOST:PORT", "processes", "process"))
+
+
+BAD = {
+    "digitz --workdir {tmp}/x": ("digitz", "digits"),
+    "{tmp}/own.py --workdir {tmp}/x": "{tmp}/own.py",
+    "{file}.py --workdir {tmp}/x": "{file}.py",
+    "digits --workdir {tmp}/x --train.stepz 5": ("train.stepz", "train.steps"),
+    "digits --workdir {tmp}/x --train.steps many": ("steps", "many"),
+    "digits --workdir {tmp}/x --diffusion.schedule cosin": ("schedule", "cosin"),
+    "digits": "workdir",
+    "digits --workdir {tmp}/x extra": "extra",
+    "digits --workdir {tmp}/file/x": "{tmp}/file/x",
+    "digits --workdir {tmp}/x --train.steps 0": ("train.steps", "0"),
+    "digits --workdir {tmp}/x --train.condition-dropout 1.5": ("condition_dropout", "1.5"),
+    "digits --workdir {tmp}/x --train.learning-rate -1": ("learning_rate", "-1"),
+    "digits --workdir {tmp}/x --train.learning-rate nan": ("learning_rate", "nan"),
+    "digits --workdir {tmp}/x --train.clip inf": ("clip", "inf"),
+    "digits --workdir {tmp}/x --train.seed 4294967296": ("seed", "4294967296"),
+    "digits --workdir {tmp}/x --diffusion.T 20": ("beta_20", "1"),
+    "digits --workdir {tmp}/x --diffusion.zero-terminal-snr": ("1000", "alpha", "eps"),
+    "digits --workdir {tmp}/x --train.weighting snr": ("weighting", "snr"),
+    "digits --workdir {tmp}/x --network.attention 5": ("attention", "5", "8", "4"),
+    "digits --workdir {tmp}/x --network.dropout 1": ("network.dropout", "1"),
+    "digits --workdir {tmp}/x --data.conditions colour": ("conditions", "colour", "label"),
+    "digits --workdir {tmp}/x --data.name lfw": "lfw",
+    "digits --workdir {tmp}/x --data.name mnist:9.9.9": "mnist:9.9.9",
+    "digits --workdir {tmp}/x --train.save-every 0": ("save_every", "0"),
+    "digits --workdir {tmp}/x --train.accumulate 0": ("accumulate", "0"),
+    "digits --workdir {tmp}/x --train.accumulate 3": ("batch", "64", "8", "3", "24"),
+    "digits --workdir {tmp}/x --train.steps-per-dispatch 0": ("steps_per_dispatch", "0"),
+    "digits --workdir {tmp}/x --train.max-skipped 0": ("max_skipped", "0"),
+    "digits --workdir {tmp}/x --train.ema": "train.ema",
+    "digits --workdir {tmp}/x --train.ema 0.9 1.0": ("ema", "0.9", "1"),
+    "digits --workdir {tmp}/x --train.ema many": ("ema", "many"),
+    "digits --workdir {tmp}/x --parallel pmpa": ("parallel", "pmpa"),
+    "digits --workdir {tmp}/x --train.parallel gspmd": ("parallel", "gspmd"),
+    "digits --workdir {tmp}/x --distributed here": ("distributed", "here"),
+    "digits --workdir {tmp}/x --distributed localhost:1": ("processes", "process"),
+    "digits --workdir {tmp}/x --distributed localhost:1 --processes 2 --process 2": (
+        "processes", "process", "2",
+    ),
+    "digits --workdir {tmp}/x --distributed auto --processes 2": (
+        "distributed", "auto", "processes", "process",
+    ),
+    "digits --workdir {tmp}/x --process 1": ("distributed", "processes", "process"),
+    "digits --workdir {broken} --train.steps 40": "{broken}/checkpoints/30",
+    "digits --workdir {file}": ("{file}", "workdir"),
+    "digits --workdir {tmp}/x --network.channels 7": ("channels", "7"),
+    "digits --workdir {tmp}/x --network.heads 5": ("heads", "5", "48"),
+    "digits --workdir {tmp}/x --network.multipliers 1 1 1 1 1": ("multipliers", "8x8", "16"),
+    "digits --workdir {tmp}/x --train.batch 12": ("batch", "12", "8"),
+    "digits --workdir {tmp}/x --train.batch 4000": ("batch", "4000", "1500"),
+    "digits --workdir {tmp}/x --data.name cifar1": ("cifar1", "cifar10"),
+    "digits_unconditional --workdir {unconditional} --train.ema 0.9": ("ema", "0.9", "0.1"),
+    "digits_unconditional --workdir {unconditional} --network.channels 32": (
+        "channels", "32", "4",
+    ),
+    "digits_unconditional --workdir {unconditional} --diffusion.T 500": (
+        "diffusion.T", "500", "1000",
+    ),
+    "digits --workdir {unconditional}": ("data.conditions", "label"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def few_places(tmp_path, data_dir, unconditional_run):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "file.py").write_text("config = 3")
+    (tmp_path / "broken" / "checkpoints" / "30").mkdir(parents=True)
+    places = {"tmp": tmp_path, "data": data_dir, "unconditional": unconditional_run}
+    return places | {"broken": tmp_path / "broken", "file": tmp_path / "file"}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_mistakes(command, few_places, capsys):
+    words = command
+    if "unconditional}" in command:  # all other options as the run has them
+        words += " " + " ".join(o for o in TINY if o.split("=")[0] not in command)
+        words += "" if "ema" in command else " --train.ema 0.9 0.1"
+    if "--workdir" in command and "extra" not in command:
+        words += " --data.dir {data}"  # of the suite, where the command gets as far as the data
+    check_mistake(main, f"train {words}", BAD[command], capsys, **few_places)
+    names = sorted(path.name for path in few_places["tmp"].iterdir())
+    assert names == ["broken", "file", "file.py"]

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+from helpers import naming
+
+from diffjax.data.arrays import load_npz
+from diffjax.nn.conditioning import ClassLabel, Vector
+
+
+@pytest.mark.parametrize(("x", "y"), [("x", "y"), ("images", "labels")])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 6, 1), (5, 6, 3)])
+def test_images_and_labels(tmp_path, x, y, shape):
+    images = np.random.default_rng(0).integers(0, 256, (20, *shape), np.uint8)
+    np.savez(tmp_path / "a.npz", **{x: images, y: np.arange(20) % 3})
+    loaded = load_npz(tmp_path / "a.npz")
+    assert (loaded.image_shape, loaded.classes) == ((*shape, 1)[:3], 3)
+    train, held_out = ([split[i] for i in range(len(split))] for split in loaded[:2])
+    assert (len(train), len(held_out)) == (18, 2)
+    known = {image.tobytes(): i for i, image in enumerate(images)}
+    numbers = [known[e["image"].tobytes()] for e in (*train, *held_out)]
+    assert sorted(numbers) == [*range(20)]
+    assert [e["label"] for e in (*train, *held_out)] == [i % 3 for i in numbers]
+
+
+def test_periodic_labels_are_in_both_splits(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((1500, 2, 2), np.uint8), y=np.arange(1500) % 10)
+    loaded = load_npz(tmp_path / "a.npz")
+    for split in loaded[:2]:
+        assert {split[i]["label"] for i in range(len(split))} == set(range(10))
+
+
+def test_negative_labels_are_none(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((10, 4, 4, 1), np.uint8), labels=np.full(10, -1))
+    loaded = load_npz(tmp_path / "a.npz")
+    assert (loaded.classes, loaded.train[0].keys()) == (0, {"image"})
+
+
+def not_an_npz(path):
+    path.write_text("x,y\n1,2\n")
+
+
+def flipped_byte(path):
+    np.savez(path, x=np.zeros((20, 4, 4), np.uint8))
+    content = bytearray(path.read_bytes())
+    content[200] ^= 255
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    np.savez(path, x=np.zeros((20, 4, 4), np.uint8))
+    path.write_bytes(path.read_bytes()[:300])
+
+
+IMAGES = np.zeros((20, 4, 4), np.uint8)
+BAD_NPZ = [
+    (not_an_npz, []),
+    (flipped_byte, ["x.npy"]),
+    (cut_short, []),
+    ({"a": IMAGES, "b": IMAGES}, ["b", "x", "images"]),
+    ({}, ["x", "images"]),
+    ({"x": IMAGES / 255}, ["float64", (20, 4, 4, 1), "uint8"]),
+    ({"x": np.zeros((20, 4, 4, 4), np.uint8)}, ["uint8", (20, 4, 4, 4)]),
+    ({"x": IMAGES, "y": np.arange(19)}, ["labels", "int64", (19,), 20]),
+    ({"x": IMAGES, "y": np.zeros(20)}, ["labels", "float64", (20,)]),
+    ({"x": IMAGES, "y": np.arange(20) - 2}, ["labels", -2]),
+    ({"x": IMAGES[:7]}, [7, 10]),
+    ({"x": np.array([None] * 20)}, []),
+]
+
+
+@pytest.mark.parametrize(("content", "names"), BAD_NPZ)
+def test_unusable_file(tmp_path, content, names):
+    path = tmp_path / "a.npz"
+    np.savez(path, **content) if isinstance(content, dict) else content(path)
+    with pytest.raises(ValueError, match=naming(path, *names)):
+        load_npz(path)
+
+
+# ------------------------------------------------------------------------------- further arrays
+
+
+def test_further_arrays_are_vectors(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (20, 3, 3), np.uint8)
+    arrays = {"angle": np.arange(20) / 7, "pose": np.arange(60).reshape(20, 3)}
+    ignored = {"names": np.array(["a"] * 20), "mean": np.zeros(3), "masks": x / 255}
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(20) % 4, **arrays, **ignored)
+    loaded = load_npz(tmp_path / "a.npz")
+    assert loaded.fields == {
+        "label": ClassLabel(4),
+        "angle": Vector(1, "angle"),
+        "pose": Vector(3, "pose"),
+    }
+    known = {image.tobytes(): i for i, image in enumerate(x)}
+    for split in (loaded.train, loaded.held_out):
+        for n in range(len(split)):
+            example = split[n]
+            i = known[example["image"].tobytes()]
+            assert example.keys() == {"image", "label", "angle", "pose"}
+            assert example["label"] == i % 4
+            np.testing.assert_array_equal(loaded.fields["angle"].read(example), np.float32([i / 7]))
+            np.testing.assert_array_equal(loaded.fields["pose"].read(example), arrays["pose"][i])
+
+
+def test_vectors_are_finite(tmp_path):
+    np.savez(tmp_path / "a.npz", x=IMAGES, angle=np.full(20, np.nan))
+    with pytest.raises(ValueError, match=naming(tmp_path / "a.npz", "angle")):
+        load_npz(tmp_path / "a.npz")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=naming("data.path", tmp_path / "a.npz")):
+        load_npz(tmp_path / "a.npz")

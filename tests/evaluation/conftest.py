@@ -1,0 +1,70 @@
+"""Models of digits with small random networks: nothing is trained."""
+
+import functools
+
+import jax
+import pytest
+
+from diffjax import build
+from diffjax.config import Config, Data, Diffusion, Distillation, Train
+from diffjax.evaluation.results import QualityRow
+from diffjax.inference.model import TrainedModel
+from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
+from diffjax.nn.unet import UNetConfig
+
+NETWORK = UNetConfig(channels=4, multipliers=(1,), blocks=1, attention=(), heads=1, norm_groups=1)
+CONDITIONINGS = {
+    "unconditional": UNCONDITIONAL,
+    "label": ClassLabel(10),
+    "fields": Fields((ClassLabel(10), Vector(2, "pose"))),
+}
+
+
+@functools.cache
+def params_of(kind):
+    """Random parameters, none of them zero: a network that begins at zero ignores its input."""
+    info = build.ModelInfo(Config(network=NETWORK), (8, 8, 1), CONDITIONINGS[kind])
+    params = build.init_params(info, build.build_module(info), jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf + 0.05, params)
+
+
+@pytest.fixture(scope="session")
+def digits_model():
+    """Build a model: digits_model("fields", dropout=0.0, distillation=..., name=...)."""
+
+    def make(kind="label", *, dropout=0.1, distillation=None, name="unet of x"):
+        config = Config(
+            data=Data(name="digits"),
+            network=NETWORK,
+            diffusion=Diffusion(T=100),
+            train=Train(condition_dropout=dropout),
+            distillation=distillation or Distillation(),
+        )
+        info = build.ModelInfo(config, (8, 8, 1), CONDITIONINGS[kind])
+        return TrainedModel(
+            name=name,
+            info=info,
+            network=build.build_network(info, build.build_module(info)),
+            params=params_of(kind),
+            parameterization=build.build_parameterization(config),
+            schedule=build.build_schedule(config),
+            codec=build.build_codec(config),
+            weights="ema",
+            step=7,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def quality_row():
+    """A complete row."""
+    return QualityRow(
+        network="unet of x", parameters=1234, weights="ema, step 7", image_size="8x8x1",
+        device="1 x cpu", dtype="float32", versions="jax 1", sampler="ddim(eta=0, trailing)",
+        clipping="clipped", steps=50, guidance=2.0, guided="2", images=500, batch=100, seed=0,
+        extractor="cnn-64, 98% on held-out", reference="digits, train, 1,597 images",
+        fd=3.25, kd=0.01, kd_error=0.002, inception_score=8.5, precision=0.75, recall=0.5,
+        class_accuracy=0.991, nfe=100, ms_per_image=1.5, spread=0.03, batches=5,
+        compile_seconds=0.5,
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers import naming
+
+from diffjax.build import load_data
+from diffjax.config import Distillation
+from diffjax.data.batches import first_examples
+from diffjax.data.codec import Codec
+from diffjax.evaluation import bits_per_dim
+from diffjax.evaluation.bits_per_dim import LikelihoodOptions, measure_bits_per_dim
+
+OPTIONS = LikelihoodOptions(seed=0, repeats=2, tolerance=1e-2, evaluations=10)
+pytestmark = pytest.mark.usefixtures("in_suite_data")
+
+
+def examples_of(model, num=5):
+    return first_examples(load_data(model.info.config).held_out, num, model.info.conditioning)
+
+
+def test_bits_per_dim_of_digits(digits_model):
+    """Both rows, with the number of evaluations, and progress by batch."""
+    model, calls = digits_model(), []
+    x, condition = examples_of(model)
+    flow, bound = measure_bits_per_dim(model, x, condition, OPTIONS, calls.append)
+    assert "tsit5" in flow.measure
+    assert "0.01" in flow.measure
+    assert "ddpm(fixed_large) in 100 steps" in bound.measure
+    for row in (flow, bound):
+        assert np.isfinite(row.bits_per_dim)
+        assert row.error > 0
+        assert (row.images, row.image_size) == (5, "8x8x1")
+        assert (row.data, row.given) == ("digits, held out", "condition")
+    assert (flow.repeats, bound.repeats, bound.spread) == (2, 1, None)
+    assert flow.spread > 0
+    assert (bound.evaluations, bound.derivatives) == (11, 0)
+    assert flow.evaluations == flow.derivatives > 6
+    assert sum(calls) == bits_per_dim.num_batches(5, 2) == 3
+    assert bits_per_dim.num_batches(129, 2) == 9
+
+
+def test_condition_matters(digits_model):
+    """Without it images get the null condition, and the row tells so."""
+    model = digits_model()
+    x, condition = examples_of(model)
+    options = dataclasses.replace(OPTIONS, repeats=1)
+    given, null = (
+        measure_bits_per_dim(model, x, each, options)
+        for each in (condition, model.info.conditioning.nulls(5))
+    )
+    without = measure_bits_per_dim(model, x, None, options)
+    for row, same, other in zip(without, null, given, strict=True):
+        assert row.given == "no condition"
+        assert row.bits_per_dim == same.bits_per_dim
+        assert abs(row.bits_per_dim - other.bits_per_dim) > 1e-6
+    assert without[0].spread is None
+    unconditional = digits_model("unconditional")
+    assert measure_bits_per_dim(unconditional, x, None, options)[1].given == "no condition"
+
+
+def test_condition_of_fields(digits_model):
+    model = digits_model("fields")
+    x, label = examples_of(digits_model())
+    condition = {"label": label, "pose": np.ones((5, 2), np.float32)}
+    options = dataclasses.replace(OPTIONS, repeats=1)
+    rows = measure_bits_per_dim(model, x, condition, options)
+    assert all(np.isfinite(row.bits_per_dim) for row in rows)
+
+
+def test_images_count_once_in_any_batch(digits_model, monkeypatch):
+    """The last batch is filled with images from the start, which do not count again."""
+    model = digits_model()
+    x, condition = examples_of(model, 11)
+    options = dataclasses.replace(OPTIONS, repeats=1)
+    rows = measure_bits_per_dim(model, x, condition, options)
+    monkeypatch.setattr(bits_per_dim.parallel, "default_batch", lambda num: 8)
+    calls = []
+    again = measure_bits_per_dim(model, x, condition, options, calls.append)
+    assert sum(calls) == 4
+    for row, other in zip(rows, again, strict=True):
+        assert row.bits_per_dim == pytest.approx(other.bits_per_dim, rel=1e-4)
+        assert row.error == pytest.approx(other.error, rel=1e-3)
+
+
+def test_unsolved_flow_is_named(digits_model, monkeypatch):
+    log_density = bits_per_dim.likelihood.log_density
+
+    def unsolved(*arguments):
+        found = log_density(*arguments)
+        brightest = arguments[2].sum((1, 2, 3)) > -40.0
+        return found._replace(solved=brightest)
+
+    model = digits_model()
+    x, condition = examples_of(model)
+    expected = int(np.argmin(x.sum((1, 2, 3)) > -40.0))
+    monkeypatch.setattr(bits_per_dim.likelihood, "log_density", unsolved)
+    with pytest.raises(bits_per_dim.UnsolvedError, match=naming("tolerance", expected)):
+        measure_bits_per_dim(model, x, condition, OPTIONS)
+
+
+BAD = {
+    "probes": (0, ("probes", 0)),
+    "repeats": (0, ("repeats", 0)),
+    "tolerance": (0.1, ("tolerance", 0.1, 0.01)),
+    "evaluations": (100, ("evaluations", 100, 99)),
+    "variance": ("big", ("variance", "big")),
+    "seed": (-1, ("seed", -1)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options(name, digits_model):
+    value, words = BAD[name]
+    with pytest.raises(ValueError, match=naming(*words)):
+        bits_per_dim.check_likelihood(digits_model(), dataclasses.replace(OPTIONS, **{name: value}))
+
+
+def test_models_without_likelihood(digits_model):
+    model = digits_model()
+    x, condition = examples_of(model)
+    distilled = digits_model(distillation=Distillation(method="progressive", steps=4))
+    with pytest.raises(ValueError, match=naming("unet of x", "distilled")):
+        measure_bits_per_dim(distilled, x, condition, OPTIONS)
+    latents = model._replace(codec=Codec(model.codec.encode, model.codec.decode, None))
+    with pytest.raises(ValueError, match=naming("unet of x", "latents")):
+        measure_bits_per_dim(latents, x, condition, OPTIONS)
+    with pytest.raises(ValueError, match=naming("num", 1)):
+        measure_bits_per_dim(model, x[:1], condition[:1], OPTIONS)
+    with pytest.raises(ValueError, match=naming("condition", "unet of x", "condition_dropout")):
+        measure_bits_per_dim(digits_model(dropout=0.0), x, None, OPTIONS)
+
+
+def test_likelihood_condition(digits_model):
+    model, given = digits_model("fields"), {"label": np.zeros(3), "pose": np.ones((3, 2))}
+    assert bits_per_dim.likelihood_condition(model, given, 3) is given
+    null = bits_per_dim.likelihood_condition(model, None, 3)
+    np.testing.assert_array_equal(null["label"], [10, 10, 10])
+    assert not jax.tree.leaves(null["pose"])[0].any()
+    unconditional = digits_model("unconditional", dropout=0.0)
+    assert bits_per_dim.likelihood_condition(unconditional, None, 3) is None

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+from helpers import naming
+
+from diffjax.evaluation import inception
+
+
+def test_resize_from_the_corner():
+    """A line stays a line, up to the last pixel, which is repeated; 299 pixels stay as they are."""
+    line = np.arange(13, dtype=np.float32)[None, :, None, None] * 10 + np.zeros(
+        (1, 13, 7, 1), np.float32
+    )
+    found = np.asarray(inception.resize(line))
+    expected = np.minimum(np.arange(299) * 13 / 299, 12) * 10
+    np.testing.assert_allclose(
+        found[0, :, :, 0], np.broadcast_to(expected[:, None], (299, 299)), rtol=1e-5, atol=1e-4
+    )
+    whole = np.random.default_rng(0).uniform(size=(1, 299, 299, 2)).astype(np.float32)
+    np.testing.assert_array_equal(inception.resize(whole), whole)
+
+
+def test_batch_norms_are_folded():
+    """A convolution and its batch norm in use, against the folded kernel and bias."""
+    rng, name = np.random.default_rng(0), "Conv2d_3b_1x1"
+    tensors = {}
+    for each, leaves in inception.shapes().items():
+        *size, inside, outside = leaves["kernel"].shape
+        if each == "fc":
+            tensors["fc.weight"] = np.zeros((outside, inside))
+            continue
+        tensors[f"{each}.conv.weight"] = rng.normal(size=(outside, inside, *size))
+        for norm in inception.NORM:
+            tensors[f"{each}.bn.{norm}"] = rng.uniform(0.5, 1.5, outside)
+    x = rng.normal(size=64)
+    weight, bias, mean, var = (tensors[f"{name}.bn.{norm}"] for norm in inception.NORM)
+    convolved = tensors[f"{name}.conv.weight"][..., 0, 0] @ x
+    expected = (convolved - mean) / np.sqrt(var + 1e-3) * weight + bias
+    folded = inception.from_tensors(tensors)[name]
+    found = x @ folded["kernel"][0, 0] + folded["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # float32
+    del tensors["fc.weight"]
+    with pytest.raises(ValueError, match=naming("fc.weight")):
+        inception.from_tensors(tensors)
