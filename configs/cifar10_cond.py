@@ -1,4 +1,4 @@
-"""CIFAR-10, class-conditional: DDPM's recipe with dropout of labels, so that it can be guided.
+"""CIFAR-10, class-conditional: DDPM's recipe with dropout of labels.
 
     diffjax train cifar10_cond --workdir runs/cifar10-cond
 

@@ -1,4 +1,4 @@
-"""ImageNet at 64x64, class-conditional, with ADM's network: 296 M parameters, bfloat16.
+"""ImageNet at 64x64, class-conditional, with ADM's network: 296 M parameters.
 
     diffjax train imagenet64 --workdir runs/imagenet64
 

@@ -1,4 +1,6 @@
-"""MNIST, class-conditional, padded from 28x28 to 32x32. For CPUs there is `mnist_small`.
+"""MNIST, class-conditional, padded from 28x28 to 32x32.
+
+For CPUs there is `mnist_small`.
 
     diffjax train mnist --workdir runs/mnist
 

@@ -1,4 +1,4 @@
-"""MNIST, class-conditional, padded from 28x28 to 32x32: less than a million parameters.
+"""MNIST, class-conditional, padded to 32x32: less than a million parameters.
 
     diffjax train mnist_small --workdir runs/mnist-small
     diffjax train mnist_small --data.source npz --data.path mnist.npz --workdir runs/mnist-small

@@ -1,4 +1,4 @@
-"""The parts of the library that a configuration describes: plain functions, modules and tables."""
+"""The parts of the library that a configuration describes."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from diffjax.parameterization import Parameterization
 
 
 class ModelInfo(NamedTuple):
-    """The description of a model, stored beside its weights: all that is needed to use them."""
+    """The description of a model, which is stored beside its weights."""
 
     config: Config
     x_shape: tuple[int, ...]  # of x, without the batch axis
@@ -148,7 +148,7 @@ def build_times(config: Config) -> loss.TimeSampling:
 
 
 def network_conditioning(info: ModelInfo) -> Conditioning:
-    """The conditioning of the network itself: with a guidance scale where it is distilled."""
+    """The conditioning of the network, with a guidance scale if it is distilled."""
     if info.config.distillation.guidance_conditioned:
         return WithGuidanceScale(info.conditioning)
     return info.conditioning

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: trees of arrays and their configuration, with Orbax and checksums.
+"""Checkpoints of a run, with Orbax: trees of arrays, configuration and checksums.
 
 A save is written beside the others and renamed when it is complete, so that a kill leaves all or
 nothing of it. Orbax does not detect corrupted files on restore; the stored SHA-256 does.
@@ -44,7 +44,7 @@ class SaveError(OSError):
 
 @functools.cache
 def silence_orbax() -> None:
-    """Silence Orbax's logs and the duplicate tracebacks of its threads when a save fails."""
+    """Silence Orbax's logs, and its threads' duplicate tracebacks of a failed save."""
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     sys.excepthook = functools.partial(_skip_orbax_threads, sys.excepthook)
@@ -142,7 +142,7 @@ class Checkpoints:
         return {name: trees[name] for name in like}
 
     def restore_weights(self, step: int, key: str, like: Any, sharding: Sharding) -> Any:
-        """One tree of checkpoint `step` alone: "params", or a moving average by its `ema_key`.
+        """One tree of checkpoint `step`: "params", or a moving average by its `ema_key`.
 
         Raises: ValueError as `restore`.
         """
@@ -230,7 +230,7 @@ def ema_key(index: int) -> str:
 
 
 def tree_sha256(tree: Any) -> str:
-    """The SHA-256 of the names, dtypes, shapes and bytes of all arrays, in hexadecimal."""
+    """The SHA-256, in hexadecimal, of all arrays: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree.leaves_with_path(tree):
         array = np.ascontiguousarray(leaf)
@@ -240,7 +240,7 @@ def tree_sha256(tree: Any) -> str:
 
 
 def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints, int]:
-    """The checkpoints of an existing run, and the chosen training step; the latest if None.
+    """The checkpoints of an existing run, and the chosen or latest training step.
 
     Raises: FileNotFoundError for a folder that does not exist, or has no such checkpoint.
     """

@@ -253,7 +253,7 @@ def _not_negative(name: str, value: float) -> None:
 
 
 def config_folder() -> Path:
-    """The folder of diffjax's own configurations: in a wheel inside the package, else beside it."""
+    """The folder of diffjax's own configurations."""
     inside = Path(__file__).parent / "configs"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
@@ -264,7 +264,7 @@ def config_names() -> list[str]:
 
 
 def load_config(name: str) -> Config:
-    """The `config` of a Python file, by one of `config_names` or by a path as in ./mine.py.
+    """The `config` of a Python file, by a name of `config_names` or by its path.
 
     Raises: ValueError for a name that does not exist, with the nearest one, and for a file that
     does not define a configuration.
@@ -305,7 +305,7 @@ def flat_fields(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The configuration for JSON; the network's part holds its registered name as `kind`."""
+    """The configuration for JSON; the network has its registered name as `kind`."""
     return dataclasses.asdict(config) | {"network": network_to_dict(config.network)}
 
 
@@ -326,7 +326,7 @@ _PARTS: dict[str, Any] = {
 
 
 def dataclass_from_dict(kind: Any, values: dict[str, Any]) -> Any:
-    """A flat dataclass from the values of its fields as JSON has them, its lists as tuples.
+    """A flat dataclass from the values of its fields in JSON, with lists as tuples.
 
     Raises: ValueError for a field that the dataclass has not.
     """
@@ -346,7 +346,7 @@ BOUND_FIELDS = (
 
 
 def is_bound(name: str) -> bool:
-    """Return whether a checkpoint is bound to the value of a field, by its option name."""
+    """Return whether a checkpoint is bound to a field, by its option name."""
     part, _, rest = name.partition(".")
     return name in BOUND_FIELDS or (part == "network" and rest not in UNBOUND_FIELDS)
 

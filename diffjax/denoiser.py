@@ -1,8 +1,8 @@
-"""Denoisers: functions (x_t, level) -> estimate of x0, and functions that make one from another.
+"""Denoisers: functions (x_t, level) -> estimate of x0, and transforms of them.
 
-A network is any function (params, x, t, condition) -> output, and a condition is any pytree of arrays
-with a leading batch axis, or None. `from_network` turns a network into a denoiser; everything after it
-works on x0 alone. Guidance, which combines two denoisers, is in guidance.py.
+A network is any function (params, x, t, condition) -> output, and a condition is any pytree of
+arrays with a leading batch axis, or None. `from_network` turns a network into a denoiser;
+everything after it works on x0 alone. Guidance, which combines two denoisers, is in guidance.py.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ Denoiser = Callable[[Array, Level], Array]
 def from_network(
     network: Network, params: Any, parameterization: Parameterization
 ) -> ConditionalDenoiser:
-    """The conditional denoiser of a network: x0 = to_x0(x_t, network(params, x, time, condition)).
+    """The conditional denoiser of a network.
 
-    x and time are `parameterization.inputs(x_t, level)`. x_t: [B, ...]; leaves of the level: scalars
-    or [B].
+    x0 = to_x0(x_t, network(params, x, time, condition)), where x and time are
+    `parameterization.inputs(x_t, level)`. x_t: [B, ...]; leaves of the level: scalars or [B].
 
     Raises: ValueError, when called or traced, for an output of another shape than x_t. Whether the
     prediction is usable at a plan's levels is checked before tracing, by
@@ -38,8 +38,8 @@ def from_network(
         output = network(params, *parameterization.inputs(x_t, level), condition)
         if output.shape != x_t.shape:
             raise ValueError(
-                f"network output has shape {output.shape}, expected {x_t.shape}: wrap networks with a"
-                " learned variance in `drop_learned_variance`"
+                f"network output has shape {output.shape}, expected {x_t.shape}: wrap networks with"
+                " a learned variance in `drop_learned_variance`"
             )
         return parameterization.prediction.to_x0(x_t, output, level)
 
@@ -66,9 +66,10 @@ def clip(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
 
 
 def dynamic_threshold(denoise: Denoiser, quantile: float) -> Denoiser:
-    """Dynamic thresholding (arXiv:2205.11487, section 2.3): x0 <- clip(x0, -s, s)/s for each sample.
+    """Dynamic thresholding (arXiv:2205.11487, section 2.3).
 
-    s is this quantile of the absolute values of the sample's x0, or 1 if that is more.
+    x0 <- clip(x0, -s, s)/s for each sample, where s is this quantile of the absolute values of the
+    sample's x0, or 1 if that is more.
 
     Raises: ValueError unless quantile is in (0, 1].
     """
@@ -88,8 +89,8 @@ def inpaint(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
     """Keep the known part of the data exactly: x0 <- mask*known + (1 - mask)*x0.
 
     known: [B, ...]; mask: 1 where known, 0 where to be generated, broadcast against known. Apply it
-    last, after guidance and clipping. Known and generated parts fit better under a plan that repeats
-    its rows, `solvers.repaint`.
+    last, after guidance and clipping. Known and generated parts fit better under a plan that
+    repeats its rows, `solvers.repaint`.
 
     Raises: ValueError for a mask that does not broadcast against known.
     """

@@ -1,4 +1,4 @@
-"""Distillation: targets for a student that takes few steps, from a teacher that takes many.
+"""Distillation: targets for a student of few steps from a teacher of many.
 
 Teacher and student are denoisers: at a level, an x0 for x_t. There are three targets: the teacher's
 estimate itself, two passes of guidance in one (arXiv:2210.03142); the x0 whose one DDIM step ends
@@ -42,7 +42,7 @@ def all_levels(schedule: Schedule) -> tuple[Level]:
 
 
 def adjacent_levels(schedule: Schedule, steps: int) -> tuple[Level, Level]:
-    """The levels (t, s) of each step of `trailing(schedule, steps)`, the least noisy first.
+    """The levels (t, s) of each step of `trailing`, the least noisy first.
 
     s is the level that a sampler goes to from t, data (sigma 0) in the first pair.
 
@@ -53,14 +53,15 @@ def adjacent_levels(schedule: Schedule, steps: int) -> tuple[Level, Level]:
 
 
 def halving_levels(schedule: Schedule, steps: int) -> tuple[Level, Level, Level, np.ndarray]:
-    """The levels (t, m, s) and the share of `progressive_target` of each of a student's steps.
+    """The levels (t, m, s) and the share of each of a student's steps.
 
     The student steps from t to s, its teacher of twice as many steps over m in between; the least
     noisy step is first. The student is called exactly where `trailing(schedule, steps)` calls it:
     its levels are every other one of the teacher's, at any T, since they are rounded alike.
 
-    share = (r_ms - r_ts)/(1 - r_ts), float64 [steps], r the `sqrt_snr_ratio` of two levels: how far m
-    is from t on the way to s, in alpha/sigma. Onto data it is 0.
+    The share of `progressive_target` is (r_ms - r_ts)/(1 - r_ts), float64 [steps], r the
+    `sqrt_snr_ratio` of two levels: how far m is from t on the way to s, in alpha/sigma. Onto data
+    it is 0.
 
     Raises: ValueError unless the teacher's 2*steps are in 2..T.
     """
@@ -121,11 +122,12 @@ def distillation_loss(
     times: TimeSampling,
     max_guidance: float = 1.0,
 ) -> Objective:
-    """The loss weight * mean of (student's output - the output of the target's x0)**2 per example.
+    """The loss of a student that learns a target.
 
-    Each example is at one of the rows [N], drawn by `times`. weights: [N], on the output of the
-    student, as a weighting of loss.py gives them. The batch is that of `loss.denoising_loss`. No
-    gradient flows through the target.
+    weight * mean of (student's output - the output of the target's x0)**2 for each example. Each
+    example is at one of the rows [N], drawn by `times`. weights: [N], on the output of the student,
+    as a weighting of loss.py gives them. The batch is that of `loss.denoising_loss`. No gradient
+    flows through the target.
 
     max_guidance: above 1 the student is conditioned on a guidance scale too, drawn uniformly from 1
     to max_guidance; its condition, and the target's, is then (condition, scale [B, 1]).
@@ -154,9 +156,10 @@ def distillation_loss(
 
 
 def init_from_teacher(fresh: Any, teacher: Any) -> Any:
-    """A student's initial parameters: the teacher's, and fresh ones where the teacher has none.
+    """A student's initial parameters: the teacher's, and fresh ones it lacks.
 
-    Raises: ValueError, when called or traced, for a teacher with parameters that the student has not.
+    Raises: ValueError, when called or traced, for a teacher with parameters that the student has
+    not.
     """
     ours, theirs = (dict(jax.tree.leaves_with_path(tree)) for tree in (fresh, teacher))
     for path, leaf in theirs.items():

@@ -1,4 +1,6 @@
-"""Guidance: two denoisers combined into one, x0 = x0_from + scale*(x0_to - x0_from).
+"""Guidance: two denoisers combined into one.
+
+    x0 = x0_from + scale*(x0_to - x0_from)
 
 Scale 0 is the first denoiser, 1 the second, and more extrapolates beyond it.
 """
@@ -28,16 +30,16 @@ def classifier_free_guidance(
     rescale: float = 0.0,
     batched: bool = True,
 ) -> Denoiser:
-    """Classifier-free guidance (arXiv:2207.12598): x0_null + scale*(x0_condition - x0_null).
+    """Classifier-free guidance (arXiv:2207.12598).
 
-    condition: a pytree of arrays [B, ...]; null: the same structure, broadcast against it, the
-    condition that means "none", or one to be led away from; scale: 0 is unconditional, 1
-    conditional, more is guided. The paper's w is scale - 1. Since x0 is affine in eps, this is its
-    equation 6. rescale: as in `guided_estimate`.
+    x0 = x0_null + scale*(x0_condition - x0_null). condition: a pytree of arrays [B, ...]; null: the
+    same structure, broadcast against it, the condition that means "none", or one to be led away
+    from; scale: 0 is unconditional, 1 conditional, more is guided. The paper's w is scale - 1.
+    Since x0 is affine in eps, this is its equation 6. rescale: as in `guided_estimate`.
 
-    batched: one network evaluation on a batch of 2B, in which each condition stands beside its null,
-    so that a batch that is split over devices keeps both on one device; else two evaluations one
-    after the other, in half the memory.
+    batched: one network evaluation on a batch of 2B, in which each condition stands beside its
+    null, so that a batch that is split over devices keeps both on one device; else two evaluations
+    one after the other, in half the memory.
     """
     nulls = jax.tree.map(
         lambda leaf, none: jnp.broadcast_to(none, leaf.shape).astype(leaf.dtype), condition, null
@@ -77,7 +79,9 @@ def autoguidance(
 def guided_estimate(
     x0_from: Array, x0_to: Array, level: Level, scale: Scale, rescale: float = 0.0
 ) -> Array:
-    """The extrapolated estimate x0 = x0_from + scale*(x0_to - x0_from), in float32 at least.
+    """The extrapolated estimate of x0, in float32 at least.
+
+    x0 = x0_from + scale*(x0_to - x0_from).
 
     What bfloat16 loses in the difference, the scale would enlarge. scale: a number, one per sample
     [B], or a function of the level. rescale, 0 to 1: the share by which each sample's standard
@@ -101,9 +105,10 @@ def guided_estimate(
 
 
 def in_interval(level: Level, low: float, high: float) -> np.ndarray:
-    """The levels with low <= sigma/alpha <= high, bool [N]: the interval of arXiv:2404.07724.
+    """The levels inside a guidance interval (arXiv:2404.07724), bool [N].
 
-    Guidance outside of it costs evaluations and diversity, and brings nothing.
+    They have low <= sigma/alpha <= high. Guidance outside of it costs evaluations and diversity,
+    and brings nothing.
 
     Raises: ValueError unless low < high.
     """

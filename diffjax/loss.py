@@ -1,7 +1,8 @@
-"""The training objective of DDPM, Algorithm 1 (arXiv:2006.11239): weightings and sampling of t.
+"""The training objective of DDPM, Algorithm 1 (arXiv:2006.11239).
 
-Every random draw is keyed by (key of the step, global index of the example), so that nothing depends
-on how a batch is split over devices.
+It comes with loss weightings over noise levels and with ways to sample t. Every random draw is
+keyed by (key of the step, global index of the example), so that nothing depends on how a batch is
+split over devices.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ TrainingNetwork = Callable[[Any, Array, Array, Condition, Array], Array]
 
 
 def example_keys(key: Array, index: Array) -> Array:
-    """One key per example, [B], from its global index and not from its device or process."""
+    """One key per example, [B], from its global index, whatever its device."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
@@ -48,7 +49,7 @@ def uniform(key: Array, index: Array, T: int) -> Array:
 
 
 def stratified(key: Array, index: Array, T: int, batch: int) -> Array:
-    """One draw for the batch, and its examples at equal distances from it, around 1..T.
+    """One draw for the batch, and its examples at equal distances around 1..T.
 
     Each t is uniform, and a batch covers all levels evenly (arXiv:2107.00630, appendix I.1).
     batch: examples per step, over all devices.
@@ -58,7 +59,10 @@ def stratified(key: Array, index: Array, T: int, batch: int) -> Array:
 
 
 def antithetic(key: Array, index: Array, T: int) -> Array:
-    """One draw for two neighbours of a batch, 2i and 2i+1: t and T + 1 - t, each uniform over 1..T."""
+    """One draw for two neighbours of a batch, 2i and 2i+1: t and T + 1 - t.
+
+    Each is uniform over 1..T.
+    """
     t = uniform(key, index // 2, T)
     return jnp.where(index % 2 == 0, t, T + 1 - t)
 
@@ -77,7 +81,7 @@ Weighting = Callable[[Schedule, Prediction], np.ndarray]  # -> float64 [T+1]
 
 
 def simple(schedule: Schedule, prediction: Prediction) -> np.ndarray:
-    """Weight 1 for every prediction: L_simple, equation 14 of DDPM, when eps is predicted."""
+    """Weight 1 for every prediction; for eps, L_simple of DDPM, equation 14."""
     return np.ones(length(schedule) + 1)
 
 
@@ -126,9 +130,10 @@ def sigmoid(schedule: Schedule, prediction: Prediction, bias: float = 0.0) -> np
 
 
 def edm(schedule: Schedule, prediction: Prediction, sigma_data: float = 0.5) -> np.ndarray:
-    """EDM's weight of the squared error of x0 (arXiv:2206.00364, table 1), with sigma/alpha for sigma.
+    """EDM's weight of the squared error of x0 (arXiv:2206.00364, table 1).
 
-    (sigma**2 + sigma_data**2)/(sigma*sigma_data)**2. t is drawn over the schedule, not lognormally.
+    With sigma/alpha for sigma it is (sigma**2 + sigma_data**2)/(sigma*sigma_data)**2. t is drawn
+    over the schedule, not lognormally.
 
     Raises: ValueError unless sigma_data > 0.
     """
@@ -246,8 +251,8 @@ def denoising_loss(
     weights = np.asarray(weighting(schedule, prediction))
     if weights.shape != schedule.t.shape or not (weights >= 0).all():
         raise ValueError(
-            f"weighting has shape {weights.shape} and minimum {weights.min()}, expected a number of 0"
-            f" or more for each of the {len(schedule.t)} levels from 0 to T"
+            f"weighting has shape {weights.shape} and minimum {weights.min()}, expected a number"
+            f" of 0 or more for each of the {len(schedule.t)} levels from 0 to T"
         )
     table = at(schedule, np.arange(1, length(schedule) + 1)), weights[1:]
 

@@ -44,11 +44,11 @@ def ddpm(prediction: Prediction) -> Parameterization:
 
 
 def variance_preserving(prediction: Prediction) -> Parameterization:
-    """DDPM's parameterization for any scale of x_t: input_scale = 1/sqrt(alpha**2 + sigma**2).
+    """DDPM's parameterization for any scale of x_t.
 
-    A network trained on a variance-preserving schedule so serves every rescaled form of the same
-    path, such as EDM's, where alpha is 1 (arXiv:2206.00364). For predictions whose target does not
-    depend on that scale: eps and x0.
+    input_scale = 1/sqrt(alpha**2 + sigma**2): a network trained on a variance-preserving schedule
+    so serves every rescaled form of the same path, such as EDM's, where alpha is 1
+    (arXiv:2206.00364). For predictions whose target does not depend on that scale: eps and x0.
     """
 
     def scale(level: Level) -> Any:

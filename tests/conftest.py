@@ -31,6 +31,15 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """A cache of compiled programs, of this process and those that it starts."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """The folder of the suite's prepared data sets."""
@@ -38,15 +47,15 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory, data_dir):
+def environment(compiled, data_dir):
     """The environment of a program that is started as a user does, on one device.
 
-    Its programs share the suite's data sets and a cache of compiled programs.
+    It has the suite's data sets and compiled programs.
     """
     own = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return own | {
         "TFDS_DATA_DIR": str(data_dir),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_COMPILATION_CACHE_DIR": compiled,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
 

@@ -79,8 +79,8 @@ def check_told(code, err, names, after_progress=False, **places):
     assert [name for name in names if not re.search(naming(name), lines[0])] == [], lines[0]
 
 
-def check_mistake(main, command, names, capsys, **places):
+def check_mistake(main, command, names, capsys, after_progress=False, **places):
     """A command, run in this process by main(words), ends as `check_told` says."""
     with pytest.raises(SystemExit) as end:
         main([word.format(**places) for word in command.split()])
-    check_told(end.value.code, capsys.readouterr().err, names, **places)
+    check_told(end.value.code, capsys.readouterr().err, names, after_progress, **places)

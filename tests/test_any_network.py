@@ -40,8 +40,9 @@ def sampled(network, params, labels):
     return sampler.sample(run, plan, sampler.init_noise(plan, keys, SHAPE), keys)
 
 
-def test_a_linen_network_of_twenty_lines_is_trained_and_sampled():
-    """Images of label 0 are at -0.5, those of label 1 at 0.5, each with a standard deviation of 0.1."""
+def test_linen_network():
+    """Images of label 0 are at -0.5, those of label 1 at 0.5, each with a standard deviation of
+    0.1."""
     module = Mlp()
     labels = jnp.arange(256) % 2
 
@@ -83,7 +84,8 @@ class Oracle(nnx.Module):
         return process.eps_from_x0(x, gaussian_denoiser(self.mean[...], 0.5)(x, level), level)
 
 
-def test_an_nnx_network_is_sampled_through_split_and_merge():
+def test_nnx_network():
+    """It is sampled through split and merge."""
     graph, params = nnx.split(Oracle(nnx.Rngs(0)))
 
     def network(params, x, t, condition):
@@ -97,7 +99,7 @@ def test_an_nnx_network_is_sampled_through_split_and_merge():
     np.testing.assert_allclose(images, expected, atol=1e-3)
 
 
-def test_a_network_with_a_learned_variance_says_its_estimate_alone():
+def test_drop_learned_variance():
     def network(params, x, t, condition):
         return jnp.concatenate([params * x, 100 + x], axis=-1)
 

@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 import json
 import re
 import typing
@@ -8,131 +9,263 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tyro
 from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffjax import loss, process, schedule
-from diffjax.build import build_optimizer, build_schedule, build_times
-from diffjax.cli import common, train
+from diffjax.build import (
+    ModelInfo,
+    abstract_params,
+    build_module,
+    build_optimizer,
+    build_schedule,
+    build_times,
+    describe_model,
+)
+from diffjax.cli import train as train_command
 from diffjax.config import (
     SCHEDULES,
     Config,
     Data,
     Diffusion,
+    Distillation,
     Train,
-    UNetConfig,
-    check_config,
     check_resume,
     config_folder,
     config_from_dict,
     config_names,
     config_to_dict,
+    flat_fields,
     load_config,
 )
+from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
+from diffjax.nn.unet import UNetConfig
 from diffjax.testing import assert_schedule
-from diffjax.training.setup import build_training
 
-SHAPES = {"digits": ((8, 8, 1), 10), "mnist": ((32, 32, 1), 10), "cifar10": ((32, 32, 3), 10)}
-SHAPES |= {"imagenet64": ((64, 64, 3), 1000), "folder": ((64, 64, 3), 7)}
 ALIASES = {"ddpm_cifar10": "cifar10", "adm_imagenet64": "imagenet64"}
+EXPECTED = {
+    "digits": ((8, 8, 1), ClassLabel(10)),
+    "digits_unconditional": ((8, 8, 1), UNCONDITIONAL),
+    "mnist": ((32, 32, 1), ClassLabel(10)),
+    "mnist_small": ((32, 32, 1), ClassLabel(10)),
+    "cifar10": ((32, 32, 3), UNCONDITIONAL),
+    "cifar10_cond": ((32, 32, 3), ClassLabel(10)),
+    "imagenet64": ((64, 64, 3), ClassLabel(1000)),
+}
+
+# ------------------------------------------------------------------------------- own files
 
 
 @pytest.mark.parametrize("name", config_names())
-def test_every_configuration_builds_and_tells_commands_that_parse(name):
-    """Its state and its loss, in shapes alone, for the images that its data have."""
-    config = load_config(name)
-    check_config(config)
+def test_docstring(name):
+    """Commands that parse, the hardware, and the expected result."""
     doc = ast.get_docstring(ast.parse((config_folder() / f"{name}.py").read_text()))
-    commands = re.findall(rf"diffjax train {name} (.*)", doc)
+    commands = re.findall(rf"diffjax train ({name} .*)", doc)
     for command in commands:
-        parsed = common.parse(
-            train.Options, name, command.split(), train.Options(tyro.MISSING, config=config)
-        )
-        check_config(parsed.config)
+        train_command.parse("diffjax train", command.split()).experiment.check()
     assert commands
     assert "Hardware:" in doc
     assert "Expected:" in doc
-    shape, classes = SHAPES.get(name) or SHAPES[ALIASES.get(name) or name.split("_")[0]]
-    training = build_training(config, shape, classes if config.data.labels else 0)
-    if name in ALIASES:
-        return
-    state = jax.eval_shape(training.init, jax.random.key(0))
-    like = {
-        "image": np.zeros((4, *shape), np.float32),
-        "label": np.zeros(4, int),
-        "index": np.zeros(4, np.uint32),
-    }
-    batch = {key: value for key, value in like.items() if key != "label" or config.data.labels}
-    assert jax.eval_shape(training.eval_step, state.params, batch).shape == ()
 
 
-def test_the_recipes_are_those_of_their_papers():
+@pytest.mark.parametrize("name", [*EXPECTED, "folder"])
+def test_every_config_builds(name, data_dir):
+    config = load_config(name)
+    config.check()
+    if name == "folder":
+        info = ModelInfo(config, (64, 64, 3), ClassLabel(7))
+    else:
+        data = dataclasses.replace(config.data, dir=str(data_dir))
+        info = describe_model(dataclasses.replace(config, data=data))
+        assert (info.x_shape, info.conditioning) == EXPECTED[name]
+    params = abstract_params(info, build_module(info))
+    assert ("label" in params) == isinstance(info.conditioning, ClassLabel)
+    build_schedule(config)
+    build_optimizer(config)
+
+
+def test_every_name_is_tested():
+    assert {*EXPECTED, *ALIASES, "folder"} == set(config_names())
+
+
+def test_recipes_of_papers():
     for name, paper in ALIASES.items():
         assert load_config(name) == load_config(paper)
     cifar = load_config("cifar10")
     train = cifar.train
-    assert (train.batch, train.steps, train.learning_rate, train.warmup) == (
-        128,
-        800_000,
-        2e-4,
-        5000,
-    )
-    assert (train.ema, train.clip, cifar.network.dropout, cifar.data.flip) == (
-        (0.9999,),
-        1,
-        0.1,
-        True,
-    )
+    assert (train.batch, train.steps, train.learning_rate) == (128, 800_000, 2e-4)
+    assert (train.warmup, train.ema, train.clip) == (5000, (0.9999,), 1)
+    assert (cifar.network.dropout, cifar.data.flip) == (0.1, True)
     imagenet = load_config("imagenet64")
     assert (imagenet.network.dtype, imagenet.train.parallel) == ("bfloat16", "shard_map")
 
 
+# ------------------------------------------------------------------------------- other files
+
+OWN_FILE = """
+import dataclasses
+
+from diffjax.config import load_config
+
+digits = load_config("digits")
+config = dataclasses.replace(digits, train=dataclasses.replace(digits.train, steps=7))
+"""
+
+
+def test_file_anywhere(tmp_path, monkeypatch):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_FILE)
+    config = load_config(str(path))
+    assert config.train.steps == 7
+    assert config.network == load_config("digits").network
+    monkeypatch.chdir(tmp_path)
+    assert load_config("mine.py") == load_config("./mine.py") == config
+
+
 @pytest.mark.parametrize(
-    ("data", "names"),
+    ("content", "names"),
     [
-        (Data(source="folder", size=8), ["data.path", "folder"]),
-        (Data(source="npz"), ["data.path", "npz"]),
-        (Data(path="images"), ["data.path", "folder", "npz"]),
-        (Data(source="folder", path="images"), ["data.size"]),
-        (Data(size=0), ["data.size", 0]),
-        (Data(pad=-1), ["data.pad", -1]),
+        ("config = 1 / 0", ["ZeroDivisionError"]),
+        ("config = (", ["SyntaxError"]),
+        ("settings = 1", ["config", "Config"]),
+        ("config = {'steps': 1}", ["config", "Config"]),
+        ("from diffjax.config import Train\nTrain(stepps=1)", ["TypeError", "stepps"]),
+        (None, []),
     ],
 )
-def test_data_that_cannot_be_is_named(data, names):
+def test_bad_file(tmp_path, content, names):
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=naming(path, *names)):
+        load_config(str(path))
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=naming("digit", "digits")):
+        load_config("digit")
+    with pytest.raises(ValueError, match=naming("zzz", "cifar10", "mnist")):
+        load_config("zzz")
+
+
+# ------------------------------------------------------------------------------- rules
+
+BAD = [
+    (Data(source="folder", size=8), ["data.path", "folder"]),
+    (Data(source="npz"), ["data.path", "npz"]),
+    (Data(path="images"), ["data.path", "folder", "npz"]),
+    (Data(source="folder", path="images"), ["data.size"]),
+    (Data(size=0), ["data.size", 0]),
+    (Data(pad=-1), ["data.pad", -1]),
+    (Data(conditions=("label", "label")), ["data.conditions", "label"]),
+    (Diffusion(T=0), ["diffusion.T", 0]),
+    (Diffusion(schedule="cosine", betas=(0.1, 0.2)), ["diffusion.betas", "cosine", "linear"]),
+    (Train(steps=0), ["train.steps", 0]),
+    (Train(batch=-3), ["train.batch", -3]),
+    (Train(clip=float("nan")), ["train.clip", "nan"]),
+    (Train(learning_rate=float("inf")), ["train.learning_rate", "inf"]),
+    (Train(warmup=-1), ["train.warmup", -1]),
+    (Train(condition_dropout=1.0), ["train.condition_dropout", 1]),
+    (Train(ema=()), ["train.ema"]),
+    (Train(ema=(0.9, 1.0)), ["train.ema"]),
+    (Train(seed=-1), ["train.seed", -1]),
+    (Train(seed=2**32), ["train.seed", 2**32]),
+    (Train(times="antithetic", batch=7), ["train.batch", 7, "antithetic"]),
+    (UNetConfig(channels=0), ["network.channels", 0]),
+    (UNetConfig(channels=7), ["network.channels", 7]),
+    (UNetConfig(multipliers=()), ["network.multipliers"]),
+    (UNetConfig(multipliers=(1, 0)), ["network.multipliers"]),
+    (UNetConfig(head_width=0), ["network.head_width", 0]),
+    (UNetConfig(norm_groups=0), ["network.norm_groups", 0]),
+    (UNetConfig(dropout=1.0), ["network.dropout", 1]),
+]
+FIELDS = {Data: "data", Diffusion: "diffusion", Train: "train", UNetConfig: "network"}
+
+
+@pytest.mark.parametrize(("part", "names"), BAD)
+def test_check_names_the_field(part, names):
+    config = dataclasses.replace(Config(), **{FIELDS[type(part)]: part})
     with pytest.raises(ValueError, match=naming(*names)):
-        check_config(Config(data=data))
+        config.check()
 
 
-@given(st.builds(Train), st.lists(st.integers(1, 4), min_size=1).map(tuple), st.none() | st.text())
-def test_a_configuration_survives_json(train, multipliers, folder):
-    config = Config(train=train, network=UNetConfig(multipliers=multipliers), data=Data(dir=folder))
+def test_data_names():
+    assert (str(Data()), Data().known) == ("digits", True)
+    assert str(Data(source="folder", path="a/photos", size=8)) == "photos"
+    assert not Data(name="hf:ddpm").known
+
+
+# ------------------------------------------------------------------------------- stored
+
+trains = st.builds(Train, ema=st.lists(st.floats(0, 0.99), min_size=1, max_size=3).map(tuple))
+networks = st.builds(
+    UNetConfig,
+    multipliers=st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+datas = st.builds(Data, dir=st.none() | st.text(), conditions=st.sampled_from([(), ("a", "b")]))
+
+
+@given(trains, networks, datas)
+def test_round_trip_through_json(train, network, data):
+    config = Config(train=train, network=network, data=data)
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    for conditioning in (UNCONDITIONAL, Fields((ClassLabel(3), Vector(2)))):
+        info = ModelInfo(config, (8, 6, 3), conditioning)
+        assert ModelInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
 
 
-def test_a_stored_configuration_of_another_version():
-    assert config_from_dict({"train": {"steps": 7}}).train == Train(steps=7)
+def test_network_is_stored_by_name():
+    assert config_to_dict(Config())["network"]["kind"] == "unet"
+
+
+def test_unknown_field():
+    stored = config_to_dict(Config())
+    stored["train"]["flavour"] = 1
     with pytest.raises(ValueError, match=naming("flavour")):
-        config_from_dict({"train": {"flavour": 1}})
+        config_from_dict(stored)
 
 
-def test_resuming_may_change_the_training_but_not_the_network():
+def test_flat_fields():
+    fields = flat_fields(Config(train=Train(steps=9)))
+    assert fields["train.steps"] == 9
+    assert fields["network.channels"] == 32
+    assert fields["data.conditions"] == ("label",)
+
+
+def test_resume():
     stored = Config()
     assert check_resume(stored, Config(train=Train(steps=9))) == ["train.steps: 1000 -> 9"]
     assert check_resume(stored, stored) == []
-    with pytest.raises(ValueError, match=naming("network.blocks", 3, 1)):
-        check_resume(stored, Config(network=UNetConfig(blocks=3)))
+    assert check_resume(stored, Config(network=UNetConfig(dropout=0.1)))
 
 
-def test_the_learning_rate_warms_up_and_decays():
+@pytest.mark.parametrize(
+    ("given_config", "names"),
+    [
+        (Config(network=UNetConfig(blocks=3)), ["network.blocks", 3, 1]),
+        (Config(data=Data(conditions=())), ["data.conditions", "label"]),
+        (Config(data=Data(pad=2)), ["data.pad", 2, 0]),
+        (Config(diffusion=Diffusion(prediction="v")), ["diffusion.prediction", "v", "eps"]),
+        (Config(distillation=Distillation(steps=4)), ["distillation.steps", 4, 0]),
+        (Config(train=Train(ema=(0.9, 0.99))), ["train.ema", 0.9, 0.999]),
+    ],
+)
+def test_resume_with_other_arrays(given_config, names):
+    with pytest.raises(ValueError, match=naming(*names)):
+        check_resume(Config(), given_config)
+
+
+# ------------------------------------------------------------------------------- parts
+
+
+def test_learning_rate_warms_up_and_decays():
     _, rate = build_optimizer(Config(train=Train(steps=100, warmup=10, learning_rate=1.0)))
-    assert [float(rate(n)) for n in (0, 5, 10, 55, 100)] == pytest.approx(
-        [0, 0.5, 1, 0.5, 0], abs=1e-6
-    )
-    _, constant = build_optimizer(
-        Config(train=Train(steps=100, warmup=0, learning_rate=1.0, decay="none"))
-    )
+    rates = [float(rate(n)) for n in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
+    train = Train(steps=100, warmup=0, learning_rate=1.0, decay="none")
+    _, constant = build_optimizer(Config(train=train))
     assert [float(constant(n)) for n in (0, 100)] == [1, 1]
 
 
@@ -146,15 +279,13 @@ def test_large_gradients_are_clipped():
 
 @pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(Diffusion)["schedule"]))
 @pytest.mark.parametrize("T", [100, 1000])
-def test_every_named_schedule_keeps_the_variance_and_reaches_noise(name, T):
+def test_every_schedule_preserves_variance_and_reaches_noise(name, T):
     levels = build_schedule(Config(diffusion=Diffusion(schedule=name, T=T)))
     assert_schedule(levels)
     assert schedule.is_variance_preserving(levels)
     assert levels.alpha[-1] < 0.07  # scaled_linear stops there, the others far below
-    emptied = build_schedule(
-        Config(diffusion=Diffusion(schedule=name, T=T, zero_terminal_snr=True))
-    )
-    assert emptied.alpha[-1] == 0
+    rescaled = Diffusion(schedule=name, T=T, zero_terminal_snr=True)
+    assert build_schedule(Config(diffusion=rescaled)).alpha[-1] == 0
 
 
 @pytest.mark.parametrize(
@@ -165,19 +296,14 @@ def test_every_named_schedule_keeps_the_variance_and_reaches_noise(name, T):
         (Diffusion, "schedule", SCHEDULES),
     ],
 )
-def test_every_name_that_can_be_asked_for_exists(kind, field, built):
+def test_every_choice_exists(kind, field, built):
     assert set(typing.get_args(typing.get_type_hints(kind)[field])) <= set(built)
 
 
 @pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(Train)["times"]))
-def test_levels_are_drawn_as_asked(name):
+def test_times(name):
     times = build_times(Config(train=Train(times=name, batch=8)))
     t = times(jax.random.key(0), jnp.arange(16, 24, dtype=jnp.uint32), 1000)
     assert ((t >= 1) & (t <= 1000)).all()
     assert ((t[::2] + t[1::2] == 1001).all()) == (name == "antithetic")
     assert (np.unique((np.asarray(t) - 1) // 125).size == 8) or name != "stratified"
-
-
-def test_antithetic_pairs_need_an_even_batch():
-    with pytest.raises(ValueError, match=naming("batch", 7, "antithetic")):
-        build_times(Config(train=Train(times="antithetic", batch=7)))

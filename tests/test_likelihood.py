@@ -33,7 +33,7 @@ def gaussian_nats(x, mean=MEAN, std=STD):
 @pytest.mark.parametrize(
     "levels", [LEVELS, schedule.cosine(200), schedule.zero_terminal_snr(LEVELS)]
 )
-def test_the_flow_knows_the_density_of_gaussian_data(levels):
+def test_flow_on_gaussian_data(levels):
     """Each image to 1%, in float32."""
     x, keys = draw(40)
 
@@ -45,7 +45,7 @@ def test_the_flow_knows_the_density_of_gaussian_data(levels):
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_flow_knows_its_own_density_exactly():
+def test_flow_has_its_own_density():
     """Noise of level T is N(0, 1) to the model; the flow of Gaussian data is linear, so what it
     makes of that at level 1 is Gaussian too.
     """
@@ -59,7 +59,7 @@ def test_the_flow_knows_its_own_density_exactly():
 
 
 @pytest.mark.usefixtures("x64")
-def test_probes_estimate_the_divergence_without_bias():
+def test_probes_have_no_bias():
     """A denoiser whose Jacobian is not diagonal: three probes err, and the mean over many is the
     exact density."""
     mix = jnp.array([[0.3, 0.2], [-0.4, 0.1]])
@@ -76,7 +76,7 @@ def test_probes_estimate_the_divergence_without_bias():
     assert abs(found.mean() - whole[0]) < 4 * found.std() / 200**0.5
 
 
-def test_a_batch_changes_no_image():
+def test_images_alone():
     """Steps are each image's own."""
     x, keys = draw(6)
     x = x.at[0].multiply(30)  # needs other steps
@@ -86,7 +86,7 @@ def test_a_batch_changes_no_image():
     assert whole.steps[2] == alone.steps[0] != whole.steps[0]
 
 
-def test_conditions_may_be_any_pytree():
+def test_condition_as_a_pytree():
     """Of the flow and of the bound: as with the one array that holds them."""
     mean, std = jnp.linspace(-0.5, 0.5, 6), jnp.linspace(0.4, 0.6, 6)[:, None]
 
@@ -109,7 +109,8 @@ def test_conditions_may_be_any_pytree():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_evaluations_are_six_a_step_and_one_before():
+def test_count_of_evaluations():
+    """Six a step, and one before."""
     seen = []
 
     def counting(x_t, level, condition):
@@ -152,7 +153,8 @@ def closed_form_bound(levels, t, mean, std, noise_std):
     "noise_std", [sampler.fixed_small, sampler.fixed_large, sampler.interpolated_variance(0.4)]
 )
 @pytest.mark.parametrize("evaluations", [None, 3])
-def test_the_bound_is_its_closed_form_on_gaussian_data(noise_std, evaluations):
+def test_bound_in_closed_form(noise_std, evaluations):
+    """On Gaussian data."""
     levels = schedule.cosine(50)
     t, (x, keys) = (
         np.array([25, 22, 19, 15, 12, 9, 6, 2]),
@@ -173,7 +175,7 @@ def test_the_bound_is_its_closed_form_on_gaussian_data(noise_std, evaluations):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("steps", [1, 2, 20, 1000])
-def test_for_standard_normal_data_fixed_large_loses_nothing(steps):
+def test_bound_on_normal_data(steps):
     """There the reverse of every step is the Gaussian that it assumes: the bound is the density,
     to 1%."""
     t = schedule.trailing(LEVELS, steps)
@@ -196,7 +198,7 @@ def test_for_standard_normal_data_fixed_large_loses_nothing(steps):
     assert abs(found.mean() + entropy) < max(0.01 * entropy, 4 * found.std() / len(x) ** 0.5)
 
 
-def test_the_bound_closes_in_on_the_density_with_the_steps():
+def test_bound_approaches_the_density():
     """Other data: what is lost falls as 1/steps where these are even in logsnr, and is below 1%
     from 200 on."""
     ideal, lost = -0.5 * np.log(2 * np.pi * np.e * STD**2), []
@@ -213,7 +215,7 @@ def test_the_bound_closes_in_on_the_density_with_the_steps():
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.1, 0.002), (-1.0, 0.1), (0.999, 0.3), (0.5, 1e-4)])
-def test_bins_hold_all_probability(mean, std):
+def test_bins(mean, std):
     """The 256 bins of a Gaussian, at the edges too, sum to one; each is what scipy's float64
     says."""
     x = np.arange(256) / 127.5 - 1
@@ -230,7 +232,7 @@ def test_bins_hold_all_probability(mean, std):
     np.testing.assert_allclose(found[near], expected[near], rtol=2e-2, atol=2e-2)
 
 
-def test_bits_count_grey_values():
+def test_bits_per_dim():
     """Images drawn evenly from 256 values take 8 bits each, however they are said."""
     log_probability = np.full(3, 5 * np.log(1 / 256))
     np.testing.assert_allclose(
@@ -247,7 +249,7 @@ def test_bits_count_grey_values():
 
 
 @pytest.mark.parametrize("evaluations", [0, 8])
-def test_evaluations_that_cannot_be_are_named(evaluations):
+def test_bad_evaluations_are_named(evaluations):
     x, keys = draw(2)
     with pytest.raises(ValueError, match=naming("evaluations", evaluations, "7")):
         likelihood.variational_bound(

@@ -25,7 +25,7 @@ def keys(n):
     return loss.example_keys(KEY, indices(n))
 
 
-# ------------------------------------------------------------------------------------------- draws of t
+# ----------------------------------------------------------------------------- draws of t
 
 TIMES = {
     "uniform": loss.uniform,
@@ -35,44 +35,46 @@ TIMES = {
 
 
 @pytest.mark.parametrize("name", TIMES)
-def test_levels_are_uniform_over_all_noisy_ones(name):
+def test_t_is_uniform(name):
     drawn = jax.vmap(lambda key: TIMES[name](key, indices(50), 10))(jax.random.split(KEY, 400))
     assert set(np.unique(drawn)) == set(range(1, 11))
-    # Each share is 0.1 with standard deviation 0.003 where draws share nothing in pairs, and less if they do.
+    # Each share is 0.1 with standard deviation 0.003 where draws share nothing in pairs, and less
+    # if they do.
     np.testing.assert_allclose(np.bincount(drawn.ravel())[1:] / drawn.size, 0.1, atol=0.012)
     # And each example's own draws are uniform: 400 of them, standard deviation 0.015.
     first = np.bincount(np.asarray(drawn)[:, 7], minlength=11)[1:] / 400
     np.testing.assert_allclose(first, 0.1, atol=0.06)
 
 
-def test_a_stratified_batch_covers_all_levels_evenly():
+def test_stratified_covers_all_levels():
     for seed in range(5):
         t = loss.stratified(jax.random.key(seed), indices(50, start=150), 10, batch=50)
         assert (np.bincount(t)[1:] == 5).all()
 
 
-def test_antithetic_neighbours_mirror_each_other():
+def test_antithetic_neighbours():
     t = np.asarray(loss.antithetic(KEY, indices(64, start=128), 1000))
     assert (t[::2] + t[1::2] == 1001).all()
     assert len(set(t[::2])) > 25
 
 
 @pytest.mark.parametrize("name", TIMES)
-def test_draws_do_not_depend_on_how_a_batch_is_split(name):
+def test_t_of_a_split_batch(name):
+    """Draws do not depend on how a batch is split."""
     whole = TIMES[name](KEY, indices(50), 1000)
     parts = [TIMES[name](KEY, part, 1000) for part in np.split(indices(50), 5)]
     assert (np.concatenate(parts) == whole).all()
 
 
-# ------------------------------------------------------------------------------------------- weightings
+# ----------------------------------------------------------------------------- weightings
 
 
 @given(
     schedules(exploding=True).filter(lambda levels: schedule.length(levels) > 1), st.floats(0.5, 10)
 )
-def test_weightings_are_those_of_their_papers_for_every_prediction(levels, gamma):
-    """Stated on the squared error of x0, and met by every prediction: weight * (output error)**2, where an error of x0
-    moves the output by the root of its output_sensitivity."""
+def test_weightings(levels, gamma):
+    """Stated on the squared error of x0, and met by every prediction: weight * (output error)**2,
+    where an error of x0 moves the output by the root of its output_sensitivity."""
     snr = np.exp(schedule.logsnr(levels)[1:])
     expected = {
         partial(loss.min_snr, gamma=gamma): np.minimum(snr, gamma),
@@ -92,7 +94,7 @@ def test_weightings_are_those_of_their_papers_for_every_prediction(levels, gamma
             np.testing.assert_allclose(weight * (said[1] - said[0]) ** 2, of_x0, rtol=1e-6)
 
 
-def test_min_snr_as_its_paper_writes_it_per_prediction():
+def test_min_snr_per_prediction():
     snr = np.exp(schedule.logsnr(LEVELS)[1:])
     for name, expected in {
         "eps": np.minimum(snr, 5) / snr,
@@ -103,9 +105,9 @@ def test_min_snr_as_its_paper_writes_it_per_prediction():
         )
 
 
-def test_the_sigmoid_weighting_is_one_of_logsnr_whatever_the_schedule():
-    """The sum over t/T of weight(t)*f(logsnr) is the integral over logsnr of sigmoid(bias - logsnr)*f: two schedules
-    over the same range agree, where the error of eps is f."""
+def test_sigmoid_weighting():
+    """The sum over t/T of weight(t)*f(logsnr) is the integral over logsnr of sigmoid(bias -
+    logsnr)*f: two schedules over the same range agree, where the error of eps is f."""
     at, weights = np.polynomial.legendre.leggauss(100)
     value = 8 * at
     integral = 8 * weights @ (1 / (1 + np.exp(value - 1.0)) * np.cos(value / 4))
@@ -158,7 +160,8 @@ def test_bad_input_is_named(make, words):
         make(LEVELS)
 
 
-def test_without_signal_at_the_end_v_and_x0_train():
+def test_weights_without_signal():
+    """v and x0 train at every level."""
     levels = schedule.zero_terminal_snr(LEVELS)
     for name in ("v", "x0"):
         for weighting in (loss.simple, loss.truncated_snr, loss.edm):
@@ -167,24 +170,24 @@ def test_without_signal_at_the_end_v_and_x0_train():
             assert (weight > 0).all()
 
 
-# ------------------------------------------------------------------------------------------- the objective
+# ----------------------------------------------------------------------------- the objective
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
-def test_labels_are_withheld_at_the_rate(rate):
+def test_drop_rate(rate):
     dropped = np.asarray(loss.drop_condition(keys(20_000), jnp.zeros(20_000, jnp.int32), 10, rate))
     assert set(dropped) <= {0, 10}
     assert np.mean(dropped == 10) == pytest.approx(rate, abs=0.01)
 
 
-def test_conditions_of_several_numbers_are_dropped_whole():
+def test_vectors_are_dropped_whole():
     condition = jnp.ones((4000, 4))
     dropped = np.asarray(loss.drop_condition(keys(4000), condition, jnp.zeros(4), 0.3))
     assert set(dropped.sum(1)) == {0, 4}
     assert (dropped[:, 0] == 0).mean() == pytest.approx(0.3, abs=0.03)
 
 
-def test_a_pytree_is_dropped_whole_and_as_its_leaves_are():
+def test_pytrees_are_dropped_whole():
     """One draw per example for all leaves, the same as for each leaf alone."""
     label = jnp.arange(4000) % 7
     condition = {"label": label, "vector": jnp.ones((4000, 3)), "scale": jnp.full((4000, 1), 2.0)}
@@ -200,7 +203,7 @@ def test_a_pytree_is_dropped_whole_and_as_its_leaves_are():
         assert alone.dtype == leaf.dtype
 
 
-def test_quartiles_are_those_of_the_levels():
+def test_quartiles():
     """0 for the least noisy quarter of 1..T, and so on."""
     objective = loss.denoising_loss(lambda p, x, t, c, keys: x + t[:, None], X0, LEVELS)
     found = objective(None, {"x": jnp.zeros((400, 2)), "index": indices(400)}, KEY)
@@ -211,8 +214,9 @@ def test_quartiles_are_those_of_the_levels():
 
 @pytest.mark.parametrize("weighting", loss.WEIGHTINGS.values(), ids=loss.WEIGHTINGS)
 @pytest.mark.parametrize("name", ["eps", "x0", "v"])
-def test_the_loss_is_the_weighted_distance_to_the_target(name, weighting):
-    """A network that knows x0 has no loss; one that is off by 0.5 everywhere has 0.25 times the weight of its level."""
+def test_denoising_loss(name, weighting):
+    """A network that knows x0 has no loss; one that is off by 0.5 everywhere has 0.25 times the
+    weight of its level."""
     prediction, x0, seen = process.PREDICTIONS[name], jax.random.normal(KEY, (8, 4, 4, 1)), []
     table = jax.tree.map(jnp.asarray, schedule.at(LEVELS, LEVELS.t))
 
@@ -237,7 +241,8 @@ def at_level_500(key, index, T):
     return jnp.full(index.shape, 500)
 
 
-def test_examples_do_not_share_noise_nor_depend_on_their_batch():
+def test_noise_per_example():
+    """Examples share none, and do not depend on their batch."""
     x0 = jnp.zeros((8, 4, 4, 1))
     objective = loss.denoising_loss(echo, X0, LEVELS, times=at_level_500)
     whole = objective(None, {"x": x0, "index": indices(8)}, KEY).value
@@ -246,15 +251,16 @@ def test_examples_do_not_share_noise_nor_depend_on_their_batch():
     np.testing.assert_allclose(part, whole[5:], rtol=1e-6)
 
 
-def test_every_step_draws_anew():
+def test_noise_per_step():
     objective = loss.denoising_loss(echo, X0, LEVELS, times=at_level_500)
     batch = {"x": jnp.zeros((4, 3)), "index": indices(4)}
     drawn = [objective(None, batch, jax.random.key(seed)).value for seed in range(3)]
     assert len(np.unique(np.concatenate(drawn))) == 12
 
 
-def test_the_objective_withholds_labels_and_its_noises_are_apart():
-    """What the network is given: labels at the rate, and keys for dropout that are not those of the noise."""
+def test_independent_draws():
+    """What the network is given: labels at the rate, and keys for dropout that are not those of
+    the noise."""
     seen = {}
 
     def network(params, x, t, condition, keys):
@@ -278,7 +284,7 @@ def test_the_objective_withholds_labels_and_its_noises_are_apart():
     assert abs(np.corrcoef(noise, again)[0, 1]) < 0.06
 
 
-def test_errors_are_squared_in_float32():
+def test_squared_error_in_float32():
     """bfloat16 has three digits: 1 + 1/256 is 1 there, and a mean of many squares stops growing."""
     output = jnp.full((1, 4096), 1.0, jnp.bfloat16)
     found = loss.squared_error(output, jnp.full((1, 4096), 1 + 1 / 512, jnp.float32))

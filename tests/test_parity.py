@@ -98,13 +98,13 @@ def theirs(betas, spacing, steps):
 
 
 @pytest.mark.parametrize(("betas", "spacing", "steps"), CASES)
-def test_ddim_is_diffusers_stored(betas, spacing, steps):
+def test_ddim_stored(betas, spacing, steps):
     expected = np.load(STORED)[f"{betas}-{spacing}-{steps}"]
     assert error(compiled(betas, spacing, steps), expected) <= TOLERANCE[betas]
 
 
 @pytest.mark.parametrize(("betas", "spacing", "steps"), CASES)
-def test_ddim_is_diffusers_live(betas, spacing, steps):
+def test_ddim_live(betas, spacing, steps):
     pytest.importorskip("diffusers", reason="the parity extra is not installed")
     assert error(compiled(betas, spacing, steps), theirs(betas, spacing, steps)) <= TOLERANCE[betas]
 
@@ -223,7 +223,7 @@ SAMPLERS = {  # their class, its arguments, those of its step(), our plan, where
     ("name", "betas", "spacing", "steps"),
     [(name, *grid) for name, row in SAMPLERS.items() for grid in row[-1]],
 )
-def test_samplers_are_diffusers(diffusers, name, betas, spacing, steps):
+def test_samplers(diffusers, name, betas, spacing, steps):
     """Over the levels that diffusers chooses, whatever they are."""
     of, config, arguments, plan_of, _ = SAMPLERS[name]
     scheduler = diffusers.scheduler(of, steps, timestep_spacing=spacing, **THEIRS[betas], **config)
@@ -239,7 +239,7 @@ def test_samplers_are_diffusers(diffusers, name, betas, spacing, steps):
 
 
 @pytest.mark.parametrize("variance", sampler.VARIANCES)
-def test_the_thousand_step_chain_is_diffusers(diffusers, variance):
+def test_thousand_step_chain(diffusers, variance):
     """Its beta_t is 1 - alpha_bar_t/alpha_bar_s, about 1e-4 near the data: float32 has three
     digits of it."""
     scheduler = diffusers.scheduler(DDPM, 1000, **UNCLIPPED, variance_type=variance)
@@ -260,7 +260,7 @@ FRACTIONS = [
 
 @pytest.mark.parametrize(("of", "chosen", "spacing", "plan_of"), FRACTIONS)
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
-def test_levels_between_two_are_diffusers(diffusers, betas, of, chosen, spacing, plan_of):
+def test_fractional_levels(diffusers, betas, of, chosen, spacing, plan_of):
     """The multistep schedulers round the t that the network sees, though not its alpha and sigma;
     Heun's does not."""
     levels, scheduler = (
@@ -294,7 +294,7 @@ EDM = {
 @pytest.mark.parametrize(
     ("spacing", "called"), [("karras", "karras"), ("uniform_logsnr", "exponential")]
 )
-def test_variance_exploding_samplers_are_diffusers(diffusers, name, spacing, called):
+def test_variance_exploding_samplers(diffusers, name, spacing, called):
     (of, config, plan_of), levels, x, z = EDM[name], schedule.edm(1000), 80 * start(), noise(20)
     plan = plan_of(levels, schedule.SPACINGS[spacing](levels, 20))
     found = diffusers.run(diffusers.scheduler(of, 20, sigma_schedule=called, **config), x, z)
@@ -306,7 +306,7 @@ def test_variance_exploding_samplers_are_diffusers(diffusers, name, spacing, cal
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_consistency_sampling_is_diffusers_of_latents(diffusers, steps):
+def test_latent_consistency(diffusers, steps):
     def denoise(x, level):
         scaled, x0 = 10 * (level.t - 1), process.x0_from_eps(x, network(x, level.t - 1, np), level)
         return (0.25 * x + scaled * (scaled**2 + 0.25) ** 0.5 * x0) / (scaled**2 + 0.25)
@@ -317,7 +317,7 @@ def test_consistency_sampling_is_diffusers_of_latents(diffusers, steps):
 
 
 @pytest.mark.parametrize("steps", [2, 4])
-def test_consistency_sampling_is_diffusers_but_for_the_noise_of_data(diffusers, steps):
+def test_consistency(diffusers, steps):
     """Algorithm 1 of arXiv:2303.01469 takes level 1 for data, and adds sqrt(sigma**2 - 0.002**2);
     ours adds sigma."""
 
@@ -338,7 +338,7 @@ def test_consistency_sampling_is_diffusers_but_for_the_noise_of_data(diffusers, 
 
 @pytest.mark.parametrize("T", [100, 1000])
 @pytest.mark.parametrize("betas", BETAS)
-def test_schedules_are_diffusers(diffusers, betas, T):
+def test_schedules(diffusers, betas, T):
     levels = SCHEDULES[betas](T)
     for made, zero in ((levels, False), (schedule.zero_terminal_snr(levels), True)):
         scheduler = diffusers.scheduler(
@@ -348,7 +348,7 @@ def test_schedules_are_diffusers(diffusers, betas, T):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_spacings_are_diffusers(spacing):
+def test_spacings(spacing):
     """To one level, where they round: linspace ties to even levels, which diffusers counts from
     0; and trailing, where steps does not divide T, to the nearest, and ours down. (One step by
     its linspace is at level 1, by ours at T.)
@@ -370,7 +370,7 @@ def test_spacings_are_diffusers(spacing):
 
 
 @pytest.mark.parametrize(("spacing", "steps"), [("linspace", 50), ("trailing", 30)])
-def test_ddim_of_diffusers_steps_beside_its_grid(diffusers, spacing, steps):
+def test_ddim_beside_its_grid(diffusers, spacing, steps):
     """Its step() goes from t to t - T // steps, which is right for leading, and for trailing
     where steps divides T. Elsewhere that is not the next of its own timesteps:
     huggingface/diffusers, issues 11347 and 12633.
@@ -389,7 +389,7 @@ def test_ddim_of_diffusers_steps_beside_its_grid(diffusers, spacing, steps):
     diffusers.check(x, expected)
 
 
-def test_ddpm_of_diffusers_adds_noise_to_data(diffusers):
+def test_ddpm_adds_noise_to_data(diffusers):
     """Its step() adds noise where t > 0, but the last of trailing timesteps lands on data from t
     > 0: there fixed_large leaves noise of sigma_t in the images. All else agrees.
     """

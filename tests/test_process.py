@@ -14,7 +14,7 @@ def draw(seed, shape=(5, 2, 3)):
 
 
 @given(schedules(), st.data(), st.sampled_from(sorted(process.PREDICTIONS)), st.integers(0, 99))
-def test_every_prediction_gives_back_x0(levels, data, name, seed):
+def test_predictions_give_back_x0(levels, data, name, seed):
     x0, eps = draw(seed)
     t = data.draw(st.lists(st.integers(1, schedule.length(levels)), min_size=5, max_size=5))
     level, prediction = schedule.at(levels, t), process.PREDICTIONS[name]
@@ -31,9 +31,10 @@ def test_every_prediction_gives_back_x0(levels, data, name, seed):
     st.sampled_from([np.float32, np.float64]),
     st.integers(0, 99),
 )
-def test_every_conversion_can_be_undone(levels, data, dtype, seed):
-    """From what any prediction says to any other and back. In units of rounding, an error in x0 is one in x_t over
-    alpha, and one in eps is one over sigma: near either end these are large, and bounded."""
+def test_conversions(levels, data, dtype, seed):
+    """From what any prediction says to any other and back. In units of rounding, an error in x0
+    is one in x_t over alpha, and one in eps is one over sigma: near either end these are large,
+    and bounded."""
     t = data.draw(st.integers(1, schedule.length(levels)))
     level = Level(*(dtype(leaf) for leaf in schedule.at(levels, t)))
     x0, eps = draw(seed).astype(dtype)
@@ -63,8 +64,13 @@ def test_every_conversion_can_be_undone(levels, data, dtype, seed):
                 f"{source} to {target}",
             )
             back = process.convert(x_t, there, level, *pair[::-1])
-            # The way back starts with the error of the way there: in x0, whichever prediction carried it.
-            loss = bounds[target] / pair[1].output_sensitivity(level) ** 0.5 * pair[0].output_sensitivity(level) ** 0.5
+            # The way back starts with the error of the way there: in x0, whichever prediction
+            # carried it.
+            loss = (
+                bounds[target]
+                / pair[1].output_sensitivity(level) ** 0.5
+                * pair[0].output_sensitivity(level) ** 0.5
+            )
             np.testing.assert_array_less(
                 np.abs(back - said), 2 * (bounds[source] + loss), f"{source} to {target} and back"
             )
@@ -77,7 +83,8 @@ def test_every_conversion_can_be_undone(levels, data, dtype, seed):
     st.sampled_from(sorted(process.PREDICTIONS)),
     st.integers(0, 99),
 )
-def test_gain_is_how_far_an_error_of_x0_moves_the_output(levels, data, name, seed):
+def test_output_sensitivity(levels, data, name, seed):
+    """It is how far an error of x0 moves the output, squared."""
     level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
     x_t, x0 = draw(seed)
     said = [
@@ -88,7 +95,7 @@ def test_gain_is_how_far_an_error_of_x0_moves_the_output(levels, data, name, see
     np.testing.assert_allclose((said[1] - said[0]) ** 2, gain, rtol=1e-6, atol=1e-9)
 
 
-def test_the_score_is_the_slope_of_the_log_density():
+def test_score_is_the_slope_of_log_density():
     level, x0, x_t, step = Level(1, 0.8, 0.6), 0.3, 1.1, 1e-5
 
     def log_density(x):
@@ -101,7 +108,7 @@ def test_the_score_is_the_slope_of_the_log_density():
 
 
 @pytest.mark.parametrize("name", ["eps", "score"])
-def test_a_prediction_that_says_nothing_is_refused(name):
+def test_undetermined_x0_is_refused(name):
     levels = schedule.zero_terminal_snr(schedule.linear(50))
     with pytest.raises(ValueError, match=naming("level", "50", "alpha", name, "v", "x0")):
         process.check_prediction(process.PREDICTIONS[name], levels)
@@ -114,7 +121,7 @@ def test_a_prediction_that_says_nothing_is_refused(name):
 
 
 @given(schedules(), st.data(), st.integers(0, 99))
-def test_eps_is_what_x0_implies_also_after_clipping(levels, data, seed):
+def test_eps_follows_a_clipped_x0(levels, data, seed):
     x_t, x0 = draw(seed)
     level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
     x0 = np.clip(x0, -1, 1)
@@ -124,8 +131,9 @@ def test_eps_is_what_x0_implies_also_after_clipping(levels, data, seed):
 
 
 @given(pairs(), st.integers(0, 99))
-def test_posterior_is_bayes_product_of_two_gaussians(levels, seed):
-    """q(x_s | x_t, x0) is proportional to q(x_t | x_s) q(x_s | x0): precisions add. Of data, it is x0 itself."""
+def test_posterior_by_bayes(levels, seed):
+    """q(x_s | x_t, x0) is proportional to q(x_t | x_s) q(x_s | x0): precisions add. Of data, it
+    is x0 itself."""
     level_t, level_s = levels
     x_t, x0 = draw(seed)
     found_mean, found_std = process.q_posterior(x_t, x0, level_t, level_s)
@@ -143,7 +151,8 @@ def test_posterior_is_bayes_product_of_two_gaussians(levels, seed):
 
 @given(pairs(), st.integers(0, 99))
 def test_posterior_keeps_the_marginal(levels, seed):
-    """The posterior of x_t ~ q(x_t | x0) is q(x_s | x0): the mean maps alpha_t*x0 to alpha_s*x0, variances add up."""
+    """The posterior of x_t ~ q(x_t | x0) is q(x_s | x0): the mean maps alpha_t*x0 to alpha_s*x0,
+    variances add up."""
     level_t, level_s = levels
     x0, unit = draw(seed)
     mean, std = process.q_posterior(level_t.alpha * x0, x0, level_t, level_s)
@@ -153,7 +162,7 @@ def test_posterior_keeps_the_marginal(levels, seed):
     assert gain**2 * level_t.sigma**2 + std**2 == pytest.approx(level_s.sigma**2, abs=1e-14)
 
 
-def test_levels_per_example_meet_images():
+def test_level_per_example():
     levels = Level(np.arange(2), np.array([1.0, 0.5]), np.array([0.0, 2.0]))
     x_t = process.q_sample(np.ones((2, 3, 4, 1)), np.ones((2, 3, 4, 1)), levels)
     assert (x_t[0] == 1).all()

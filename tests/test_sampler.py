@@ -45,7 +45,7 @@ def draw(seed, count=3, shape=(4, 2)):
 
 
 @given(pairs(), ETAS, st.integers(0, 99))
-def test_ddim_is_equation_12_of_the_paper(levels, eta, seed):
+def test_ddim_equation_12(levels, eta, seed):
     """As printed, in alpha-bars: sigma of equation 16, with the cancellation that the code
     avoids."""
     level_t, level_s = levels
@@ -69,7 +69,7 @@ def test_ddim_is_equation_12_of_the_paper(levels, eta, seed):
     st.data(),
     st.integers(0, 99),
 )
-def test_ddpm_is_algorithm_2_of_its_paper(T, first, last, data, seed):
+def test_ddpm_algorithm_2(T, first, last, data, seed):
     """As printed, in the paper's alpha = 1 - beta, its product alpha-bar, and eps: both choices
     of its sigma."""
     levels, beta = schedule.linear(T, first, last), np.linspace(first, last, T)
@@ -97,7 +97,8 @@ def test_eta_1_is_ddpm(levels, seed):
 
 
 @given(pairs(), st.integers(0, 99))
-def test_eta_0_draws_nothing_and_is_an_euler_step_in_sigma_over_alpha(levels, seed):
+def test_eta_0_is_euler(levels, seed):
+    """It draws nothing, and is an Euler step in sigma/alpha."""
     level_t, level_s = levels
     x_t, x0, z = draw(seed)
     x_s = sampler.ddim_step(x_t, x0, level_t, level_s, 0.0, z)
@@ -109,7 +110,8 @@ def test_eta_0_draws_nothing_and_is_an_euler_step_in_sigma_over_alpha(levels, se
 
 
 @pytest.mark.usefixtures("x64")
-def test_steps_compile_and_take_a_level_per_image():
+def test_steps_under_jit():
+    """They compile, and take a level per image."""
     x_t, x0, z = draw(0, shape=(3, 4, 2))
     t, s = [900, 500, 1], [500, 20, 0]
     steps = {
@@ -130,14 +132,15 @@ def test_steps_compile_and_take_a_level_per_image():
 
 
 @given(schedules(), st.data())
-def test_fixed_large_is_beta_on_the_full_chain(levels, data):
+def test_fixed_large(levels, data):
+    """It is beta on the full chain."""
     t = data.draw(st.integers(1, schedule.length(levels)))
     beta = 1 - levels.alpha[t] ** 2 / levels.alpha[t - 1] ** 2
     std = sampler.fixed_large(schedule.at(levels, t), schedule.at(levels, t - 1))
     assert std**2 == pytest.approx(beta if t > 1 else 0, abs=1e-14)
 
 
-def test_sigma_hat_is_as_the_paper_prints_it():
+def test_sigma_hat():
     """sqrt(1 - abar_t/abar_s), appendix D.3, beside the direction of eta 1."""
     levels = schedule.linear(1000)
     t = schedule.trailing(levels, 20)
@@ -149,7 +152,8 @@ def test_sigma_hat_is_as_the_paper_prints_it():
 
 
 @given(pairs(), st.floats(0, 1))
-def test_interpolated_variances_lie_between_in_the_logarithm(levels, v):
+def test_interpolated_variance(levels, v):
+    """It lies between the two in the logarithm."""
     small, large = sampler.fixed_small(*levels), sampler.fixed_large(*levels)
     std = sampler.interpolated_variance(v)(*levels)
     if levels[1].sigma > 0:
@@ -162,7 +166,7 @@ def test_interpolated_variances_lie_between_in_the_logarithm(levels, v):
 
 
 @given(pairs(), st.floats(0.01, 0.99), st.floats(0.1, 0.9), st.integers(0, 99))
-def test_steps_compose_where_the_estimate_does_not_change(levels, w, eta, seed):
+def test_steps_compose(levels, w, eta, seed):
     """t -> s -> u equals t -> u: with eta 0 sample by sample, with eta 1 in mean and variance,
     for any eta onto data. With an eta between the two, only the marginal is kept: half steps
     forget more of x_t. u is a level between s and data, at signal-to-noise ratios that w
@@ -206,7 +210,8 @@ def test_steps_compose_where_the_estimate_does_not_change(levels, w, eta, seed):
 
 
 @given(schedules(exploding=True, terminal=True), st.data())
-def test_rows_of_every_sampler_keep_mean_and_variance_and_land_on_data(levels, data):
+def test_plans_obey_their_laws(levels, data):
+    """Rows keep mean and variance, and the last lands on data."""
     t = data.draw(visits(levels, fractions=True))
     for name, make in (MAKERS | (CHURNING if levels.alpha[-1] > 0 else {})).items():
         plan = make(levels, t)
@@ -229,7 +234,7 @@ def test_rows_of_every_sampler_keep_mean_and_variance_and_land_on_data(levels, d
         ),
     ],
 )
-def test_a_plan_that_breaks_a_law_is_told(broken, law):
+def test_broken_plan_is_caught(broken, law):
     plan = ddim_plan(5)
     assert_plan(plan)
     with pytest.raises(AssertionError) as raised:
@@ -243,7 +248,8 @@ def laws(error):
     return {name for name in ("alpha_s", "sigma_s", "x0") if re.search(naming(name), str(error))}
 
 
-def test_levels_that_rise_without_noise_are_told():
+def test_rising_levels_are_caught():
+    """Levels may rise only where noise is drawn."""
     plan = solvers.edm(schedule.edm(100), schedule.karras(schedule.edm(100), 5), s_noise=1.0)
     rises = np.append(np.diff(plan.level.t) > 0, [False])
     assert_plan(plan)
@@ -253,7 +259,7 @@ def test_levels_that_rise_without_noise_are_told():
 
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99))
-def test_after_clipping_eps_is_the_one_that_clipping_implies(levels, data, seed):
+def test_eps_after_clipping(levels, data, seed):
     """Each row of DDIM lands on alpha_s*x0 + sigma_s*eps with x_t = alpha_t*x0 + sigma_t*eps for
     the clipped x0."""
     t, x = data.draw(visits(levels)), draw(seed, 1)[0]
@@ -273,7 +279,7 @@ def test_after_clipping_eps_is_the_one_that_clipping_implies(levels, data, seed)
 
 
 @given(schedules(), st.data(), st.floats(0, 1))
-def test_larger_variances_exceed_the_level_by_what_they_say(levels, data, v):
+def test_excess_of_larger_variances(levels, data, v):
     """By std**2 - fixed_small**2; fixed_large**2 is (sigma_t/sigma_s)**2 times fixed_small**2."""
     t = data.draw(visits(levels))
     level_t, level_s = sampler.level_pairs(levels, t)
@@ -287,14 +293,14 @@ def test_larger_variances_exceed_the_level_by_what_they_say(levels, data, v):
 
 
 @given(schedules(exploding=True), st.data(), st.floats(0, 100), st.floats(0.9, 1.2))
-def test_churn_adds_what_it_takes_inflated_as_asked(levels, data, s_churn, s_noise):
+def test_churn_noise(levels, data, s_churn, s_noise):
     """A row that churns up from s to s^ has (a*sigma_t)**2 + (d/s_noise)**2 = sigma_s^**2."""
     plan = solvers.edm(levels, data.draw(visits(levels)), s_churn, 0.0, 1e9, s_noise)
     assert_plan(plan._replace(d=None if plan.d is None else plan.d / s_noise), tolerance=1e-9)
 
 
 @given(schedules(), st.data(), ETAS, st.integers(0, 99))
-def test_rows_are_the_readable_steps(levels, data, eta, seed):
+def test_rows_are_the_steps(levels, data, eta, seed):
     t = data.draw(visits(levels))
     steps = {
         "ddim": (sampler.ddim(levels, t, eta), lambda *a: sampler.ddim_step(*a[:4], eta, a[4])),
@@ -322,14 +328,15 @@ def test_rows_are_the_readable_steps(levels, data, eta, seed):
 
 
 @given(schedules(), st.data())
-def test_a_deterministic_plan_has_no_noise_column(levels, data):
+def test_no_noise_column(levels, data):
+    """A deterministic plan has none."""
     t = data.draw(visits(levels))
     assert sampler.ddim(levels, t).d is None
     assert (sampler.ddpm(levels, t).d is None) == (len(t) == 1)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
-def test_eta_outside_its_range_is_named(eta):
+def test_bad_eta_is_named(eta):
     with pytest.raises(ValueError, match=naming("eta", eta)):
         sampler.ddim(schedule.linear(10), [10], eta)
 
@@ -337,7 +344,7 @@ def test_eta_outside_its_range_is_named(eta):
 # ----------------------------------------------------------------------------- editing
 
 
-def test_encoding_and_decoding_give_the_image_back():
+def test_encode_and_decode():
     """The error falls at least as N**-0.75 from 50 steps on; the denoiser is that of a blurred
     data set, nonlinear."""
     points = np.random.default_rng(0).uniform(-1, 1, (5, 3))
@@ -353,7 +360,7 @@ def test_encoding_and_decoding_give_the_image_back():
 
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99))
-def test_encode_takes_each_row_of_ddim_back(levels, data, seed):
+def test_encode_inverts_ddim_rows(levels, data, seed):
     """Where the estimate does not change, rows upward undo the rows downward, from the first
     visited level on."""
     t, (x_t, x0) = data.draw(visits(levels)), draw(seed, 2)
@@ -364,7 +371,7 @@ def test_encode_takes_each_row_of_ddim_back(levels, data, seed):
     np.testing.assert_allclose(back, x_t, atol=1e-8 * (1 + np.abs(noisy).max() / levels.sigma[1]))
 
 
-def test_encoding_runs_in_the_compiled_loop_like_any_plan():
+def test_encode_compiled():
     levels, t = schedule.linear(1000), schedule.trailing(schedule.linear(1000), 23)
     plan, (x, keys) = sampler.encode(levels, t), start()
     found = sampler.sample(COMPILED, plan, x, keys)
@@ -374,7 +381,8 @@ def test_encoding_runs_in_the_compiled_loop_like_any_plan():
 
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99))
-def test_encoding_begins_with_the_noise_that_the_denoiser_sees_in_the_data(levels, data, seed):
+def test_encode_first_row(levels, data, seed):
+    """It adds the noise that the denoiser sees in the data."""
     t, (x, x0) = data.draw(visits(levels)), draw(seed, 2)
     level = schedule.at(levels, t[-1])
     first = run_plan(lambda x, level: x0, sampler.encode(levels, t), x, rows=[0])
@@ -383,7 +391,8 @@ def test_encoding_begins_with_the_noise_that_the_denoiser_sees_in_the_data(level
 
 
 @given(st.floats(0, 1), st.integers(0, 99))
-def test_slerp_goes_round_the_sphere(weight, seed):
+def test_slerp(weight, seed):
+    """It goes round the sphere."""
     x, y = jnp.asarray(draw(seed, 2, (3, 5)), jnp.float32)
     between = sampler.slerp(x, y, weight)
     np.testing.assert_allclose(sampler.slerp(x, y, 0.0), x, atol=1e-5)
@@ -399,19 +408,20 @@ def test_slerp_goes_round_the_sphere(weight, seed):
     np.testing.assert_allclose(angle[1], weight * angle[0], atol=2e-3)  # arccos near 1, in float32
 
 
-def test_slerp_is_round_over_small_angles_too():
+def test_slerp_over_small_angles():
     x, y = jnp.array([[1.0, 0.0]]), jnp.array([[np.cos(0.05), np.sin(0.05)]], jnp.float32)
     expected = [[np.cos(0.025), np.sin(0.025)]]
     np.testing.assert_allclose(sampler.slerp(x, y, 0.5), expected, atol=2e-6)
 
 
-def test_slerp_between_parallel_images_is_a_straight_line():
+def test_slerp_of_parallel_images():
+    """It is a straight line."""
     x = jnp.ones((2, 4))
     np.testing.assert_allclose(sampler.slerp(x, x, 0.3), x, atol=1e-6)
     assert (sampler.slerp(0 * x, 0 * x, 0.3) == 0).all()
 
 
-def test_a_partly_noised_start_keeps_what_little_noise_leaves():
+def test_noise_to_level():
     """SDEdit: with a denoiser that knows the data set, from a low level back to the nearest
     point, from T to any."""
     points = np.sign(np.random.default_rng(0).normal(size=(6, 40))).astype(np.float32)
@@ -432,7 +442,7 @@ def test_a_partly_noised_start_keeps_what_little_noise_leaves():
 
 
 @given(schedules(exploding=True), st.data())
-def test_a_plan_starts_from_noise_of_its_level(levels, data):
+def test_init_noise(levels, data):
     plan = sampler.ddim(levels, data.draw(visits(levels)))
     keys = sampler.image_keys(jax.random.key(0), np.arange(2))
     expected = np.hypot(plan.level.alpha[0], plan.level.sigma[0]) * sampler.noise(keys, (3,))
@@ -443,7 +453,7 @@ def test_a_plan_starts_from_noise_of_its_level(levels, data):
 
 
 @given(schedules(), st.data(), st.integers(0, 99))
-def test_the_same_path_in_another_form_gives_the_same_images(levels, data, seed):
+def test_forms_of_a_path_sample_alike(levels, data, seed):
     """A denoiser that sees x/sqrt(alpha**2 + sigma**2) and logsnr cannot tell the
     variance-preserving form of a path from the exploding one, and no sampler can: all but
     fixed_large, which is not defined for the other."""
@@ -474,7 +484,7 @@ STOCHASTIC = {
 
 
 @pytest.mark.parametrize("name", [*STOCHASTIC, *CHURNING, *EXCESSIVE])
-def test_the_bias_of_stochastic_samplers_falls_with_the_steps(name):
+def test_bias_falls_with_the_steps(name):
     """Mean and variance go through the rows exactly. Multistep consistency sampling is not of a
     flow: with a denoiser that is no consistency function its spread collapses, so there the means
     alone are held."""
@@ -494,7 +504,7 @@ def test_the_bias_of_stochastic_samplers_falls_with_the_steps(name):
 
 
 @pytest.mark.parametrize("std", sampler.VARIANCES.values(), ids=sampler.VARIANCES)
-def test_the_two_variances_of_ddpm_are_bounds(std):
+def test_variances_of_ddpm_are_bounds(std):
     """fixed_small leaves too little spread and fixed_large too much (DDPM, section 3.2), at order
     one in the steps."""
     denoise, found = gaussian_denoiser(0.3, 0.5), []
@@ -507,7 +517,8 @@ def test_the_two_variances_of_ddpm_are_bounds(std):
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dpm_solver_pp_2m, eta 1"])
-def test_a_hundred_thousand_samples_have_the_moments_that_were_propagated(name):
+def test_samples_have_the_moments(name):
+    """A hundred thousand samples, and the moments that rows propagate."""
     levels, n = schedule.linear(1000), 100_000
     plan = MAKERS[name](levels, schedule.trailing(levels, 20))
     keys = sampler.image_keys(jax.random.key(0), np.arange(n))
@@ -533,7 +544,7 @@ def start(num=3, shape=(2, 2), seed=0):
 
 @settings(max_examples=12)
 @given(st.integers(1, 47), st.sampled_from([0.0, 0.7, 1.0]), st.sampled_from([1, 10]))
-def test_sample_is_the_plan_row_by_row(steps, eta, seed):
+def test_sample_is_the_plan(steps, eta, seed):
     """Against the numpy loop in float64, with the noise that the keys stand for."""
     plan, (x, keys) = ddim_plan(steps, eta), start(seed=seed)
     denoise = gaussian_denoiser(0.1, 0.6)
@@ -545,7 +556,8 @@ def test_sample_is_the_plan_row_by_row(steps, eta, seed):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_history_columns_reach_back_one_and_two_rows(eta):
+def test_history_columns(eta):
+    """They reach back one and two rows."""
     plan = ddim_plan(6, eta)
     plan = plan._replace(c=np.random.default_rng(0).normal(size=(6, 2)) / 10)
     denoise, (x, keys) = gaussian_denoiser(0.1, 0.6), start()
@@ -560,7 +572,8 @@ EVERY = MAKERS | CHURNING | EXCESSIVE
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_in_pieces_or_whole_compiled_or_not(name):
+def test_segments_or_whole(name):
+    """Compiled in segments, or not compiled in one scan."""
     levels, (x, keys) = schedule.linear(1000), start()
     plan = EVERY[name](levels, schedule.trailing(levels, 12))
     run = partial(sampler.scan_plan, gaussian_denoiser(0.1, 0.6))
@@ -574,7 +587,7 @@ def test_in_pieces_or_whole_compiled_or_not(name):
 COMPILED = jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.1, 0.6)))
 
 
-def test_two_programs_serve_every_plan_of_a_kind():
+def test_two_programs_serve_every_plan():
     """Of ten rows and of one, with noise and without: four, whatever the sampler, the schedule
     and the steps."""
     traces = []
@@ -598,7 +611,8 @@ def test_two_programs_serve_every_plan_of_a_kind():
 
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 11, 20, 57])
-def test_chunks_are_the_plan_in_order(steps):
+def test_segments(steps):
+    """They are the plan in order."""
     plan = ddim_plan(steps, 1.0)
     pieces = sampler.segments(plan, jnp.float32)
     assert {piece.steps for piece in pieces} <= {1, 10}
@@ -610,7 +624,7 @@ def test_chunks_are_the_plan_in_order(steps):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_half_precision_noise_is_sampled_from_in_float32(dtype, eta):
+def test_half_precision_noise(dtype, eta):
     """In three digits the thousand small steps of a chain would be lost."""
     plan, n = ddim_plan(1000, eta), 20_000
     keys = sampler.image_keys(jax.random.key(0), np.arange(n))
@@ -626,12 +640,12 @@ def test_half_precision_noise_is_sampled_from_in_float32(dtype, eta):
     assert float(made.var()) == pytest.approx(variance, rel=4 * (2 / n) ** 0.5)
 
 
-def test_tables_are_as_exact_as_what_they_run_in():
+def test_float64_table():
     assert sampler.segments(ddim_plan(5), np.float64)[0].level.t.dtype == np.float64
 
 
 @pytest.mark.parametrize("every", [1, 3, 10, 25, 100])
-def test_pieces_end_where_they_are_asked_to(every):
+def test_boundaries(every):
     plan = ddim_plan(57)
     pieces = sampler.segments(plan, jnp.float32, sampler.every_rows(plan, every))
     ends = np.cumsum([piece.steps for piece in pieces])
@@ -641,7 +655,7 @@ def test_pieces_end_where_they_are_asked_to(every):
 
 
 @pytest.mark.parametrize("every", [1, 4, 10, 50])
-def test_a_trajectory_keeps_what_is_asked_for_and_changes_nothing(every):
+def test_trajectory(every):
     """Bit for bit within one program and its segments, and to rounding across sizes of segments."""
     plan, (x, keys) = ddim_plan(23, 1.0), start()
     xs, x0s = sampler.trajectory(COMPILED, plan, x, keys, every)
@@ -659,7 +673,7 @@ def test_a_trajectory_keeps_what_is_asked_for_and_changes_nothing(every):
 
 
 @pytest.mark.parametrize("make", [sampler.ddim, solvers.heun, partial(sampler.ddim, eta=1.0)])
-def test_rows_in_an_interval_are_run_by_another_program(make):
+def test_sample_switching(make):
     """As one denoiser that looks at the level; outside the interval its other half is not called
     at all."""
     low, high, calls = 0.5, 3.0, {"inside": 0, "outside": 0}
@@ -695,12 +709,12 @@ def test_rows_in_an_interval_are_run_by_another_program(make):
 
 
 @pytest.mark.parametrize("index", [[0, 0, 1, 0, 0], [0, -1, 0, 0, 0], [0, 0]])
-def test_a_program_index_that_cannot_be_is_named(index):
+def test_bad_program_index_is_named(index):
     with pytest.raises(ValueError, match=naming("program_index", 0, 5)):
         sampler.sample_switching([COMPILED], index, ddim_plan(5), *start())
 
 
-def test_rows_below_one_are_named():
+def test_bad_every_is_named():
     with pytest.raises(ValueError, match=naming("every", 0)):
         sampler.every_rows(ddim_plan(5), 0)
     with pytest.raises(ValueError, match=naming("every", 0)):
@@ -756,7 +770,7 @@ def unet():
 
 @pytest.mark.parametrize("kind", ["elementwise", "unet"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_image_i_does_not_depend_on_its_batch_or_devices(kind, eta, unet):
+def test_image_i_in_any_batch(kind, eta, unet):
     """Keys, noise and x_T bit for bit, for batches of 1, 3 and 64 on 1, 2 and 8 devices; images
     too with an elementwise denoiser, and with the UNet but for how its sums are ordered."""
     denoise = gaussian_denoiser(0.1, 0.6) if kind == "elementwise" else unet
@@ -777,13 +791,14 @@ def test_image_i_does_not_depend_on_its_batch_or_devices(kind, eta, unet):
     assert np.std(reference[3]) > 0.1
 
 
-def test_fewer_keys_than_images_are_refused():
+def test_missing_keys_are_named():
     x, keys = start(4)
     with pytest.raises(ValueError, match=naming("keys", "1", "4")):
         sampler.sample(COMPILED, ddim_plan(5, 1.0), x, keys[:1])
 
 
-def test_noise_differs_between_images_rows_and_seeds():
+def test_noise_differs():
+    """Between images, rows and seeds."""
     keys = sampler.image_keys(jax.random.key(0), np.arange(4))
     other = sampler.image_keys(jax.random.key(1), np.arange(4))
     drawn = np.concatenate(
@@ -792,7 +807,7 @@ def test_noise_differs_between_images_rows_and_seeds():
     assert len(np.unique(drawn)) == drawn.size
 
 
-def test_progress_is_told_after_every_call():
+def test_callback():
     seen, (x, keys) = [], start()
     run = jax.jit(partial(sampler.scan_plan, gaussian_denoiser(0.0, 1.0)))
     sampler.sample(
@@ -802,7 +817,7 @@ def test_progress_is_told_after_every_call():
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(None, 50), (2.0, 100)])
-def test_nfe_is_counted_not_assumed(scale, expected):
+def test_count_nfe(scale, expected):
     def network(params, x, t, condition):
         return x
 
@@ -834,19 +849,20 @@ def test_nfe_is_counted_not_assumed(scale, expected):
         (lambda p: p._replace(level=p.level._replace(alpha=np.full(5, np.nan))), "alpha nan 1"),
     ],
 )
-def test_a_plan_that_is_not_whole_is_named_before_it_runs(change, words):
+def test_bad_plan_is_named(change, words):
+    """Before it runs."""
     x, keys = start()
     with pytest.raises(ValueError, match=naming(*words.split())):
         sampler.sample(COMPILED, change(ddim_plan(5)), x, keys)
 
 
 @pytest.mark.parametrize("v", [-0.1, 1.1, float("nan")])
-def test_v_outside_its_range_is_named(v):
+def test_bad_v_is_named(v):
     with pytest.raises(ValueError, match=naming("v", v)):
         sampler.interpolated_variance(v)
 
 
-def test_a_plan_prints_as_a_table():
+def test_plan_as_text():
     text = str(sampler.ddim(schedule.linear(1000), [1000, 500.5, 1], 0.5)).splitlines()
     assert text[0].split() == ["row", "t", "alpha", "sigma", "logsnr", "a", "b", "c1", "c2", "d"]
     assert [line.split()[:2] for line in text[1:]] == [["1", "1000"], ["2", "500.5"], ["3", "1"]]
@@ -860,7 +876,7 @@ def test_a_plan_prints_as_a_table():
 # ----------------------------------------------------------------------------- reconstruction
 
 
-def test_the_error_of_reconstruction_falls_with_the_steps():
+def test_reconstruction():
     """On Gaussian data, and on a data set of eight points, at the steps of the DDIM paper's table
     2."""
     generator = np.random.default_rng(0)
@@ -874,7 +890,7 @@ def test_the_error_of_reconstruction_falls_with_the_steps():
         assert (np.divide(errors[:-1], errors[1:]) > 2).all()  # of order one at least, squared
 
 
-def test_a_reconstruction_that_does_not_improve_is_told():
+def test_broken_reconstruction_is_caught():
     with pytest.raises(AssertionError, match=naming("steps", "(10, 20, 50)")):
         assert_reconstruction(
             lambda x, level: np.clip(x, -0.1, 0.1),

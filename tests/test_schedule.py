@@ -11,18 +11,19 @@ from diffjax.testing import assert_schedule, schedules
 
 
 @given(schedules(exploding=True, terminal=True))
-def test_every_schedule_goes_from_data_to_noise(levels):
+def test_data_to_noise(levels):
     assert_schedule(levels)
 
 
 @given(schedules(terminal=True))
-def test_variance_is_preserved(levels):
+def test_variance_preserving(levels):
     np.testing.assert_allclose(levels.alpha**2 + levels.sigma**2, 1, rtol=0, atol=1e-13)
     schedule.check_variance_preserving(levels, "this test")
 
 
-def test_linear_keeps_all_digits_near_the_data():
-    """Against exact rational arithmetic: 1 - alpha**2, formed in floats, loses four digits at t = 1."""
+def test_linear_near_the_data():
+    """Against exact rational arithmetic: 1 - alpha**2, formed in floats, loses four digits at t =
+    1."""
     levels = schedule.linear(1000)
     betas = [Fraction(float(beta)) for beta in np.linspace(1e-4, 0.02, 1000)]
     abar = Fraction(1)
@@ -39,7 +40,8 @@ def test_published_end_points():
 
 
 @given(st.integers(3, 400))
-def test_cosine_is_its_formula_where_no_beta_is_cut(T):
+def test_cosine(T):
+    """It is its formula where no beta is cut."""
     t = np.arange(T + 1) / T
     f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
     uncut = np.concatenate([[True], np.cumprod(1 - f[1:] / f[:-1] < 0.999).astype(bool)])
@@ -48,14 +50,15 @@ def test_cosine_is_its_formula_where_no_beta_is_cut(T):
 
 
 @given(st.integers(100, 4000))
-def test_rescaled_betas_reach_the_same_noise_at_any_length(T):
+def test_rescaled_linear(T):
     """log alpha-bar_T is -sum(betas) = -10.05, and less by half their squares, 67/T."""
     assert np.log(schedule.rescaled_linear(T).alpha[-1] ** 2) == pytest.approx(
         -10.05 - 67 / T, abs=12 / T
     )
 
 
-def test_scaled_linear_is_linear_in_the_roots_of_its_betas():
+def test_scaled_linear():
+    """The roots of its betas are linear."""
     levels = schedule.scaled_linear()
     betas = 1 - levels.alpha[1:] ** 2 / levels.alpha[:-1] ** 2
     np.testing.assert_allclose(
@@ -66,7 +69,9 @@ def test_scaled_linear_is_linear_in_the_roots_of_its_betas():
 
 
 @given(st.floats(-5, 0), st.floats(1, 5), st.floats(0.3, 2))
-def test_sigmoid_is_its_formula_where_no_beta_is_cut(start, end, temperature):
+def test_sigmoid(start, end, temperature):
+    """It is its formula where no beta is cut."""
+
     def f(u):
         return 1 / (1 + np.exp(-(start + u * (end - start)) / temperature))
 
@@ -79,13 +84,13 @@ def test_sigmoid_is_its_formula_where_no_beta_is_cut(start, end, temperature):
 
 
 @given(st.floats(0.1, 12), st.floats(0.1, 12), st.integers(1, 100))
-def test_a_continuous_logsnr_is_met_at_every_level(top, fall, T):
+def test_from_logsnr(top, fall, T):
     levels = schedule.from_logsnr(lambda u: top - fall * u**2, T)
     u = np.arange(1, T + 1) / T
     np.testing.assert_allclose(schedule.logsnr(levels)[1:], top - fall * u**2, atol=1e-10)
 
 
-def test_edm_is_its_equation_5():
+def test_edm_equation_5():
     levels = schedule.edm(18)
     i = np.arange(18)
     sigma = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
@@ -94,7 +99,8 @@ def test_edm_is_its_equation_5():
 
 
 @given(schedules().filter(lambda levels: schedule.length(levels) > 1))
-def test_zero_terminal_snr_is_algorithm_1(levels):
+def test_zero_terminal_snr(levels):
+    """Algorithm 1 of its paper, and no signal at level T."""
     rescaled = schedule.zero_terminal_snr(levels)
     alpha = levels.alpha[1:]
     expected = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
@@ -108,7 +114,8 @@ def test_zero_terminal_snr_is_algorithm_1(levels):
 
 
 @given(schedules())
-def test_alphas_of_ones_own_give_the_same_schedule(levels):
+def test_from_alphas(levels):
+    """The alphas of a schedule give it back."""
     found = schedule.from_alphas(levels.alpha[1:])
     np.testing.assert_allclose(found.alpha, levels.alpha, rtol=0)
     # 1 - alpha is rounded where alpha is near 1.
@@ -118,7 +125,8 @@ def test_alphas_of_ones_own_give_the_same_schedule(levels):
 
 
 @given(schedules())
-def test_forms_of_a_path_have_the_same_logsnr(levels):
+def test_forms_of_a_path(levels):
+    """The variance-preserving and the exploding form have the same logsnr."""
     levels = schedule.level_at(levels, slice(31))
     exploding = schedule.variance_exploding(levels)
     np.testing.assert_allclose(
@@ -129,15 +137,25 @@ def test_forms_of_a_path_have_the_same_logsnr(levels):
         np.testing.assert_allclose(found, leaf, rtol=1e-12)
 
 
-def test_one_level_alone_is_the_noisiest():
+def test_one_level():
+    """One level alone is the noisiest."""
     assert schedule.edm(1).sigma[1] == 80
     assert schedule.linear(1).alpha[1] ** 2 == pytest.approx(1 - 0.02)
 
 
-# ------------------------------------------------------------------------------------------- levels
+# ----------------------------------------------------------------------------- levels
 
 
-def test_unsigned_levels_are_levels():
+def test_level_at():
+    """One row for an index, several for a slice, a mask or an array of indices."""
+    levels = schedule.linear(5)
+    assert schedule.level_at(levels, 2) == tuple(leaf[2] for leaf in levels)
+    for i in (slice(1, 4), levels.sigma > 0.1, [3, 0, 3]):
+        for leaf, expected in zip(schedule.level_at(levels, i), levels, strict=True):
+            np.testing.assert_array_equal(leaf, expected[i])
+
+
+def test_unsigned_levels():
     t = np.array([90, 50, 1], np.uint8)
     assert list(schedule.check_levels(schedule.linear(100), t)) == [90, 50, 1]
 
@@ -151,7 +169,8 @@ def test_respacing_is_indexing(levels, data):
 
 
 @given(schedules(exploding=True).filter(lambda levels: schedule.length(levels) > 1), st.data())
-def test_between_levels_logsnr_is_a_straight_line(levels, data):
+def test_fractional_levels(levels, data):
+    """Between two levels logsnr is a straight line."""
     i = data.draw(st.integers(1, schedule.length(levels) - 1))
     f = data.draw(st.floats(0.01, 0.99))
     level = schedule.at(levels, i + f)
@@ -167,12 +186,13 @@ def test_between_levels_logsnr_is_a_straight_line(levels, data):
     assert schedule.t_of_logsnr(levels, schedule.logsnr(level)) == pytest.approx(i + f, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- spacings
+# ----------------------------------------------------------------------------- spacings
 
 
 @pytest.mark.parametrize("name", schedule.SPACINGS)
 @pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
-def test_every_spacing_gives_n_distinct_levels_for_every_n(name, T):
+def test_spacings(name, T):
+    """Every spacing gives n distinct levels for every n."""
     levels = schedule.linear(T, 1e-4, 2e-4)
     most = 1 + int(0.8 * T) if name == "quadratic" else T
     for steps in range(1, most + 1):
@@ -186,23 +206,26 @@ def test_every_spacing_gives_n_distinct_levels_for_every_n(name, T):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 50, 100, 1000])
-def test_spacings_are_those_of_the_papers(steps):
-    """Where the steps divide T, trailing and leading are multiples of the stride (arXiv:2305.08891, table 2)."""
+def test_trailing_and_leading(steps):
+    """Where the steps divide T, trailing and leading are multiples of the stride
+    (arXiv:2305.08891, table 2)."""
     levels, stride = schedule.linear(1000), 1000 // steps
     assert list(schedule.trailing(levels, steps)) == list(range(1000, 0, -stride))
     assert list(schedule.leading(levels, steps)) == [1 + stride * i for i in reversed(range(steps))]
 
 
 @pytest.mark.parametrize("T", [5, 10, 45, 125, 320, 605, 1000])
-def test_quadratic_starts_at_four_fifths(T):
-    """0.8*T is a whole number for these, and the square of its root in float64 not always: 1 + 0.8*T all the same."""
+def test_quadratic_start(T):
+    """0.8*T is a whole number for these, and the square of its root in float64 not always: 1 +
+    0.8*T all the same."""
     levels = schedule.linear(T, 1e-4, 2e-4)
     for steps in range(2, int(0.8 * T) + 2):
         assert schedule.quadratic(levels, steps)[0] == 1 + 4 * T // 5
 
 
-def test_quadratic_integers_of_the_ddim_paper():
-    """int(x) of linspace(0, sqrt(800), 10)**2, counted from 0 in the paper's code and from 1 here."""
+def test_quadratic_integers():
+    """int(x) of linspace(0, sqrt(800), 10)**2, counted from 0 in the paper's code and from 1
+    here."""
     expected = [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
     assert list(schedule.quadratic(schedule.linear(1000), 10)) == [
         1 + t for t in reversed(expected)
@@ -210,7 +233,8 @@ def test_quadratic_integers_of_the_ddim_paper():
 
 
 @given(schedules(exploding=True), st.data(), st.floats(1, 9))
-def test_karras_and_logsnr_spacings_are_even_in_their_variable(levels, data, rho):
+def test_even_spacings(levels, data, rho):
+    """karras and uniform_logsnr are even in their own variable."""
     steps = data.draw(st.integers(1, schedule.length(levels)))
     for t, variable in (
         (schedule.karras(levels, steps, rho), lambda logsnr: np.exp(-logsnr / 2 / rho)),
@@ -224,7 +248,7 @@ def test_karras_and_logsnr_spacings_are_even_in_their_variable(levels, data, rho
         )
 
 
-def test_karras_on_edm_is_the_grid_of_edm():
+def test_karras_on_edm():
     """18 levels of a finely tabulated schedule against equation 5."""
     t = schedule.karras(schedule.edm(1000), 18)
     sigma = (80 ** (1 / 7) + np.arange(18) / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
@@ -260,7 +284,10 @@ def test_karras_on_edm_is_the_grid_of_edm():
         (lambda s: schedule.at(s, [2, 0.5]), "t 0.5 logsnr"),
         (lambda s: schedule.at(schedule.zero_terminal_snr(s), 99.5), "t 99.5 logsnr"),
         (lambda s: schedule.karras(schedule.zero_terminal_snr(s), 5), "schedule level 100 logsnr"),
-        (lambda s: schedule.uniform_logsnr(schedule.zero_terminal_snr(s), 5), "schedule level 100 trailing"),
+        (
+            lambda s: schedule.uniform_logsnr(schedule.zero_terminal_snr(s), 5),
+            "schedule level 100 trailing",
+        ),
         (lambda s: schedule.karras(s, 0), "steps 0"),
         (lambda s: schedule.karras(s, 5, -1.0), "rho -1"),
         (lambda s: schedule.from_alphas([0.9, np.nan]), "alpha_2 nan"),
@@ -283,7 +310,10 @@ def test_karras_on_edm_is_the_grid_of_edm():
             lambda s: schedule.zero_terminal_snr(schedule.edm(10)),
             "schedule zero_terminal_snr alpha**2 + sigma**2 6401 10",
         ),
-        (lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])), "schedule T 1 zero_terminal_snr"),
+        (
+            lambda s: schedule.zero_terminal_snr(schedule.from_betas([0.5])),
+            "schedule T 1 zero_terminal_snr",
+        ),
         (
             lambda s: schedule.check_variance_preserving(
                 s._replace(alpha=s.alpha * 1.00001), "this_test"

@@ -54,7 +54,7 @@ DRAWN = given(schedules(exploding=True), st.data(), st.integers(0, 99))
 
 
 @DRAWN
-def test_eta_0_is_first_order_dpm_solver_pp_is_exponential_euler(levels, data, seed):
+def test_ddim_is_exponential_euler(levels, data, seed):
     """sigma_s/sigma_t*x - alpha_s*(exp(-h) - 1)*x0: equation 4.1 of arXiv:2211.01095."""
 
     def direct(levels, t, x, z):
@@ -70,7 +70,9 @@ def test_eta_0_is_first_order_dpm_solver_pp_is_exponential_euler(levels, data, s
 
 
 @DRAWN
-def test_consistency_sampling_noises_every_estimate_afresh(levels, data, seed):
+def test_consistency(levels, data, seed):
+    """It noises every estimate afresh."""
+
     def direct(levels, t, x, z):
         alpha, sigma, _ = grid(levels, t)
         for i in range(len(t)):
@@ -84,7 +86,7 @@ def test_consistency_sampling_noises_every_estimate_afresh(levels, data, seed):
 
 
 @DRAWN
-def test_2m_keeps_of_the_noise_what_ddim_keeps(levels, data, seed):
+def test_2m_keeps_the_noise_of_ddim(levels, data, seed):
     """For every eta: the coefficient of x and the noise are those of DDIM, and x0 is extrapolated
     as without noise."""
     eta = data.draw(st.floats(0, 1))
@@ -114,7 +116,7 @@ def test_2m_keeps_of_the_noise_what_ddim_keeps(levels, data, seed):
 
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99), st.sampled_from([0.0, 1.0]))
-def test_2m_is_algorithm_2_of_its_paper_and_its_sde(levels, data, seed, eta):
+def test_2m_algorithm_2(levels, data, seed, eta):
     """With D = x0 + (x0 - x0_1)*h/(2*h_1); the SDE as in arXiv:2211.01095, appendix A."""
 
     def direct(levels, t, x, z):
@@ -148,7 +150,9 @@ def heun_step(x, here, there, call):
 
 
 @DRAWN
-def test_heun_is_algorithm_1_of_edm_in_sigma_over_alpha(levels, data, seed):
+def test_heun_algorithm_1(levels, data, seed):
+    """In sigma/alpha, as EDM has it."""
+
     def direct(levels, t, x, z):
         alpha, sigma, _ = grid(levels, t)
         ratio = sigma / alpha
@@ -164,7 +168,7 @@ def test_heun_is_algorithm_1_of_edm_in_sigma_over_alpha(levels, data, seed):
 
 
 @given(schedules(exploding=True), st.data(), st.integers(0, 99), st.floats(0, 50))
-def test_edm_is_algorithm_2_in_sigma_over_alpha(levels, data, seed, s_churn):
+def test_edm_algorithm_2(levels, data, seed, s_churn):
     """On any schedule, x/alpha follows EDM's algorithm; levels in the middle churn, up to what
     the schedule holds."""
     t = data.draw(visits(levels))
@@ -189,7 +193,8 @@ def test_edm_is_algorithm_2_in_sigma_over_alpha(levels, data, seed, s_churn):
     np.testing.assert_allclose(run_plan(denoise, plan, start, z[1:]), x, rtol=1e-6, atol=1e-6)
 
 
-def test_without_churn_edm_is_heun():
+def test_edm_without_churn():
+    """It is Heun."""
     levels = schedule.edm(100)
     t = schedule.karras(levels, 18)
     plain, churned = solvers.heun(levels, t), solvers.edm(levels, t, s_churn=0.0)
@@ -216,7 +221,8 @@ def lagrange_weights(nodes, h):
 
 
 @given(st.data(), st.integers(0, 99), st.floats(2, 8), st.integers(1, 40))
-def test_exponential_ab3_integrates_the_parabola_through_three_estimates(data, seed, top, T):
+def test_exponential_ab3(data, seed, top, T):
+    """It integrates the parabola through three estimates."""
     levels = schedule.from_logsnr(lambda u: top - (top + 6) * u, T)
 
     def direct(levels, t, x, z):
@@ -237,7 +243,7 @@ def test_exponential_ab3_integrates_the_parabola_through_three_estimates(data, s
 
 
 @DRAWN
-def test_3m_is_what_is_published(levels, data, seed):
+def test_3m_as_published(levels, data, seed):
     """The multistep third-order update of DPM-Solver++ in its authors' D0, D1, D2; earlier rows
     by 2M, then by 1."""
 
@@ -271,7 +277,7 @@ def test_3m_is_what_is_published(levels, data, seed):
 
 
 @DRAWN
-def test_unipc_is_its_paper_with_predictor_and_corrector_apart(levels, data, seed):
+def test_unipc_algorithms_5_and_6(levels, data, seed):
     """Algorithms 5 and 6 of arXiv:2302.04867 for order 2 and B_2: the corrector's weights from
     its linear system."""
 
@@ -310,7 +316,8 @@ def test_unipc_is_its_paper_with_predictor_and_corrector_apart(levels, data, see
     check(solvers.unipc_2, direct, levels, steps, seed)
 
 
-def test_moments_are_their_integrals_on_both_sides_of_the_series():
+def test_moments():
+    """They are their integrals on both sides of the series."""
     for h in (1e-6, 1e-3, 0.1, 0.4999, 0.5001, 2.0, 15.0):
         points, weights = np.polynomial.legendre.leggauss(60)
         at = h * (points + 1) / 2
@@ -323,12 +330,12 @@ def test_moments_are_their_integrals_on_both_sides_of_the_series():
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_solvers_converge_at_their_order(name):
+def test_order(name):
     order, warm = ORDERS[name]
     assert_order(MAKERS[name], order, warm)
 
 
-def test_a_measured_order_can_be_missed():
+def test_missed_order_is_caught():
     with pytest.raises(AssertionError, match=naming("order", 2)):
         assert_order(sampler.ddim, 2)
 
@@ -355,7 +362,7 @@ def flow_by_small_steps(x, levels, points):
     return x
 
 
-def test_solvers_find_the_flow_of_a_data_set():
+def test_flow_of_a_data_set():
     """A nonlinear flow, integrated by another method: at 100 steps, higher order means a smaller
     error."""
     points = np.random.default_rng(0).uniform(-1, 1, (5, 3))
@@ -380,7 +387,7 @@ def test_solvers_find_the_flow_of_a_data_set():
     assert errors["unipc_2"] < errors["dpm_solver_pp_2m"] / 2
 
 
-def test_solvers_reach_gaussian_data_in_few_steps():
+def test_gaussian_data_in_few_steps():
     """Onto data, from pure noise, in 20 calls of the denoiser: what they are for."""
     levels, x = schedule.linear(1000), 2 * np.random.default_rng(0).normal(size=50)
     exact, errors = gaussian_flow(x, schedule.at(levels, 1000), 0.3, 0.5), {}
@@ -410,7 +417,7 @@ def test_bad_input_is_named(make, words):
 
 @pytest.mark.parametrize("steps", [5, 10, 20, 50])
 @pytest.mark.parametrize("form", ["cosine", "zero terminal", "linear", "edm"])
-def test_few_steps_are_rough_but_sane(form, steps):
+def test_few_steps(form, steps):
     """The spread of Gaussian data, exactly, from few levels of every kind of schedule; cosine's
     first step is long."""
     levels = {
@@ -434,7 +441,8 @@ def test_few_steps_are_rough_but_sane(form, steps):
             assert variance**0.5 == pytest.approx(0.5, abs=0.1 if name == "ddpm" else 0.05), name
 
 
-def test_heun_leaves_out_corrections_over_steps_that_are_too_long():
+def test_heun_over_long_steps():
+    """It leaves out their corrections."""
     levels = schedule.cosine(1000)
     plan = solvers.heun(levels, [1000, 900, 500, 1])
     assert list(plan.level.t) == [
@@ -447,7 +455,8 @@ def test_heun_leaves_out_corrections_over_steps_that_are_too_long():
     assert solvers.heun(levels, schedule.trailing(levels, 500)).steps == 999
 
 
-def test_churn_keeps_to_its_range_with_both_ends():
+def test_churn_range():
+    """Both ends are in it."""
     levels = schedule.edm(9)
     t = np.arange(9, 0, -1)
     low, high = levels.sigma[3], levels.sigma[6]
@@ -460,7 +469,7 @@ def test_churn_keeps_to_its_range_with_both_ends():
 
 
 @pytest.mark.parametrize("order", [1, 3])
-def test_an_order_is_missed_from_above_and_below(order):
+def test_order_from_above_and_below(order):
     with pytest.raises(AssertionError, match=naming("order", order)):
         assert_order(MAKERS["heun"], order)
 
@@ -471,9 +480,7 @@ LEVELS = schedule.linear(1000)
 
 
 @given(schedules(exploding=True, terminal=True), st.data(), st.integers(1, 4), st.integers(1, 5))
-def test_resampling_takes_every_block_again_from_where_it_began(
-    levels, data, resamples, jump_length
-):
+def test_repaint(levels, data, resamples, jump_length):
     """Row by row against the loop as its paper writes it: steps down, then q(x_t | x_s) back up."""
     t = data.draw(visits(levels))
     eta = data.draw(st.sampled_from([0.0, 0.7, 1.0]))
@@ -504,7 +511,8 @@ def test_resampling_takes_every_block_again_from_where_it_began(
         )
 
 
-def test_one_time_is_the_plan_itself():
+def test_repaint_once():
+    """One time is the plan itself."""
     for eta in (0.0, 1.0):
         plan = sampler.ddim(LEVELS, [900, 500, 100], eta)
         for column, same in zip(solvers.repaint(plan, 1, 2)[1:], plan[1:], strict=True):
@@ -512,7 +520,7 @@ def test_one_time_is_the_plan_itself():
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_resampling_brings_what_is_made_to_what_is_known(eta):
+def test_repaint_conditions_on_the_known_part(eta):
     """Two correlated numbers, one known: the mean of the other comes nearer to E[other | known]
     with every doubling. Rows and denoiser are affine, so the mean of the images is the image of
     the means, without sampling."""
@@ -548,6 +556,6 @@ def test_resampling_brings_what_is_made_to_what_is_known(eta):
         (lambda: solvers.repaint(sampler.encode(LEVELS, [9, 5]), 2), "plan ddim ddpm"),
     ],
 )
-def test_what_cannot_be_resampled_is_named(make, words):
+def test_bad_repaint_is_named(make, words):
     with pytest.raises(ValueError, match=naming(*words.split())):
         make()

@@ -18,6 +18,7 @@ from diffjax.evaluation.sweep import (
     SweepOptions,
     check_same_data,
     combine,
+    read_rows,
 )
 from diffjax.inference.defaults import distillation_warning
 from diffjax.inference.model import TrainedModel, load_model
@@ -83,6 +84,7 @@ def run(options: Options) -> None:
         sweep_options = make_sweep_options(options.image)
         out = Path(options.out)
         common.check_output(out / f"{NAME}.json", ".json")
+        read_rows(out)  # before the real images, which take longer
         reference = quality.read_reference(
             models[0].info.config,
             quality.image_shape(models[0]),

@@ -1,4 +1,4 @@
-"""The stream of batches that training reads: shuffled, divided among processes, read ahead.
+"""The shuffled stream of batches that training reads, divided among processes.
 
 The stream is a function of the step: example i of global batch n has index n*batch + i, whatever
 the number of processes, so a checkpoint needs to store nothing of it.
@@ -31,7 +31,7 @@ def batch_stream(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """The endless stream of one process's share of global batches start, start + 1, ...
+    """One process's share of the endless global batches start, start + 1, ...
 
     Yields {"x": float32 [batch/process_count, H, W, C] in [-1, 1], "index": uint32, the global
     example index, "condition": as the conditioning reads it, absent if None}. No other examples are
@@ -64,7 +64,7 @@ def first_batches(
     *,
     conditioning: Conditioning = UNCONDITIONAL,
 ) -> list[dict[str, Any]]:
-    """The first batches of a split, `limit` at most, in memory: the same at every evaluation.
+    """The first batches of a split, at most `limit` of them, in memory.
 
     They are as those of `batch_stream`. If the split has fewer than `batch` examples, there is one
     batch, of the largest multiple of `multiple` that it has.
@@ -84,7 +84,7 @@ def first_batches(
 def first_examples(
     source: Any, num: int, conditioning: Conditioning = UNCONDITIONAL
 ) -> tuple[np.ndarray, Condition]:
-    """The first examples of a split: x, float32 [num, H, W, C] in [-1, 1], and their conditions.
+    """The first examples of a split: x and conditions, [num, ...].
 
     Raises: ValueError for fewer than `num` examples.
     """

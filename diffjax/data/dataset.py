@@ -49,7 +49,7 @@ def label_fields(classes: int) -> dict[str, Conditioning]:
 
 
 class MappedSource:
-    """A source in random access with a function applied to each item when it is indexed."""
+    """A source in random access, each item mapped by a function when indexed."""
 
     def __init__(self, source: Any, function: Callable[[Any], Example]) -> None:
         """Reads nothing yet."""
@@ -98,9 +98,10 @@ def preprocessed_shape(
 
 
 def train_holdout_split(rows: Sequence[Any], path: Path) -> tuple[list[Any], list[Any]]:
-    """Split rows at random, but always alike, into those to train on and a tenth to hold out.
+    """Split rows at random, but always alike, and hold out a tenth of them.
 
-    The latter are shuffled, since programs look at the first of them. They are not every tenth row:
+    Returns (rows to train on, rows to hold out). The latter are shuffled, since programs look at
+    the first of them. They are not every tenth row:
     labels that repeat with period ten would all be the same.
 
     Raises: ValueError, naming the path, for fewer than ten rows.

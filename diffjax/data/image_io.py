@@ -63,7 +63,7 @@ def grid(
 
 
 def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
-    """Read an image file as uint8 [H, W, C], with `fit`, and describe what was changed.
+    """Read an image file as uint8 [H, W, C], with `fit`, and describe the changes.
 
     The description is a sentence that names the file, or "" for an image that was as expected.
 
@@ -90,7 +90,7 @@ def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
 
 
 def fit(image: Image.Image, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
-    """Convert an image to uint8 [H, W, C], C of 1 (grey) or 3 (RGB), and list the changes.
+    """Convert an image to uint8 [H, W, C], grey or RGB, and list the changes.
 
     Transparency is laid over white; the image is cropped to its center and resized.
 
@@ -121,7 +121,7 @@ def save_png(path: Path, picture: Image.Image) -> None:
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0) -> None:
-    """Write pictures as an animation that lasts about `seconds`, rests on the last, and loops."""
+    """Write an animation of about `seconds` that rests on its last picture."""
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [2000]
     first, *others = frames

@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets, without TensorFlow, and scikit-learn's digits among them."""
+"""Data sets of tensorflow-datasets, without TensorFlow."""
 
 import contextlib
 import difflib
@@ -59,7 +59,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def load_tfds(name: str, data_dir: str | None = None, size: int | None = None) -> Dataset:
-    """An image data set of the catalogue, or "digits", downloaded and prepared if need be.
+    """An image data set of the catalogue, or "digits", prepared if need be.
 
     data_dir: folder of prepared data sets; None for the default, TFDS_DATA_DIR or
     ~/tensorflow_datasets. size: as of `preprocess`, for images of different sizes. Held out is the
@@ -83,7 +83,9 @@ def load_tfds(name: str, data_dir: str | None = None, size: int | None = None) -
 def describe_tfds(
     name: str, data_dir: str | None = None, size: int | None = None
 ) -> tuple[Shape, dict[str, Conditioning]]:
-    """The image shape and the fields of the data set of `load_tfds`, without preparing it.
+    """The image shape and the fields of the data set that `load_tfds` loads.
+
+    It is not prepared.
 
     Raises: ValueError as `load_tfds`.
     """

@@ -1,4 +1,4 @@
-"""Settings of XLA and the memory allocator that make CPUs fast; GPUs and TPUs need none."""
+"""Settings of XLA and the memory allocator that make CPUs fast."""
 
 import contextlib
 import ctypes

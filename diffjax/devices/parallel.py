@@ -1,4 +1,4 @@
-"""Data parallelism: one step function on all devices, in three ways that compute the same."""
+"""Data parallelism: one step function on all devices, in three equivalent ways."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ Mode = Literal["pmap", "shard_map", "jit"]
 
 
 def device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of one axis: the given devices, or all of them in order of their processes."""
+    """A mesh of one axis: the given devices, or all in order of their processes."""
     if devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.asarray(devices), (AXIS,))
@@ -49,7 +49,7 @@ def round_up(number: int, devices: int) -> int:
 
 
 def default_batch(num: int) -> int:
-    """The default batch for `num` images: all, up to LARGEST_BATCH, rounded up to the devices."""
+    """The default batch: all `num` images up to LARGEST_BATCH, by `round_up`."""
     return round_up(min(num, LARGEST_BATCH), jax.device_count())
 
 
@@ -120,7 +120,7 @@ def _split_axis(axis: int, devices: int, leaf: Any) -> Any:
 
 
 def state_mesh(mesh: Mesh, mode: Mode) -> Mesh:
-    """The mesh of the replicated train state: all devices, or this process's under pmap."""
+    """The mesh of the train state: all devices, or this process's under pmap."""
     return device_mesh(mesh.local_devices) if mode == "pmap" else mesh
 
 
@@ -138,7 +138,7 @@ def _view(sharding: NamedSharding, leaf: jax.Array) -> jax.Array:
 
 
 class BatchMapper:
-    """A function of examples, computed batch by batch on all devices and compiled once.
+    """A function of examples, compiled once and computed in batches on all devices.
 
         mapper = BatchMapper(function, params, batch=64)
         features = mapper((images,))

@@ -1,4 +1,4 @@
-"""Bits per dimension of held-out images under a model: by the exact flow, and by the bound.
+"""Bits per dimension of held-out images: by the exact flow, and by the bound.
 
 Lower is better; a uniform model of 8-bit images has 8. The probability flow gives the exact
 density of images with uniform noise of one grey value, up to its divergence, which random probes
@@ -93,7 +93,7 @@ def measure_bits_per_dim(
     options: LikelihoodOptions,
     progress: Callable[[int], object] = lambda batches: None,
 ) -> list[LikelihoodRow]:
-    """The rows of the probability flow and of the variational bound, for held-out images.
+    """Measure held-out images by the probability flow and the variational bound.
 
     x: float32 [N, H, W, C] in [-1, 1], N of 2 or more. condition: a pytree [N, ...]; None for the
     null condition. progress: called as progress(1) after each of `num_batches` batches.

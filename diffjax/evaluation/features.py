@@ -1,4 +1,4 @@
-"""Features of images for comparing them: pixels, a small network trained here, or Inception-v3."""
+"""Features of images: pixels, a small network trained here, or Inception-v3."""
 
 import hashlib
 import importlib
@@ -176,7 +176,7 @@ def _write(file: Path, key: str, params: Any) -> None:
 
 
 def _read(file: Path, key: str) -> Any:
-    """The parameters of a file, or None if it is missing, damaged, or of something else."""
+    """The parameters of a file, or None if it is missing, damaged or foreign."""
     try:
         with safe_open(file, "numpy") as opened:
             metadata = opened.metadata() or {}
@@ -229,7 +229,10 @@ def _extract_by_inception(mapper: BatchMapper, images: np.ndarray) -> Outputs:
 
 
 def cache_folder() -> Path:
-    """The folder of trained and downloaded weights: diffjax in $XDG_CACHE_HOME or ~/.cache."""
+    """The folder of trained and downloaded weights.
+
+    It is diffjax in $XDG_CACHE_HOME, or else in ~/.cache.
+    """
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffjax"
 
 

@@ -1,4 +1,4 @@
-"""The frontier of quality and cost: points of many rows, the best of them, a table and a plot."""
+"""The frontier of quality and cost: the best of many rows, a table and a plot."""
 
 import re
 import textwrap
@@ -65,7 +65,7 @@ def points(rows: Sequence[QualityRow]) -> list[Point]:
 
 
 def differing_fields(rows: Sequence[QualityRow]) -> list[str]:
-    """The fields of the context in which rows differ, to be labelled where they share an axis."""
+    """The fields of the context in which rows differ, which plots must label."""
     return [name for name in COMPARED if len({getattr(row, name) for row in rows}) > 1]
 
 
@@ -145,11 +145,11 @@ class _Series(NamedTuple):
 
 
 def plot(rows: Sequence[QualityRow], path: Path) -> None:
-    """Plot the Frechet distance against NFE and against milliseconds, on logarithmic axes.
+    """Plot the Frechet distance against NFE and against milliseconds.
 
-    The frontier is joined, and named with its steps. A colour is a sampler of a network, a marker
-    its guidance; distilled models that are named by their steps, each sampled in its own, are one
-    network. The legend has every field of the context in which rows differ.
+    Axes are logarithmic. The frontier is joined, and named with its steps. A colour is a sampler of
+    a network, a marker its guidance; distilled models that are named by their steps, each sampled
+    in its own, are one network. The legend has every field of the context in which rows differ.
     """
     figure = Figure(figsize=(13, 7), layout="constrained")
     groups, differing = points(rows), differing_fields(rows)

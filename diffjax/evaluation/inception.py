@@ -1,9 +1,9 @@
-"""Inception-v3 of 2015 (arXiv:1512.00567), whose features define FID, KID and the inception score.
+"""Inception-v3 of 2015, whose features define FID, KID and the inception score.
 
-It is the TensorFlow graph of December 2015, not the Inception-v3 of later years: 1008 classes,
-average pools that do not count the padding, and in the last block a maximum where an average was
-meant. Other weights, resizing or pooling give other figures. The network is only run, never
-trained, so that its batch norms are folded into its convolutions.
+arXiv:1512.00567. It is the TensorFlow graph of December 2015, not the Inception-v3 of later years:
+1008 classes, average pools that do not count the padding, and in the last block a maximum where an
+average was meant. Other weights, resizing or pooling give other figures. The network is only run,
+never trained, so that its batch norms are folded into its convolutions.
 """
 
 import functools
@@ -23,14 +23,15 @@ Layer = tuple[int, int, int]  # features, height and width of the kernel
 
 
 class Inception(nn.Module):
-    """Features and logits of images, with parameters by the names that PyTorch ports have.
+    """Features and logits of images.
 
-    The logits are without their bias, as the inception score has always been computed.
+    Parameters have the names of PyTorch ports. The logits are without their bias, as the inception
+    score has always been computed.
     """
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, Array]:
-        """Features [B, 2048] and logits [B, 1008], float32, of images [B, H, W, 3] of 0..255."""
+        """Features [B, 2048] and logits [B, 1008] of images [B, H, W, 3] of 0..255."""
         x = (resize(images.astype(jnp.float32)) - 128) / 128
         x = _conv("Conv2d_1a_3x3", x, (32, 3, 3), 2, "VALID")
         x = _conv("Conv2d_2a_3x3", x, (32, 3, 3), 1, "VALID")
@@ -60,7 +61,7 @@ def _conv(name: str, x: Array, layer: Layer, stride: int = 1, padding: str = "SA
 
 
 def _chain(name: str, x: Array, *layers: Layer, stride: int = 1) -> Array:
-    """Convolutions name_1, name_2, ...; the last one with the stride, and then unpadded."""
+    """Convolutions name_1, name_2, ...; the last one has the stride, unpadded."""
     for number, layer in enumerate(layers[:-1], 1):
         x = _conv(f"{name}_{number}", x, layer)
     padding = "SAME" if stride == 1 else "VALID"

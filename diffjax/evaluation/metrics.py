@@ -1,9 +1,9 @@
-"""Distances between generated and real images by their features, in float64 on the host.
+"""Distances between generated and real images by their features.
 
-Features are rows of numbers, one per image, by one extractor for both sets: a distance depends on
-the extractor and on the number of images as much as on the images. Every function raises
-ValueError for features that are not [N, D], contain NaN or infinity, have different sizes, or are
-of too few images.
+All are computed in float64 on the host. Features are rows of numbers, one per image, by one
+extractor for both sets: a distance depends on the extractor and on the number of images as much as
+on the images. Every function raises ValueError for features that are not [N, D], contain NaN or
+infinity, have different sizes, or are of too few images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -93,7 +93,7 @@ Subsets = Sequence[tuple[np.ndarray, np.ndarray]]
 def kernel_distance(
     real: np.ndarray, generated: np.ndarray, subsets: Subsets | None = None
 ) -> tuple[float, float]:
-    """The squared maximum mean discrepancy and its standard error (KID, arXiv:1801.01401).
+    """The squared maximum mean discrepancy, and its error (KID, arXiv:1801.01401).
 
         mean of k(x, x') over x != x' + mean of k(y, y') over y != y' - 2 * mean of k(x, y)
 
@@ -144,7 +144,7 @@ def _discrepancy(
 def _kernel_sums(
     x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Sums of kernels per image: within x, within y, across of each x, across of each y."""
+    """Sums of kernels per image: within x and y, and across for each x and y."""
     across_x, across_y = [], np.zeros(len(y))
     for rows in _blocks(len(x)):
         kernels = _kernel(x[rows] @ y.T, x.shape[1])
@@ -170,9 +170,11 @@ def _kernel(products: np.ndarray, dim: int) -> np.ndarray:
 
 
 def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """exp(mean of KL(p(y|x) | p(y))), p(y) the mean of p(y|x), and its deviation over splits.
+    """The inception score, and its deviation over splits (arXiv:1606.03498).
 
-    It lies between 1 and the number of classes (arXiv:1606.03498).
+        exp(mean of KL(p(y|x) | p(y))),   p(y) the mean of p(y|x)
+
+    It lies between 1 and the number of classes.
 
     probabilities: [N, classes], rows that add up to 1. The mean over `splits` parts of as many
     images as possible, one after the other, and the standard deviation over them, 0 for one. A part
@@ -201,7 +203,7 @@ def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float,
 def precision_recall(
     real: np.ndarray, generated: np.ndarray, neighbours: int = 3, batch: int = 500
 ) -> tuple[float, float]:
-    """The shares of generated images in the real manifold, and the reverse (arXiv:1904.06991).
+    """Precision and recall of generated images (arXiv:1904.06991).
 
     Precision is the share of generated images within the manifold of the real ones; recall is the
     share of real images within that of the generated ones. The manifold of a set: balls about each
@@ -235,7 +237,7 @@ def _covered(points: np.ndarray, by: np.ndarray, neighbours: int, batch: int) ->
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """|x - y|^2 of all pairs, [N, M]; exactly 0 within rounding, or copies would differ."""
+    """|x - y|^2 of all pairs, [N, M]; exactly 0 within rounding, for copies."""
     norms = np.sum(x * x, axis=1)[:, None] + np.sum(y * y, axis=1)
     squares = norms - 2 * (x @ y.T)
     return np.where(squares > x.shape[1] * np.finfo(np.float64).eps * norms, squares, 0.0)

@@ -45,7 +45,7 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class ReferenceOptions:
-    """Which real images generated ones are compared with, and by which features."""
+    """The real images that generated ones are compared with, and the features."""
 
     features: Literal["cnn", "pixels", "inception"] = "cnn"
     split: Literal["train", "held_out"] = "train"
@@ -66,7 +66,9 @@ class Reference(NamedTuple):
 def read_reference(
     config: Config, image_shape: tuple[int, ...], options: ReferenceOptions
 ) -> Reference:
-    """Read the real images of a configuration, which must have this shape, and extract features.
+    """Read the real images of a configuration and extract their features.
+
+    image_shape: the shape [H, W, C] that they must have.
 
     Raises: ValueError or OSError for data or features that cannot be used.
     """
@@ -173,7 +175,7 @@ def check_batch(num: int, batch: int) -> None:
 
 
 def evaluation_condition(conditioning: Conditioning, source: Any, num: int) -> Condition:
-    """The conditions of `num` images to be compared with real ones, a pytree [num, ...].
+    """The conditions of images to be compared with real ones, a pytree [num, ...].
 
     All classes in turn; for what cannot be enumerated, the conditions of the first examples of
     `source`, repeated.
@@ -238,11 +240,12 @@ def measure(
 
 
 def compare(reference: Reference, generated: Outputs, accuracy: float | None) -> QualityMetrics:
-    """The metrics of generated images beside real ones. accuracy: of their classes, if known."""
-    found, probabilities = generated
-    moments = Moments.empty(found.shape[1]).update(found)
-    kd, kd_error = metrics.kernel_distance(reference.features, found[:MOST_NEIGHBOURS])
-    precision, recall = metrics.precision_recall(reference.features, found[:MOST_NEIGHBOURS])
+    """The metrics of generated images. accuracy: of their classes, if known."""
+    vectors, probabilities = generated
+    moments = Moments.empty(vectors.shape[1]).update(vectors)
+    few = vectors[:MOST_NEIGHBOURS]
+    kd, kd_error = metrics.kernel_distance(reference.features, few)
+    precision, recall = metrics.precision_recall(reference.features, few)
     score = None
     if probabilities is not None:
         score, _ = metrics.inception_score(probabilities, splits=1)
@@ -279,6 +282,6 @@ def _num_classes(conditioning: Conditioning) -> int | None:
 
 def _extract(extractor: Extractor, images: np.ndarray) -> Outputs:
     chunks = [extractor.extract(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
-    found = np.concatenate([chunk.features for chunk in chunks])
+    vectors = np.concatenate([chunk.features for chunk in chunks])
     probabilities = [chunk.probabilities for chunk in chunks if chunk.probabilities is not None]
-    return Outputs(found, np.concatenate(probabilities) if probabilities else None)
+    return Outputs(vectors, np.concatenate(probabilities) if probabilities else None)

@@ -55,7 +55,7 @@ FIGURE = (
 def page(
     title: str, remark: str, svg: str, rows: Sequence[QualityRow], pictures: Sequence[Path]
 ) -> str:
-    """The HTML of a plot, a table that a click on a head sorts, and every row's images.
+    """The HTML of a plot, a table that a click on a head sorts, and the images.
 
     svg: the plot, as the text of an SVG file. pictures: a PNG file for each row.
     """

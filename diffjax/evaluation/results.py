@@ -123,7 +123,7 @@ class Context(ModelContext):
 
 @dataclass(frozen=True, kw_only=True)
 class QualityContext(Context):
-    """All that the quality of samples depends on: the real images and the features too."""
+    """All that quality depends on: the real images and the features too."""
 
     extractor: str  # of the features
     reference: str  # the real images, with their split and number
@@ -190,7 +190,7 @@ class QualityMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTiming:
-    """What images cost, timed batch by batch."""
+    """The cost of images, timed batch by batch."""
 
     nfe: int  # network evaluations per image, counted: guidance takes two a step
     ms_per_image: float  # median over the batches, without compilation
@@ -297,7 +297,7 @@ class LikelihoodRow(ModelContext):
 
 @dataclass(frozen=True, kw_only=True)
 class TimingRow(NetworkContext):
-    """What one computation costs."""
+    """The cost of one computation."""
 
     what: str  # "forward", "train step", or the sampler with its options
     steps: int | None  # of the sampler; None for other computations
@@ -444,7 +444,7 @@ _COLUMNS: dict[type, dict[str, Column]] = {
 
 
 def metric_names(rows: Sequence[QualityRow]) -> dict[str, str]:
-    """The heads of the distances: FID and KID for features of Inception, else FD and KD."""
+    """The heads of the distances: FID and KID for Inception, else FD and KD."""
     if all(row.extractor.startswith("inception") for row in rows):
         return {"FD": "FID", "KD": "KID"}
     return {"FD": "FD", "KD": "KD"}

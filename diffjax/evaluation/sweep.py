@@ -1,4 +1,4 @@
-"""Sweeps: the quality and the cost of every combination of samplers, steps and guidance scales.
+"""Sweeps over samplers, steps and guidance scales, measured in quality and cost.
 
 Rows gather in a folder: an interrupted sweep continues, and further sweeps add to it.
 """
@@ -33,7 +33,7 @@ NAME = "frontier"  # of the files, but report.html and images/
 
 
 class Combination(NamedTuple):
-    """What one row measures."""
+    """A model, a plan, a guidance scale and a seed: all that one row measures."""
 
     model: TrainedModel
     plan: Plan
@@ -80,7 +80,7 @@ def combine(
 
 
 def default_samplers(model: TrainedModel) -> list[SamplerRequest]:
-    """The default samplers of a sweep: for a model of few steps only what it was distilled for."""
+    """The default samplers: for a model of few steps what it was distilled for."""
     distillation = model.info.config.distillation
     if not distillation.steps:
         return parse_samplers(SAMPLERS)
@@ -89,7 +89,7 @@ def default_samplers(model: TrainedModel) -> list[SamplerRequest]:
 
 
 def default_scales(model: TrainedModel) -> list[float]:
-    """The default guidance scales of a sweep: 1, and one that guides where the model can be."""
+    """The default guidance scales: 1, and one that guides where the model allows."""
     distillation = model.info.config.distillation
     if distillation.guidance_conditioned:
         return [1.0, distillation.guidance]
@@ -97,7 +97,7 @@ def default_scales(model: TrainedModel) -> list[float]:
 
 
 def check_same_data(models: Sequence[TrainedModel]) -> None:
-    """Check that models can be compared with the same real images, and told apart.
+    """Check that models have the same data, and different names.
 
     Raises: ValueError for models of different data, or of one name, or for none.
     """
@@ -114,8 +114,8 @@ def check_same_data(models: Sequence[TrainedModel]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"models have one name, {name!r}, so that their rows cannot be told apart: rename"
-                " a folder"
+                f"models have one name, {name!r}, and rows of either could be mistaken: rename a"
+                " folder"
             )
 
 
@@ -124,7 +124,7 @@ def check_same_data(models: Sequence[TrainedModel]) -> None:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What all rows of a sweep share."""
+    """Options that all rows of a sweep share."""
 
     num: int  # images of each row
     batch: int
@@ -144,7 +144,7 @@ class Sweep:
         self._pipelines: dict[str, Pipeline] = {}
 
     def missing(self, combinations: Sequence[Combination]) -> list[Combination]:
-        """The combinations that have no row of the same context, or whose row has no images."""
+        """The combinations without a row of the same context, or without its images."""
         done = {row.context for row in self.rows if image_path(self.folder, row).exists()}
         return [c for c in combinations if self.context(c) not in done]
 
@@ -226,7 +226,7 @@ def write_rows(folder: Path, rows: Sequence[QualityRow]) -> None:
 
 
 def image_path(folder: Path, row: QualityRow) -> Path:
-    """The path of a row's image grid: a readable name, and a hash of the row's key and seed."""
+    """The path of a row's image grid, of words and a hash of its key and seed."""
     words = f"{row.sampler}-{row.steps}-{row.guided}-{row.seed}-{row.network}"
     name = "".join(c if c.isalnum() or c in ".-=" else "_" for c in words)
     digest = hashlib.sha256(repr((frontier.row_key(row), row.seed)).encode()).hexdigest()
@@ -234,9 +234,9 @@ def image_path(folder: Path, row: QualityRow) -> Path:
 
 
 def write_report(folder: Path, rows: Sequence[QualityRow]) -> str:
-    """Write the rows as a table, plots and a page: .csv, .md, .png, .svg and report.html.
+    """Write the rows as tables, plots and a page.
 
-    Returns the table in Markdown.
+    The files are frontier.csv, .md, .png, .svg and report.html. Returns the table in Markdown.
     """
     names = [column.name for column in fields(QualityRow)]
     with (folder / f"{NAME}.csv").open("w", newline="") as file:

@@ -169,7 +169,10 @@ def save(folder: Path, info: ModelInfo, params: Any, weights: str, step: int) ->
         raise ValueError(f"network is {type(network).__name__}: UNet2DModel takes a UNetConfig")
     label = info.conditioning
     if label != UNCONDITIONAL and not (isinstance(label, ClassLabel) and label.field == "label"):
-        raise ValueError(f"conditioning is {label}: UNet2DModel takes class labels, or none")
+        raise ValueError(
+            f"conditioning is {label!r}: UNet2DModel takes a ClassLabel of the field 'label', or"
+            " none"
+        )
     settings = _settings(info, network)
     scheduler = _scheduler(info.config)
     tensors = {
@@ -537,7 +540,10 @@ ORDER += ("conv_norm_out", "conv_out")
 
 
 def _diffusers_names(path: tuple[str, ...], levels: int) -> list[str]:
-    """("up_1_0_attention", "qkv", "kernel") -> ["up_blocks.0.attentions.0.to_q.weight", ...]."""
+    """The names of a parameter in diffusers, several where it is stored in parts.
+
+    ("up_1_0_attention", "qkv", "kernel") -> ["up_blocks.0.attentions.0.to_q.weight", ...]
+    """
     layer, *parts, leaf = path
     name = LAYERS.get(layer)
     if name is None:

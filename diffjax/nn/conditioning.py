@@ -1,4 +1,4 @@
-"""Conditionings: objects that embed, parse and describe the conditions of a network.
+"""Conditionings: objects that embed, parse and describe conditions of a network.
 
 A condition is a pytree of arrays [B, ...], or None. Every conditioning names its null, a pytree of
 the same structure without the batch axis: the condition that means "none", which conditions are
@@ -51,7 +51,7 @@ class Conditioning:
         )
 
     def spread(self, num: int) -> Condition:
-        """Conditions that cover all that exist evenly and in order, as numpy arrays [num, ...].
+        """Conditions [num, ...] that cover all that exist, evenly and in order.
 
         Raises: ValueError if they cannot be enumerated, as vectors cannot.
         """
@@ -77,7 +77,7 @@ class Conditioning:
         return None
 
     def check(self, condition: Condition) -> None:
-        """Check values before they are traced, since JAX clamps an index that is out of range.
+        """Check values before tracing, since JAX clamps an index out of range.
 
         Raises: ValueError for a condition that networks do not know.
         """
@@ -88,7 +88,7 @@ class Conditioning:
             )
 
     def embed(self, condition: Condition, width: int) -> Array | float:
-        """The embedding [B, width] of a condition, to be called inside a Flax compact method."""
+        """The embedding [B, width]; to be called in a compact method of Flax."""
         return 0.0
 
     def __str__(self) -> str:
@@ -148,7 +148,7 @@ class ClassLabel(Conditioning):
         return np.asarray(condition)
 
     def check(self, condition: Condition) -> None:
-        """Check that labels are integers of 0..classes, without `classes` where it has no row."""
+        """Check that labels are integers that have a row in the class table."""
         super().check(condition)
         labels, last = np.asarray(condition), self.classes - (not self.has_null)
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
@@ -204,7 +204,7 @@ class Vector(Conditioning):
         return np.asarray(example[self.field], np.float32).reshape(self.width)
 
     def parse(self, text: str, num: int) -> np.ndarray:
-        """Vectors as in "0.1,0.2", or several as in "0.1,0.2/1,0", repeated over `num` samples."""
+        """Vectors as in "0.1,0.2" or "0.1,0.2/1,0", repeated over `num` samples."""
         try:
             rows = [[float(number) for number in row.split(",")] for row in text.split("/")]
         except ValueError:
@@ -240,7 +240,7 @@ class Vector(Conditioning):
 
 @dataclass(frozen=True)
 class Fields(Conditioning):
-    """Several conditions at once, as a dict by their fields. They are dropped together."""
+    """Several conditions at once, as a dict by field. They are dropped together."""
 
     parts: tuple[ClassLabel | Vector, ...]
 
@@ -307,9 +307,9 @@ class Fields(Conditioning):
 
 @dataclass(frozen=True)
 class WithGuidanceScale(Conditioning):
-    """A condition and a guidance scale, (condition, float32 [B, 1]), of a distilled network.
+    """A condition and a guidance scale, as (condition, float32 [B, 1]).
 
-    It computes guidance in one evaluation (arXiv:2210.03142).
+    A network that is distilled for it computes guidance in one evaluation (arXiv:2210.03142).
     """
 
     base: Conditioning

@@ -40,7 +40,7 @@ def time_features(
 
 
 class GroupNorm(nn.Module):
-    """Group normalization and an activation (arXiv:1803.08494), in float32 for any dtype of x.
+    """Group normalization (arXiv:1803.08494) and an activation, in float32.
 
         activation((x - mean)/std * scale + bias), mean and std of a group of adjacent channels
 
@@ -101,7 +101,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Convolve x [B, H, W, C] to [B, H', W', features], in the dtype of the computation."""
+        """Convolve x [B, H, W, C] to [B, H', W', features], in the layer's dtype."""
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (leaf.astype(self.dtype) for leaf in (x, kernel, bias))
@@ -160,7 +160,7 @@ def downsample(x: Array) -> Array:
 
 
 def dropout(keys: Array | None, x: Array, rate: float) -> Array:
-    """Set numbers of x to 0 with probability `rate`, and divide the others by 1 - rate.
+    """Set numbers to 0 with probability `rate`, and divide the others by 1 - rate.
 
     keys: one per example, [B], where nn.Dropout has one per batch: what is dropped does not depend
     on the devices. None for no dropout.

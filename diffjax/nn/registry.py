@@ -1,4 +1,4 @@
-"""The networks that a configuration can name, each with a config dataclass that builds it.
+"""The networks that a configuration can name, by the dataclasses that build them.
 
 A network of another package is found by its entry point: in the group `diffjax.networks`, the name
 of the network and its config class, as in `mixer = "my_package.mixer:MixerConfig"`.
@@ -59,12 +59,12 @@ NETWORKS: dict[str, type[NetworkConfig]] = {}
 
 
 def register(name: str, kind: type[NetworkConfig]) -> None:
-    """Register a network's config class under a name, which is stored with checkpoints."""
+    """Register a network's config class under the name that checkpoints store."""
     NETWORKS[name] = kind
 
 
 def network_class(name: str) -> type[NetworkConfig]:
-    """The config class of a network, registered here or by the entry point of a package.
+    """The config class of a network that is registered, or has an entry point.
 
     Raises: ValueError for a name that is neither.
     """

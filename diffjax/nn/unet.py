@@ -1,6 +1,7 @@
-"""The UNet of DDPM (arXiv:2006.11239), improved DDPM (arXiv:2102.09672) and ADM (arXiv:2105.05233).
+"""The UNet of DDPM, improved DDPM and ADM.
 
-It maps x, a time and a condition to an array of the shape of x, and knows nothing of diffusion.
+arXiv:2006.11239, arXiv:2102.09672, arXiv:2105.05233. It maps x, a time and a condition to an array
+of the shape of x, and knows nothing of diffusion.
 """
 
 import zlib
@@ -141,7 +142,7 @@ class UNetConfig(NetworkConfig):
 
 
 class UNet(nn.Module):
-    """Down to the lowest resolution and up again, with a skip connection from every block.
+    """Down to the lowest resolution and up, with a skip connection from every block.
 
     Parameters, norms, the embeddings and the output are float32 whatever the dtype of the config.
     """

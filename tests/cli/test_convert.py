@@ -37,6 +37,7 @@ def test_both_ways(hub_folder, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(a, c)
     model = load_model("runs/mine")
     assert (model.info.config.data.name, model.step) == ("digits", 3)
+    capsys.readouterr()
     check_mistake(main, f"convert {source} runs/mine", "runs/mine", capsys)
     check_mistake(main, "convert runs/mine hf:again", "config.json", capsys)
 

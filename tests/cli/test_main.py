@@ -78,16 +78,20 @@ def test_help_shows_the_configuration(command, capsys):
     assert "CONFIG" in out
 
 
-def test_options_of_another_network(tmp_path, capsys):
+def test_options_of_another_network(tmp_path, monkeypatch, capsys):
     """The options are those of the configuration's network class, and no others."""
-    (tmp_path / "own.py").write_text(
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "other_network.py").write_text(
         "from dataclasses import dataclass\n"
-        "from diffjax.config import Config\n"
         "from diffjax.nn.registry import NetworkConfig\n"
         "@dataclass(frozen=True)\n"
         "class Other(NetworkConfig):\n"
         "    patch: int = 2\n"
         '    """Width of a patch."""\n'
+    )
+    (tmp_path / "own.py").write_text(
+        "from other_network import Other\n"
+        "from diffjax.config import Config\n"
         "config = Config(network=Other(patch=4))\n"
     )
     out = printed(["train", str(tmp_path / "own.py"), "--help"], capsys)

@@ -119,7 +119,8 @@ def test_autoguidance(digits_run, tmp_path, capsys):
     assert scores.class_accuracy >= 0.3
 
 
-def test_watching(unconditional_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_watching(digits_run, tmp_path, monkeypatch):
     """A preview is refreshed, and an animation of the first batch ends at the images."""
     pictures, save_png = [], image_io.save_png
 
@@ -131,7 +132,7 @@ def test_watching(unconditional_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample, "REFRESH_SECONDS", 0.0)
     options = ["--steps", 20, "--num", 11, "--batch", 8, "--preview"]
     animation = tmp_path / "a.gif"
-    samples = sample_to(tmp_path, "a", unconditional_run, *options, "--animate", animation)
+    samples = sample_to(tmp_path, "a", digits_run, *options, "--animate", animation)
     assert len(pictures) == 2 * 20 + 1
     assert (pictures[-1] == np.asarray(Image.open(tmp_path / "a.png"))).all()
     assert (pictures[0] != pictures[10]).any()
@@ -139,7 +140,8 @@ def test_watching(unconditional_run, tmp_path, monkeypatch, capsys):
     frames = Image.open(animation)
     assert frames.n_frames == 20
     frames.seek(19)
-    expected = np.asarray(image_io.grid(samples["images"][:8]), int)
+    captions = [str(i) for i in range(8)]
+    expected = np.asarray(image_io.grid(samples["images"][:8], captions), int)
     assert np.abs(np.asarray(frames.convert("RGB"), int) - expected).max() <= 2
 
 

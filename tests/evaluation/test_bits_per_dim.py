@@ -1,16 +1,18 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import naming
 
+from diffjax import likelihood
 from diffjax.build import load_data
 from diffjax.config import Distillation
 from diffjax.data.batches import first_examples
 from diffjax.data.codec import Codec
 from diffjax.evaluation import bits_per_dim
-from diffjax.evaluation.bits_per_dim import LikelihoodOptions, measure_bits_per_dim
+from diffjax.evaluation.bits_per_dim import LikelihoodOptions, UnsolvedError, measure_bits_per_dim
 
 OPTIONS = LikelihoodOptions(seed=0, repeats=2, tolerance=1e-2, evaluations=10)
 pytestmark = pytest.mark.usefixtures("in_suite_data")
@@ -79,24 +81,24 @@ def test_images_count_once_in_any_batch(digits_model, monkeypatch):
     calls = []
     again = measure_bits_per_dim(model, x, condition, options, calls.append)
     assert sum(calls) == 4
-    for row, other in zip(rows, again, strict=True):
-        assert row.bits_per_dim == pytest.approx(other.bits_per_dim, rel=1e-4)
-        assert row.error == pytest.approx(other.error, rel=1e-3)
+    # Rounding may change the steps that the solver of the flow takes.
+    for row, other, tolerance in zip(rows, again, (1e-3, 1e-5), strict=True):
+        assert row.bits_per_dim == pytest.approx(other.bits_per_dim, rel=tolerance)
+        assert row.error == pytest.approx(other.error, rel=10 * tolerance)
 
 
 def test_unsolved_flow_is_named(digits_model, monkeypatch):
-    log_density = bits_per_dim.likelihood.log_density
-
-    def unsolved(*arguments):
-        found = log_density(*arguments)
-        brightest = arguments[2].sum((1, 2, 3)) > -40.0
-        return found._replace(solved=brightest)
-
     model = digits_model()
     x, condition = examples_of(model)
-    expected = int(np.argmin(x.sum((1, 2, 3)) > -40.0))
-    monkeypatch.setattr(bits_per_dim.likelihood, "log_density", unsolved)
-    with pytest.raises(bits_per_dim.UnsolvedError, match=naming("tolerance", expected)):
+    sums = x.sum((1, 2, 3))
+    least, second = np.sort(sums)[:2]
+
+    def flow(model, options, params, x0, *rest):
+        solved = x0.sum((1, 2, 3)) > (least + second) / 2
+        return likelihood.Likelihood(x0[:, 0, 0, 0], jnp.ones(len(x0)), solved)
+
+    monkeypatch.setattr(bits_per_dim, "_flow", flow)
+    with pytest.raises(UnsolvedError, match=naming("tolerance", "0.01", int(np.argmin(sums)))):
         measure_bits_per_dim(model, x, condition, OPTIONS)
 
 

@@ -1,9 +1,11 @@
-"""diffusers' folders: their equations live where diffusers is installed (`make parity`), their files everywhere."""
+"""Folders of diffusers: their files everywhere, their equations where diffusers is installed."""
 
+import dataclasses
 import json
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,20 +18,22 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from diffjax import schedule
-from diffjax.build import build_schedule, build_unet, init_params
-from diffjax.cli import convert, sample
-from diffjax.config import Config, Data, Diffusion, Train, UNetConfig
-from diffjax.inference.pipeline import load_model
+from diffjax.build import ModelInfo, abstract_params, build_module, build_schedule
+from diffjax.cli import main
+from diffjax.config import Config, Diffusion, Distillation
+from diffjax.inference.model import load_model
 from diffjax.interop import unet2d
+from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Vector
+from diffjax.nn.registry import NetworkConfig
+from diffjax.nn.unet import UNetConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPE = (8, 8, 1)
 
 
-def params_of(config, classes, seed=0):
-    """Parameters without zeros, of the structure of a configuration's network."""
-    unet = build_unet(config, SHAPE, classes)
-    like = jax.eval_shape(lambda key: init_params(unet, SHAPE, key), jax.random.key(0))
+def make_params(info, seed=0):
+    """Parameters without zeros, of the structure of a model's network."""
+    like = abstract_params(info, build_module(info))
     r = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: (0.3 * r.normal(size=leaf.shape)).astype(np.float32), like)
 
@@ -49,7 +53,9 @@ networks = st.builds(
     sin_first=st.booleans(),
     frequency_shift=st.sampled_from([0, 1]),
     learned_variance=st.booleans(),
-    null_label=st.booleans(),
+)
+conditionings = st.one_of(
+    st.just(UNCONDITIONAL), st.builds(ClassLabel, st.just(3), has_null_label=st.booleans())
 )
 diffusions = st.builds(
     Diffusion,
@@ -61,44 +67,43 @@ diffusions = st.builds(
 
 
 @settings(max_examples=12)
-@given(networks, diffusions, st.sampled_from([0, 3]), st.sampled_from(["ema", "raw"]))
-def test_what_is_written_is_read_again(tmp_path_factory, network, diffusion, classes, weights):
-    config = Config(network=network, diffusion=diffusion)
-    folder, params = tmp_path_factory.mktemp("theirs"), params_of(config, classes)
-    unet2d.save(folder, config, SHAPE, classes, params, weights, 7)
+@given(networks, diffusions, conditionings, st.sampled_from(["ema", "raw"]))
+def test_round_trip(tmp_path_factory, network, diffusion, conditioning, weights):
+    info = ModelInfo(Config(network=network, diffusion=diffusion), SHAPE, conditioning)
+    folder, params = tmp_path_factory.mktemp("folder"), make_params(info)
+    unet2d.save(folder, info, params, weights, 7)
     found = unet2d.load(folder)
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
-    assert (found.image_shape, found.classes, found.weights, found.step) == (
-        SHAPE,
-        classes,
-        weights,
-        7,
+    assert (found.weights, found.step) == (weights, 7)
+    assert found.info.x_shape == SHAPE
+    assert found.info.conditioning == conditioning
+    config = found.info.config
+    assert (config.data.conditions, config.data.known) == (
+        (("label",) if conditioning.is_conditional else ()),
+        False,
     )
-    levels = build_schedule(config), build_schedule(found.config)
+    levels = build_schedule(info.config), build_schedule(config)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *levels)
-    assert found.config.diffusion.prediction == diffusion.prediction
-    # The same function: heads of one number or one width, and a row that no label uses, are written alike.
-    again = unet2d._settings(found.config, SHAPE, found.classes)
-    assert again == unet2d._settings(config, SHAPE, classes)
+    assert config.diffusion.prediction == diffusion.prediction
+    # The same function: heads of one number or one width are written alike.
+    again = unet2d._settings(found.info, config.network)
+    assert again == unet2d._settings(info, network)
 
 
-CONFIG = Config(
-    network=UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups=4),
-    data=Data(),
-)
+NETWORK = UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups=4)
+INFO = ModelInfo(Config(network=NETWORK), SHAPE, ClassLabel(3))
 
 
 @pytest.fixture
-def theirs(tmp_path):
-    """A folder, and a way to change its files: theirs("config.json", sample_size=None)."""
-    unet2d.save(tmp_path / "theirs", CONFIG, SHAPE, 3, params_of(CONFIG, 3), "ema", 0)
+def folder(tmp_path):
+    """A folder of diffusers."""
+    unet2d.save(tmp_path / "theirs", INFO, make_params(INFO), "ema", 0)
+    return tmp_path / "theirs"
 
-    def change(name, **fields):
-        path = tmp_path / "theirs" / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-        return tmp_path / "theirs"
 
-    return change
+def edit(folder, name, **fields):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 MISTAKES = [
@@ -132,13 +137,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("name", "fields", "names"), MISTAKES)
-def test_what_does_not_fit_is_named(theirs, name, fields, names):
+def test_networks_that_do_not_fit(folder, name, fields, names):
+    edit(folder, name, **fields)
     with pytest.raises(ValueError, match=naming(name, *names)):
-        unet2d.load(theirs(name, **fields))
+        unet2d.load(folder)
 
 
-def test_files_that_cannot_be_used_are_named(theirs):
-    folder = theirs("config.json")
+def test_unusable_files(folder):
     (folder / WEIGHTS).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=naming(folder / WEIGHTS)):
         unet2d.load(folder)
@@ -153,9 +158,8 @@ def test_files_that_cannot_be_used_are_named(theirs):
         unet2d.load(folder)
 
 
-def test_a_pipeline_with_old_names_and_unknown_weights_is_read(theirs, tmp_path):
+def test_pipeline_with_old_names(folder, tmp_path):
     """As google/ddpm-cifar10-32 stores its attention, and pipelines their parts."""
-    folder = theirs("config.json")
     new = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     tensors = load_file(folder / WEIGHTS)
     for now, before in new.items():
@@ -166,15 +170,11 @@ def test_a_pipeline_with_old_names_and_unknown_weights_is_read(theirs, tmp_path)
     save_file(tensors, tmp_path / "pipeline" / "unet" / WEIGHTS, metadata={"format": "pt"})
     found = unet2d.load(tmp_path / "pipeline")
     assert found.weights == "unknown"
-    assert all(
-        any(re.search(naming(word), remark) for remark in found.remarks) for word in ("weights", 4)
-    )
-    assert (found.classes, found.config.network.null_label, found.config.train.label_dropout) == (
-        4,
-        False,
-        0,
-    )
-    jax.tree.map(np.testing.assert_array_equal, found.params, params_of(CONFIG, 3))
+    for word in ("weights", 4):
+        assert any(re.search(naming(word), note) for note in found.notes)
+    assert found.info.conditioning == ClassLabel(4, has_null_label=False)
+    assert found.info.config.train.condition_dropout == 0
+    jax.tree.map(np.testing.assert_array_equal, found.params, make_params(INFO))
 
 
 @pytest.mark.parametrize(
@@ -191,25 +191,20 @@ def test_a_pipeline_with_old_names_and_unknown_weights_is_read(theirs, tmp_path)
         ({}, WEIGHTS, {}, "unknown"),
     ],
 )
-def test_whether_weights_are_averaged_is_said_where_it_is_known(
-    theirs, fields, name, metadata, expected
-):
-    folder = theirs("config.json", **fields)
+def test_kind_of_weights(folder, fields, name, metadata, expected):
+    edit(folder, "config.json", **fields)
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     save_file(tensors, folder / name, metadata={"format": "pt", **metadata})
     assert unet2d.load(folder).weights == expected
 
 
-def test_a_repository_is_downloaded(theirs, monkeypatch):
-    folder, asked = theirs("config.json"), []
-    monkeypatch.setitem(
-        sys.modules,
-        "huggingface_hub",
-        types.SimpleNamespace(
-            snapshot_download=lambda name, allow_patterns: asked.append(name) or str(folder)
-        ),
+def test_repository_of_the_hub(folder, monkeypatch):
+    asked = []
+    hub = types.SimpleNamespace(
+        snapshot_download=lambda name, allow_patterns: asked.append(name) or str(folder)
     )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert load_model("hf:someone/digits").name == "unet of hf:theirs"
     assert asked == ["someone/digits"]
 
@@ -233,32 +228,60 @@ def test_a_repository_is_downloaded(theirs, monkeypatch):
         ({}, {"schedule": "edm"}, ["edm", "cosine"]),
     ],
 )
-def test_what_diffusers_does_not_have_is_not_written(tmp_path, network, diffusion, names):
-    options = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "norm_groups": 4} | network
-    config = Config(network=UNetConfig(**options), diffusion=Diffusion(**diffusion), train=Train())
+def test_networks_that_diffusers_does_not_have(tmp_path, network, diffusion, names):
+    network = dataclasses.replace(NETWORK, **({"attention": ()} | network))
+    info = INFO._replace(config=Config(network=network, diffusion=Diffusion(**diffusion)))
     with pytest.raises(ValueError, match=naming("diffusers", *names)):
-        unet2d.save(tmp_path, config, SHAPE, 3, params_of(config, 3), "ema", 0)
+        unet2d.save(tmp_path / "new", info, {}, "ema", 0)
+    assert not (tmp_path / "new").exists()
 
 
-def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(
-    theirs, tmp_path, monkeypatch, capsys
-):
+@dataclasses.dataclass(frozen=True)
+class OtherConfig(NetworkConfig):
+    """The config of a network that is no UNet."""
+
+
+@pytest.mark.parametrize(
+    ("info", "names"),
+    [
+        (INFO._replace(config=Config(network=OtherConfig())), ["network", "OtherConfig"]),
+        (INFO._replace(conditioning=Vector(2)), ["conditioning", "vector", 2]),
+        (INFO._replace(conditioning=ClassLabel(3, field="digit")), ["conditioning", "digit"]),
+        (
+            INFO._replace(config=Config(network=NETWORK, distillation=Distillation(guidance=2.0))),
+            ["conditioning", "guidance"],
+        ),
+    ],
+)
+def test_models_that_are_refused(tmp_path, info, names):
+    with pytest.raises(ValueError, match=naming("UNet2DModel", *names)):
+        unet2d.save(tmp_path, info, {}, "ema", 0)
+
+
+def test_distilled_model(tmp_path):
+    distillation = Distillation(method="progressive", teacher="a", start=64, steps=4)
+    info = INFO._replace(config=dataclasses.replace(INFO.config, distillation=distillation))
+    unet2d.save(tmp_path, info, make_params(info), "ema", 0)
+    assert unet2d.load(tmp_path).info.config.distillation == distillation
+
+
+def test_sampling_and_conversion_both_ways(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folder = theirs("config.json")
     source = f"hf:{folder}"
-    options = ["--steps", "3", "--num", "8", "--labels", "0,1,2", "--seed", "4", "--guidance", "2"]
-    sample.main([source, *options, "--save", "a.npz"])
-    said = capsys.readouterr().out
-    assert all(remark in said for remark in load_model(source).remarks)
+    options = ["--steps", "3", "--num", "8", "--condition", "0,1,2", "--seed", "4"]
+    options += ["--guidance", "2"]
+    main(["sample", source, *options, "--save", "a.npz"])
+    printed = capsys.readouterr().out
+    assert all(note in printed for note in load_model(source).notes)
     assert (tmp_path / "runs" / "theirs" / "samples").is_dir()
-    convert.main([source, "runs/mine", "--data", "digits"])
-    sample.main(["runs/mine", *options, "--save", "b.npz"])
-    convert.main(["runs/mine", "hf:again"])
-    sample.main(["hf:again", *options, "--save", "c.npz"])
+    main(["convert", source, "runs/mine", "--data", "digits"])
+    main(["sample", "runs/mine", *options, "--save", "b.npz"])
+    main(["convert", "runs/mine", "hf:again"])
+    main(["sample", "hf:again", *options, "--save", "c.npz"])
     a, b, c = (np.load(tmp_path / f"{name}.npz")["images"] for name in "abc")
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a, c)
-    assert load_model("runs/mine").description.config.data.name == "digits"
+    assert load_model("runs/mine").info.config.data.name == "digits"
 
 
 @pytest.mark.parametrize(
@@ -267,18 +290,22 @@ def test_the_programs_sample_from_a_folder_and_convert_it_both_ways(
         ("runs/a runs/b", "hf:"),
         ("hf:a hf:b", "hf:"),
         ("hf:{tmp}/nowhere runs/x", "{tmp}/nowhere"),
-        ("runs/a hf:b --data mnist", ("data", "diffusers")),
+        ("runs/a hf:b --data mnist", ("data", "mnist")),
         ("{tmp} hf:b", "{tmp}"),
-        ("hf:{theirs} hf:{theirs}/x --checkpoint 3", "hf:"),
-        ("hf:{theirs} {tmp}/new --checkpoint 3", ("hf:{theirs}", "checkpoint")),
+        ("hf:{folder} hf:{folder}/x --checkpoint 3", "hf:"),
+        ("hf:{folder} {tmp}/new --checkpoint 3", ("hf:{folder}", "checkpoint")),
     ],
 )
-def test_a_conversion_that_cannot_be_says_so(theirs, tmp_path, capsys, command, names):
-    places = {"tmp": tmp_path, "theirs": theirs("config.json")}
-    check_mistake(convert.main, command, names, capsys, **places)
+def test_impossible_conversions(folder, tmp_path, capsys, command, names):
+    convert = partial(_run, "convert")
+    check_mistake(convert, command, names, capsys, tmp=tmp_path, folder=folder)
 
 
-# ---------------------------------------------------------------------------------------------- live
+def _run(command, arguments):
+    main([command, *arguments])
+
+
+# ------------------------------------------------------------------------------- live
 
 DDPM = {
     "flip_sin_to_cos": False,
@@ -288,80 +315,102 @@ DDPM = {
     "attention_head_dim": None,
 }
 ADM = {
-    "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
     "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-}  # fmt: skip
+}
 LIVE = {
-    "ddpm-cifar10-32 at a quarter of its width": DDPM | {
-        "sample_size": 32, "block_out_channels": [32, 64, 64, 64], "norm_num_groups": 8,
+    "ddpm-cifar10-32 at a quarter of its width": DDPM
+    | {
+        "sample_size": 32,
+        "block_out_channels": [32, 64, 64, 64],
+        "norm_num_groups": 8,
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     },
-    "ddpm-celebahq-256 at an eighth of width and size": DDPM | {
-        "sample_size": 32, "block_out_channels": [16, 16, 32, 32, 64, 64], "norm_num_groups": 4,
+    "ddpm-celebahq-256 at an eighth of width and size": DDPM
+    | {
+        "sample_size": 32,
+        "block_out_channels": [16, 16, 32, 32, 64, 64],
+        "norm_num_groups": 4,
         "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
     },
     "diffusers' defaults, class-conditional, heads of 8": {
-        "sample_size": 16, "block_out_channels": [16, 32], "norm_num_groups": 8, "num_class_embeds": 5,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "sample_size": 16,
+        "block_out_channels": [16, 32],
+        "norm_num_groups": 8,
+        "num_class_embeds": 5,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     },
     "heads of 4, scale and shift, a norm in the middle": {
-        "sample_size": [8, 16], "in_channels": 1, "out_channels": 1, "block_out_channels": [16, 48],
-        "norm_num_groups": 4, "attn_norm_num_groups": 4, "num_class_embeds": 11, "attention_head_dim": 4,
-        "resnet_time_scale_shift": "scale_shift", "layers_per_block": 1,
-        "down_block_types": ["AttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
+        "sample_size": [8, 16],
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [16, 48],
+        "norm_num_groups": 4,
+        "attn_norm_num_groups": 4,
+        "num_class_embeds": 11,
+        "attention_head_dim": 4,
+        "resnet_time_scale_shift": "scale_shift",
+        "layers_per_block": 1,
+        "down_block_types": ["AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
     },
-    "ADM, learned variance, heads of 16, no norm in the middle": ADM | {
-        "sample_size": 16, "out_channels": 6, "block_out_channels": [16, 32], "norm_num_groups": 8,
-        "attention_head_dim": 16, "num_class_embeds": 7,
+    "ADM, learned variance, heads of 16, no norm in the middle": ADM
+    | {
+        "sample_size": 16,
+        "out_channels": 6,
+        "block_out_channels": [16, 32],
+        "norm_num_groups": 8,
+        "attention_head_dim": 16,
+        "num_class_embeds": 7,
     },
     "no attention in the middle": {
-        "sample_size": 8, "block_out_channels": [8, 8], "norm_num_groups": 2, "add_attention": False,
-        "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "sample_size": 8,
+        "block_out_channels": [8, 8],
+        "norm_num_groups": 2,
+        "add_attention": False,
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LIVE)
-def test_a_network_of_diffusers_says_the_same_here_and_back_there(name, tmp_path):
-    """max|difference| / max|output| at most 2e-4, in float32 with full matmul precision, whatever the way."""
-    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+def test_network_of_diffusers_here_and_back(name, tmp_path):
+    """max|difference| / max|output| at most 2e-4, in float32 with full matmul precision."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = theirs.UNet2DModel(**LIVE[name]).eval()
+    model = diffusers.UNet2DModel(**LIVE[name]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "theirs")
-    theirs.DDPMScheduler(
+    scheduler = diffusers.DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
-    ).save_pretrained(tmp_path / "theirs")
-    found = unet2d.load(tmp_path / "theirs")
-    np.testing.assert_array_equal(build_schedule(found.config), schedule.cosine(1000))
-    unet = build_unet(found.config, found.image_shape, found.classes)
-    r = np.random.default_rng(0)
-    x, t = r.normal(size=(3, *found.image_shape)).astype(np.float32), np.array([0, 500, 999])
-    label = np.array([0, 1, found.classes - 1]) if found.classes else None
-    with jax.default_matmul_precision("highest"):
-        ours = np.asarray(jax.jit(unet.apply)({"params": found.params}, x, jnp.asarray(t), label))
-    unet2d.save(
-        tmp_path / "back",
-        found.config,
-        found.image_shape,
-        found.classes,
-        found.params,
-        found.weights,
-        found.step,
     )
-    theirs.DDPMScheduler.from_pretrained(tmp_path / "back")
+    scheduler.save_pretrained(tmp_path / "theirs")
+    found = unet2d.load(tmp_path / "theirs")
+    info = found.info
+    np.testing.assert_array_equal(build_schedule(info.config), schedule.cosine(1000))
+    module = build_module(info)
+    r = np.random.default_rng(0)
+    x, t = r.normal(size=(3, *info.x_shape)).astype(np.float32), np.array([0, 500, 999])
+    classes = info.conditioning.classes if info.conditioning.is_conditional else 0
+    label = np.array([0, 1, classes - 1]) if classes else None
+    with jax.default_matmul_precision("highest"):
+        ours = np.asarray(jax.jit(module.apply)({"params": found.params}, x, jnp.asarray(t), label))
+    unet2d.save(tmp_path / "back", info, found.params, found.weights, found.step)
+    diffusers.DDPMScheduler.from_pretrained(tmp_path / "back")
     for folder in ("theirs", "back"):
-        again = theirs.UNet2DModel.from_pretrained(tmp_path / folder).eval()
+        again = diffusers.UNet2DModel.from_pretrained(tmp_path / folder).eval()
+        inputs = torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(t)
         with torch.no_grad():
-            images = torch.from_numpy(x).permute(0, 3, 1, 2)
-            said = again(
-                images, torch.from_numpy(t), None if label is None else torch.from_numpy(label)
-            ).sample
-        said = said.permute(0, 2, 3, 1).numpy()
-        assert np.abs(ours - said).max() / np.abs(said).max() < 2e-4
+            output = again(*inputs, None if label is None else torch.from_numpy(label)).sample
+        output = output.permute(0, 2, 3, 1).numpy()
+        assert np.abs(ours - output).max() / np.abs(output).max() < 2e-4
     assert Path(tmp_path / "back" / WEIGHTS).exists()

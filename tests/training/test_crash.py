@@ -1,4 +1,4 @@
-"""What may befall a run: kills at any moment, signals, damaged files, full disks, several hosts. Real processes."""
+"""Kills at any moment, signals, damaged files, full disks, several processes: real processes."""
 
 import contextlib
 import json
@@ -14,24 +14,19 @@ import jax
 import numpy as np
 import pytest
 from helpers import QUICK, QUIET, TINY, check_told, free_port, lines_of, naming, of_steps
+from PIL import Image
 
+from diffjax.build import ModelInfo
 from diffjax.checkpoint import Checkpoints
-from diffjax.cli import train
-from diffjax.devices.parallel import device_mesh
-from diffjax.inference.pipeline import ModelInfo, load_model
+from diffjax.cli import main
+from diffjax.inference.model import describe_weights, load_model
+from diffjax.training.state import state_to_trees
+from diffjax.training.trainer import resume
 
 KILLS = int(os.environ.get("KILLS", "5"))  # `make crash` asks for more
 STEPS = 12 + 4 * KILLS
-SHORT = [
-    *TINY,
-    *QUIET,
-    "--diffusion.schedule",
-    "cosine",
-    "--diffusion.T",
-    20,
-    "--train.log-every",
-    1,
-]
+COSINE = ["--diffusion.schedule", "cosine", "--diffusion.T", 20]
+SHORT = [*TINY, *QUIET, *COSINE, "--train.log-every", 1]
 
 
 def steps_of(folder):
@@ -47,12 +42,14 @@ def metrics(folder):
     ]
 
 
-def assert_same_run(folder, expected):
+def assert_same_params(folder, expected):
     for weights in ("raw", "ema"):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            *(load_model(f, weights=weights).params for f in (folder, expected)),
-        )
+        pair = [load_model(each, weights=weights).params for each in (folder, expected)]
+        jax.tree.map(np.testing.assert_array_equal, *pair)
+
+
+def assert_same_run(folder, expected):
+    assert_same_params(folder, expected)
     assert metrics(folder) == metrics(expected)
 
 
@@ -71,7 +68,7 @@ def uninterrupted(run_program, arguments, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(uninterrupted, program, run_program, arguments):
-    """Killed KILLS times, every other time at the sight of a save under way, then left to end."""
+    """A run that was killed KILLS times, every other time during a save, and then left to end."""
     folder, chance = uninterrupted.parent / "killed", random.Random(0)
     for kill in range(KILLS):
         before = max(steps_of(folder), default=0)
@@ -101,8 +98,11 @@ def killed(uninterrupted, program, run_program, arguments):
     return folder
 
 
-def test_killed_again_and_again_a_run_ends_as_if_never_interrupted(killed, uninterrupted):
-    """Parameters, averages and metrics bit for bit; no checkpoint lost, nothing left of saves that were cut short."""
+def test_kills_leave_no_trace(killed, uninterrupted):
+    """Parameters, averages and metrics are the same bit for bit.
+
+    No checkpoint is lost, and nothing is left of saves that were cut short.
+    """
     assert_same_run(killed, uninterrupted)
     assert steps_of(killed) == [STEPS - 2, STEPS - 1, STEPS]
     assert sorted(path.name for path in killed.iterdir()) == [
@@ -113,11 +113,10 @@ def test_killed_again_and_again_a_run_ends_as_if_never_interrupted(killed, unint
     assert len(list((killed / "checkpoints").iterdir())) == 3
 
 
-# Where one array cannot be read, Orbax leaves the reads of others under way, and they find its event loop closed.
+# Where one array cannot be read, Orbax leaves the reads of others under way, and they find its
+# event loop closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    killed, uninterrupted, run_program, arguments
-):
+def test_damaged_checkpoints_are_quarantined(killed, uninterrupted, run_program, arguments):
     last, before = killed / "checkpoints" / str(STEPS), killed / "checkpoints" / str(STEPS - 1)
     for payload in (last / "params").rglob("d/*"):
         content = bytearray(payload.read_bytes())
@@ -137,7 +136,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as above
-def test_where_no_checkpoint_is_whole_nothing_is_touched(killed, tmp_path, run_program, arguments):
+def test_without_a_whole_checkpoint_nothing_is_touched(killed, tmp_path, run_program, arguments):
     shutil.copytree(killed, tmp_path / "run")
     for step in steps_of(tmp_path / "run"):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step) / "rest")
@@ -149,7 +148,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(killed, tmp_path, run_p
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_run_that_goes_on(number, code, program, tmp_path):
+def test_a_run_resumes_after_a_signal(number, code, program, tmp_path):
     arguments = ["train.py", "digits", *SHORT, "--train.save-every", 5, "--workdir", tmp_path]
     process = program(*arguments, "--train.steps", 100_000, flags=QUICK)
     while process.poll() is None and not (tmp_path / "checkpoints" / "5").exists():
@@ -164,36 +163,25 @@ def test_a_signal_leaves_a_run_that_goes_on(number, code, program, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder of two megabytes."""
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True
-    ).returncode:
+    """A folder on a disk of two megabytes."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     yield tmp_path
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(small_disk, run_program):
-    arguments = [
-        "train.py",
-        "digits",
-        *SHORT,
-        "--train.save-every",
-        2,
-        "--train.keep",
-        1,
-        "--workdir",
-        small_disk / "run",
-    ]
+def test_a_full_disk_leaves_the_last_checkpoint(small_disk, run_program):
+    arguments = ["train.py", "digits", *SHORT, "--workdir", small_disk / "run"]
+    arguments += ["--train.save-every", 2, "--train.keep", 1]
     code, _, err = run_program(*arguments, "--train.steps", 2, flags=QUICK)
     assert code == 0, err
     filler = small_disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    os.truncate(
-        filler, filler.stat().st_size - 16384
-    )  # room for metrics, and for the start of a checkpoint
+    # Room for metrics, and for the start of a checkpoint.
+    os.truncate(filler, filler.stat().st_size - 16384)
     code, _, err = run_program(*arguments, "--train.steps", 40, flags=QUICK)
     check_told(code, err, str(small_disk / "run" / "checkpoints"), after_progress=True)
     filler.unlink()
@@ -203,68 +191,116 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(small_disk, run_pro
     assert re.search(of_steps(small_disk / "run", 2, 4), out)
 
 
-HOSTS = ["digits", *SHORT, "--train.decay", "none", "--train.warmup", 2]
+# ------------------------------------------------------------------------------- processes
+
+CONSTANT = ["digits", *SHORT, "--train.decay", "none", "--train.warmup", 2]
 
 
-def two_hosts(program, *arguments):
-    """Two processes of four devices each, which train one run."""
+def two_processes(program, name, *arguments):
+    """Two processes of four devices each that run one command."""
     flags = f"{QUICK} --xla_force_host_platform_device_count=4"
     together = ["--distributed", f"localhost:{free_port()}", "--processes", 2]
-    return [
-        program("train.py", *HOSTS, *arguments, *together, "--process", i, flags=flags)
-        for i in range(2)
-    ]
+    return [program(name, *arguments, *together, "--process", i, flags=flags) for i in range(2)]
 
 
-def test_two_processes_of_four_devices_train_what_one_of_eight_does(program, data_dir, tmp_path):
-    """Under shard_map, and from its checkpoint on under pmap."""
+def outputs_of(processes):
+    """The (stdout, stderr) of two processes that must succeed; only the first one reports."""
+    outputs = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "8 x cpu" in outputs[0][0]
+    assert "8 x cpu" not in outputs[1][0]
+
+
+def test_two_processes_train_as_one(program, data_dir, tmp_path):
+    """Four devices each, under shard_map, and from its checkpoint on under pmap."""
     arguments = ["--train.save-every", 3, "--workdir"]
     for steps, mode in ((3, "shard_map"), (6, "pmap")):
         options = ["--train.steps", steps, "--parallel", mode, "--train.preview-every", steps - 3]
-        hosts = two_hosts(program, *arguments, tmp_path / "two", *options)
-        told = [host.communicate(timeout=400) for host in hosts]
-        assert [host.returncode for host in hosts] == [0, 0], told
-        assert "8 x cpu" in told[0][0]
-        assert "8 x cpu" not in told[1][0]  # only the first host speaks
-    alone = [*HOSTS, *arguments, tmp_path / "one", "--train.steps", 6, "--data.dir", data_dir]
-    train.main([*map(str, alone)])
+        command = [*CONSTANT, *arguments, tmp_path / "two", *options]
+        outputs_of(two_processes(program, "train.py", *command))
+    alone = [*CONSTANT, *arguments, tmp_path / "one", "--train.steps", 6, "--data.dir", data_dir]
+    main(["train", *map(str, alone)])
     one, two = (load_model(tmp_path / name, weights="raw").params for name in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
     assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert sorted(path.name for path in (tmp_path / "two" / "previews").iterdir()) == [
-        "0000006.png"
-    ]
+    previews = (tmp_path / "two" / "previews").iterdir()
+    assert [path.name for path in previews] == ["0000006.png"]
 
 
-def test_a_signal_to_one_host_is_agreed_on_by_all(program, uninterrupted, tmp_path):
-    """Both save the same step and end. What they agree by, the number of the call, is far from the number of the step
-    in a run that goes on, and saves are asked about at every step."""
+def test_processes_agree_on_a_signal(program, uninterrupted, tmp_path):
+    """Both save the same step and end.
+
+    They agree by the number of the call, which is far from the step in a run that was resumed, and
+    are asked about saves at every step.
+    """
     far, checkpoints = 1_000_000, Checkpoints(uninterrupted)
-    description = ModelInfo.from_dict(checkpoints.config(STEPS))
-    state = train.resume(checkpoints, description.config, device_mesh()).state
+    info = ModelInfo.from_dict(checkpoints.config(STEPS))
+    state = resume(checkpoints, info.config).state
     moved = Checkpoints(tmp_path)
-    moved.save(state._replace(step=np.int32(far)), description.to_dict())
+    moved.save(far, state_to_trees(state._replace(step=np.int32(far))), info.to_dict())
     moved.close()
-    hosts = two_hosts(
-        program, "--train.save-every", 1, "--train.steps", 2 * far, "--workdir", tmp_path
-    )
+    options = ["--train.save-every", 1, "--train.steps", 2 * far, "--workdir", tmp_path]
+    processes = two_processes(program, "train.py", *CONSTANT, *options)
     try:
-        while all(host.poll() is None for host in hosts) and max(steps_of(tmp_path)) < far + 3:
+        while all(p.poll() is None for p in processes) and max(steps_of(tmp_path)) < far + 3:
             time.sleep(0.01)
-        hosts[1].send_signal(signal.SIGTERM)
-        told = [lines_of(host.communicate(timeout=100)[1])[-1] for host in hosts]
+        processes[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=100)[1] for process in processes]
     finally:
-        for host in hosts:
-            host.kill()
-    assert [host.returncode for host in hosts] == [143, 143], told
-    assert all(re.search(naming(max(steps_of(tmp_path))), said) for said in told)
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [143, 143], errors
+    last = [lines_of(err)[-1] for err in errors]
+    assert all(re.search(naming(max(steps_of(tmp_path))), line) for line in last)
     assert load_model(tmp_path).step == max(steps_of(tmp_path)) < 2 * far
 
 
-def test_hosts_that_cannot_be_found_are_asked_for(run_program, tmp_path):
-    code, _, err = run_program(
-        "train.py", "digits", "--workdir", tmp_path / "x", "--distributed", "auto", flags=QUICK
-    )
-    check_told(code, err, ("distributed", "auto", "HOST:PORT", "processes", "process"))
+# ------------------------------------------------------------------------------- distillation
+
+
+def test_a_killed_chain_ends_as_if_never_interrupted(teacher_run, program, run_program, tmp_path):
+    """Guidance and two halvings, killed in the middle of the first halving."""
+    command = ["distill", teacher_run, "--start", 4, "--guidance", 2, "--train.steps", 6, *QUIET]
+    command += ["--train.save-every", 1, "--workdir"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, out, err = run_program(*command, whole, flags=QUICK)
+    assert code == 0, err
+    for name, steps in (("any", 6), ("2", 12), ("1", 12)):
+        assert re.search(of_steps(whole / name, 0, steps), out)
+    process = program(*command, killed, flags=QUICK)
+    while process.poll() is None and not (killed / "2" / "checkpoints" / "3").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "1").exists()
+    code, out, err = run_program(*command, killed, flags=QUICK)
+    assert code == 0, err
+    assert not re.search(of_steps(killed / "any", 0, 6), out)  # it was done already
+    assert re.search(rf"{re.escape(str(killed / 'any'))}\D+\b6\b", out)
+    assert int(re.search(of_steps(killed / "2", r"(\d+)", 12), out)[1]) >= 3
+    for name in ("any", "2", "1"):
+        assert_same_params(killed / name, whole / name)
+    teachers = [load_model(whole / name).info.config.distillation.teacher for name in ("2", "1")]
+    models = [load_model(whole / name) for name in ("any", "2")]
+    assert teachers == [f"{model.name}, {describe_weights(model)}" for model in models]
+    # Another chain is not resumed there.
+    command[command.index("--guidance") + 1] = 3
+    code, _, err = run_program(*command, whole, flags=QUICK)
+    check_told(code, err, ("guidance", "2", "3"))
+
+
+def test_two_processes_distill_as_one(teacher_run, program, data_dir, tmp_path):
+    """Four devices each: guidance in one evaluation and, from it, consistency, with previews."""
+    command = [teacher_run, "--method", "consistency", "--start", 4, "--guidance", 2, *QUIET]
+    command += ["--train.steps", 2, "--train.preview-every", 2, "--data.dir", data_dir, "--workdir"]
+    outputs_of(two_processes(program, "distill", *command, tmp_path / "two"))
+    main(["distill", *map(str, command), str(tmp_path / "one")])
+    for name in ("any", "consistency"):
+        folders = [tmp_path / processes / name for processes in ("one", "two")]
+        one, two = (load_model(folder, weights="raw").params for folder in folders)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), one, two)
+        pictures = [Image.open(folder / "previews" / "0000002.png") for folder in folders]
+        assert np.abs(np.subtract(*(np.asarray(picture, int) for picture in pictures))).max() <= 2

@@ -1,5 +1,4 @@
 import itertools
-import os
 import signal
 import time
 
@@ -111,10 +110,9 @@ def test_the_first_signal_is_noted(number):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with catch_signals() as received:
         assert received() == 0
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert received() == number
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
