@@ -23,10 +23,10 @@ def test_blocks_run(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_lesson_runs(tmp_path):
+def test_lesson_runs(tmp_path, data_dir):
     """The lesson runs in a process of its own, and makes every picture that it shows."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment |= {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(data_dir)}
     command = [sys.executable, str(ROOT / "tests" / "docs" / "pages.py"), str(LESSON)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -5,7 +5,9 @@ import re
 from tests.docs.pages import ROOT
 
 PAPERS = (ROOT / "docs" / "papers.md").read_text()
-QUOTES = re.findall(r"`(\w+)` in\s`(diffjax/\w+\.py)`\.\n\n```py\n(.*?)```", PAPERS, re.S)
+QUOTES = re.findall(
+    r"`(\w+)` in\s`(diffjax/\w+\.py)`\.\n\n```\{\.python \.quote\}\n(.*?)```", PAPERS, re.S
+)
 
 
 def test_quotes_are_the_code():

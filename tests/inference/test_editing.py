@@ -9,7 +9,7 @@ from helpers import naming
 
 from diffjax import sampler, schedule
 from diffjax.config import Distillation
-from diffjax.data import dataset, image_io
+from diffjax.data import image_io, tfds
 from diffjax.data.batches import first_examples
 from diffjax.data.codec import Codec
 from diffjax.devices import parallel
@@ -189,7 +189,7 @@ def editor(digits_run):
 @pytest.fixture(scope="module")
 def digits(digits_run, data_dir):
     """Sixteen held-out digits and their labels."""
-    source = dataset.load_tfds("digits", str(data_dir)).held_out
+    source = tfds.load_tfds("digits", str(data_dir)).held_out
     return first_examples(source, 16, ClassLabel(10))
 
 

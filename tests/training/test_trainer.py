@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import re
+import shutil
 import signal
 
 import jax
@@ -96,19 +98,17 @@ def test_damaged_checkpoints_are_quarantined(tmp_path):
     train(config, folder, report=lambda text: None)
     expected = params(folder)
     for step in (2, 3):
-        (payload,) = (folder / "checkpoints" / str(step) / "ema").rglob("_METADATA")
-        payload.unlink()
+        shutil.rmtree(folder / "checkpoints" / str(step) / "ema")
     assert train(config, folder, report=reported.append).status == "done"
     jax.tree.map(np.testing.assert_array_equal, params(folder), expected)
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == ["2", "3"]
-    assert [all(word in text for word in (str(n), "damaged", "step 1")) for n, text in
-            zip((3, 2), reported, strict=False)] == [True, True]  # fmt: skip
+    for step, text in zip((3, 2), reported, strict=False):
+        assert re.search(naming(step, folder / "damaged" / str(step), 1), text)
 
 
 def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path):
     folder = write_run(tmp_path / "run", CONFIG)
-    (payload,) = (folder / "checkpoints" / "3" / "ema").rglob("_METADATA")
-    payload.unlink()
+    shutil.rmtree(folder / "checkpoints" / "3" / "ema")
     with pytest.raises(ValueError, match=naming(folder / "checkpoints" / "3")):
         train(with_train(CONFIG, steps=4), folder)
     assert not (folder / "damaged").exists()
@@ -131,7 +131,7 @@ def test_a_signal_ends_a_run_in_order(tmp_path):
 
 def test_non_finite_gradients_end_a_run(tmp_path):
     config = with_train(CONFIG, steps=20, warmup=0, learning_rate=1e30, max_skipped=2)
-    with pytest.raises(FloatingPointError, match=naming(2, 1e30)):
+    with pytest.raises(FloatingPointError, match=naming(2, 3, "inf")):
         train(config, tmp_path, report=lambda text: None)
     assert load_model(tmp_path).step >= 1
 
@@ -155,10 +155,10 @@ def test_mistakes_are_named(tmp_path, data_dir):
 def test_other_data_are_named(tmp_path):
     """The same file with other images in it."""
     path = tmp_path / "data.npz"
-    np.savez(path, x=np.zeros((40, 8, 8, 1), np.uint8), y=np.arange(40) % 4)
+    np.savez(path, x=np.zeros((100, 8, 8, 1), np.uint8), y=np.arange(100) % 4)
     config = dataclasses.replace(CONFIG, data=Data(source="npz", path=str(path)))
     train(with_train(config, steps=1), tmp_path / "run", report=lambda text: None)
-    np.savez(path, x=np.zeros((40, 8, 8, 1), np.uint8), y=np.arange(40) % 5)
+    np.savez(path, x=np.zeros((100, 8, 8, 1), np.uint8), y=np.arange(100) % 5)
     with pytest.raises(ValueError, match=naming(tmp_path / "run", "4 classes", "5 classes")):
         train(with_train(config, steps=2), tmp_path / "run", report=lambda text: None)
 
