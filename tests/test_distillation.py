@@ -1,10 +1,12 @@
 """Targets, levels and objective of distillation against their laws and closed forms."""
 
+import typing
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import naming
 from hypothesis import given, settings
@@ -12,8 +14,11 @@ from hypothesis import strategies as st
 
 from diffjax import distillation, loss, parameterization, process, sampler, schedule, testing
 from diffjax.denoiser import condition_on, from_network
+from diffjax.devices import parallel
 from diffjax.guidance import classifier_free_guidance
 from diffjax.schedule import Level, level_at
+from diffjax.training.state import init_state
+from diffjax.training.step import make_train_step
 
 # ----------------------------------------------------------------------------- targets
 
@@ -202,33 +207,67 @@ def test_a_student_of_guidance_has_no_loss(name):
     np.testing.assert_allclose(part, whole[16:32], rtol=1e-12)
 
 
-def test_no_gradient_flows_through_the_target():
-    """Consistency calls a copy of the student itself, which is held constant."""
+def linear_network(params, x, t, condition, keys=None):
+    return params["w"] * x + params["b"] * process.append_dims(t / 20, x)
+
+
+PARAMS = {"w": jnp.float32(0.3), "b": jnp.float32(0.1)}
+
+
+def consistency_objective(target_params):
+    """The objective of consistency: its target calls a copy of the student with these parameters."""
     prediction = process.PREDICTIONS["v"]
     rows, parameters = distillation.adjacent_levels(LEVELS, 4), parameterization.ddpm(prediction)
     weights = loss.truncated_snr(LEVELS, prediction)[rows[0].t]
+    student = from_network(linear_network, target_params, parameters)
 
-    def network(params, x, t, condition, keys=None):
-        return params["w"] * x + params["b"] * process.append_dims(t / 20, x)
+    def target(condition, x_t, level, after):
+        denoisers = condition_on(student, condition), condition_on(knowing, condition)
+        return distillation.consistency_target(*denoisers, x_t, level, after)
+
+    return distillation.distillation_loss(
+        linear_network, parameters, rows, weights, target, loss.uniform
+    )
+
+
+def images_in_float32():
+    images = batch(range(64))
+    return images | {"x": images["x"].astype(np.float32)}
+
+
+def test_no_gradient_flows_through_the_target():
+    """The student's copy in it is held constant."""
+    images = images_in_float32()
 
     def mean_loss(params, target_params):
-        def target(condition, x_t, level, after):
-            student = condition_on(from_network(network, target_params, parameters), condition)
-            teacher = condition_on(knowing, condition)
-            return distillation.consistency_target(student, teacher, x_t, level, after)
+        return consistency_objective(target_params)(params, images, jax.random.key(0)).value.mean()
 
-        objective = distillation.distillation_loss(
-            network, parameters, rows, weights, target, loss.uniform
-        )
-        return objective(params, images, jax.random.key(0)).value.mean()
-
-    images = batch(range(64))
-    images["x"] = images["x"].astype(np.float32)
-    params = {"w": jnp.float32(0.3), "b": jnp.float32(0.1)}
-    through = jax.grad(lambda own: mean_loss(own, own))(params)
-    held = jax.grad(lambda own: mean_loss(own, params))(params)
+    through = jax.grad(lambda params: mean_loss(params, params))(PARAMS)
+    held = jax.grad(lambda params: mean_loss(params, PARAMS))(PARAMS)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), through, held)
     assert abs(held["w"]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", typing.get_args(parallel.Mode))
+def test_a_step_on_eight_devices(mode):
+    """It is that on one, with the parameters of the target as an argument of the step."""
+    optimizer = optax.adamw(1e-3)
+
+    def step(state, batch, target_params, axis_name=None):
+        objective = consistency_objective(target_params)
+        return make_train_step(objective, optimizer, (0.9,), 5)(state, batch, axis_name)
+
+    def taken(devices, mode):
+        mesh = parallel.device_mesh(jax.devices()[:devices])
+        home = parallel.replicated(parallel.state_mesh(mesh, mode))
+        state = jax.device_put(init_state(PARAMS, optimizer), home)
+        run = parallel.parallelize(mesh, mode, step, extra_args=1)
+        images = parallel.shard_batch(mesh, mode, images_in_float32())
+        return jax.device_get(run(state, images, jax.device_put(PARAMS, home)))
+
+    expected, found = taken(1, "pmap"), taken(8, mode)
+    assert abs(expected[0].params["w"] - 0.3) > 1e-4
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)
 
 
 def test_pytree_conditions_reach_network_and_target():

@@ -17,14 +17,15 @@ PLUGIN = Path(__file__).parent / "plugin"
 OWN = """
 from mixer import MixerConfig
 
-from diffjax.config import Config, Data, Train
+from diffjax.config import Config, Data, Diffusion, Train
 
 config = Config(
     data=Data(source="npz", path={path!r}, conditions=("label", "shade")),
-    network=MixerConfig(width=24),
+    network=MixerConfig(width=32),
+    diffusion=Diffusion(prediction="v"),
     train=Train(
-        steps=150, batch=32, learning_rate=4e-3, warmup=10, eval_every=60, preview_every=60,
-        save_every=60, ema=(0.95,), condition_dropout=0.2,
+        steps=500, batch=64, learning_rate=4e-3, warmup=10, eval_every=200, preview_every=200,
+        save_every=200, ema=(0.95,), condition_dropout=0.2,
     ),
 )
 """
@@ -52,21 +53,21 @@ def mixer_run(plugin, tmp_path_factory):
     np.savez(folder / "shades.npz", x=x, y=label, shade=shade)
     (folder / "own.py").write_text(OWN.format(path=str(folder / "shades.npz")))
     run = folder / "run"
-    main(["train", str(folder / "own.py"), "--workdir", str(run), "--train.steps", "60"])
+    main(["train", str(folder / "own.py"), "--workdir", str(run), "--train.steps", "200"])
     main(["train", str(folder / "own.py"), "--workdir", str(run)])  # resumes
     (folder / "own.py").unlink()
     return run
 
 
 def test_training_resumes(mixer_run):
-    """The second command goes on from step 60, to a lower held-out loss; previews are pictures."""
+    """The second command goes on from step 200, to a lower held-out loss; previews are pictures."""
     lines = [json.loads(line) for line in (mixer_run / "metrics.jsonl").read_text().splitlines()]
     held_out = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
-    assert set(held_out) == {60, 120, 150}
-    assert held_out[150] < held_out[60]
-    assert Image.open(mixer_run / "previews" / "0000150.png").size[0] > 100
+    assert set(held_out) == {200, 400, 500}
+    assert held_out[500] < held_out[200]
+    assert Image.open(mixer_run / "previews" / "0000500.png").size[0] > 100
     model = load_model(mixer_run)
-    assert (model.step, model.name) == (150, "mixer of run")
+    assert (model.step, model.name) == (500, "mixer of run")
     assert jax.tree.structure(model.info.conditioning.zeros(1)) == jax.tree.structure(
         {"label": 0, "shade": 0}
     )
