@@ -70,7 +70,7 @@ class Data:
 
     @property
     def known(self) -> bool:
-        """Whether the data set is known; that of an imported network is not."""
+        """True if the data set is known; that of an imported network is not."""
         return not str(self).startswith(IMPORTED_PREFIX)
 
     def check(self) -> None:
@@ -151,7 +151,7 @@ class Train:
     """Seed of parameters, data order and noise."""
     accumulate: int = 1
     """Parts of a batch whose gradients are computed in turn, to save memory."""
-    parallel: Annotated[Mode, tyro.conf.arg(aliases=("--parallel",))] = "pmap"
+    parallel: Mode = "pmap"
     """How a step is shared by devices: pmap, or shard_map or jit for pods; results are the same."""
     steps_per_dispatch: int = 1
     """Steps per call of the compiled program; more where the host is the bottleneck."""

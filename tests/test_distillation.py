@@ -215,7 +215,7 @@ PARAMS = {"w": jnp.float32(0.3), "b": jnp.float32(0.1)}
 
 
 def consistency_objective(target_params):
-    """The objective of consistency: its target calls a copy of the student with these parameters."""
+    """The objective of consistency, whose target calls the student with these parameters."""
     prediction = process.PREDICTIONS["v"]
     rows, parameters = distillation.adjacent_levels(LEVELS, 4), parameterization.ddpm(prediction)
     weights = loss.truncated_snr(LEVELS, prediction)[rows[0].t]

@@ -93,7 +93,7 @@ class Imported(NamedTuple):
 
 
 def is_source(name: str | Path) -> bool:
-    """Whether a model is named as hf:FOLDER or hf:OWNER/NAME."""
+    """Return whether a model is named as hf:FOLDER or hf:OWNER/NAME."""
     return str(name).startswith(PREFIX)
 
 

@@ -80,7 +80,7 @@ def test_mistakes(command, places, capsys, monkeypatch):
 
 @needs_libtpu
 def test_tpu_without_the_memory(capsys):
-    options = "--train.batch 65536 --parallel shard_map --data.pad 28 --network.channels=16"
+    options = "--train.batch 65536 --train.parallel shard_map --data.pad 28 --network.channels=16"
     options += " --network.multipliers=1 --network.attention --network.no-middle-attention"
     with pytest.raises(SystemExit) as end:
         main(["dry-run", "digits", "--target", "v5e:2x2", *options.split(), "--network.heads=1"])

@@ -116,7 +116,7 @@ BAD = {
     "digits --workdir {tmp}/x --train.ema": "train.ema",
     "digits --workdir {tmp}/x --train.ema 0.9 1.0": ("ema", "0.9", "1"),
     "digits --workdir {tmp}/x --train.ema many": ("ema", "many"),
-    "digits --workdir {tmp}/x --parallel pmpa": ("parallel", "pmpa"),
+    "digits --workdir {tmp}/x --train.parallel pmpa": ("parallel", "pmpa"),
     "digits --workdir {tmp}/x --train.parallel gspmd": ("parallel", "gspmd"),
     "digits --workdir {tmp}/x --distributed here": ("distributed", "here"),
     "digits --workdir {tmp}/x --distributed localhost:1": ("processes", "process"),

@@ -215,7 +215,7 @@ def test_two_processes_train_as_one(program, data_dir, tmp_path):
     """Four devices each, under shard_map, and from its checkpoint on under pmap."""
     arguments = ["--train.save-every", 3, "--workdir"]
     for steps, mode in ((3, "shard_map"), (6, "pmap")):
-        options = ["--train.steps", steps, "--parallel", mode, "--train.preview-every", steps - 3]
+        options = ["--train.steps", steps, "--train.parallel", mode, "--train.preview-every", steps - 3]
         command = [*CONSTANT, *arguments, tmp_path / "two", *options]
         outputs_of(two_processes(program, "train.py", *command))
     alone = [*CONSTANT, *arguments, tmp_path / "one", "--train.steps", 6, "--data.dir", data_dir]
