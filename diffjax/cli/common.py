@@ -1,4 +1,4 @@
-"""What commands share: parsing, exit codes, output files and progress bars."""
+"""Parsing, exit codes, output files and progress bars of all commands."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from diffjax.config import Config, config_names, load_config, suggest
 
 
 class UserError(Exception):
-    """A mistake that the user can correct. It is printed as one line, without a traceback."""
+    """A mistake of the user, printed as one line without a traceback."""
 
 
 @contextlib.contextmanager
@@ -93,7 +93,9 @@ def parse(
 
 
 def parse_with_config(kind: Any, program: str, arguments: Sequence[str]) -> Any:
-    """Parse options whose `experiment` defaults to the configuration that the first argument names.
+    """Parse options whose defaults are those of the named configuration.
+
+    The first argument names it, and it is the default of the field `experiment`.
 
     Raises: UserError as `parse`, and for a configuration that does not exist.
     """
@@ -170,7 +172,7 @@ def parse_integers(name: str, text: str) -> list[int]:
 
 
 def check_output(path: Path, *suffixes: str) -> Path:
-    """Return the path after checking that a file with one of these suffixes can be written there.
+    """Check that a file of one of these suffixes can be written; return its path.
 
     Its folder is created. It is better to fail before an hour of sampling than after it.
 

@@ -18,7 +18,7 @@ from diffjax.training.state import init_state, state_to_trees
 
 @dataclass(frozen=True)
 class Options:
-    """Make a run folder of a Hugging Face folder (a UNet2DModel of diffusers), or the reverse.
+    """Convert a Hugging Face folder of a UNet2DModel to a run folder, or back.
 
     As in: diffjax convert hf:google/ddpm-cifar10-32 runs/cifar10
     """

@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
     @property
     def title(self) -> str:
-        """As in "DDIM 50, scale 2"."""
+        """A short title, as in "DDIM 50, scale 2"."""
         return f"{self.name.split('(')[0].upper()} {self.plan.steps}, scale {self.scale:g}"
 
     @property
@@ -59,7 +59,7 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of it."""
+    """The result of a job."""
 
     job: Job
     row: SamplingRow

@@ -41,7 +41,7 @@ class Options:
 
 
 class Request(NamedTuple):
-    """Options, and the words that they were parsed from: the teacher gives other defaults."""
+    """Options with their words, to be parsed again with the teacher's defaults."""
 
     options: Options
     program: str

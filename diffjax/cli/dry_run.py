@@ -14,7 +14,7 @@ from diffjax.config import Config
 
 @dataclass(frozen=True)
 class Options:
-    """Compile training and sampling of a configuration, and print their cost per device.
+    """Compile training and sampling, and print their cost per device.
 
     Nothing is trained and no data are downloaded; libtpu compiles for TPUs that are not here.
     """

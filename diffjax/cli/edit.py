@@ -119,7 +119,7 @@ Options = (
 
 
 class Scene(NamedTuple):
-    """What an edit starts from."""
+    """The model, images and conditions that an edit starts from."""
 
     model: TrainedModel
     editor: Editor
@@ -127,7 +127,7 @@ class Scene(NamedTuple):
     condition: Condition  # a pytree [N, ...]; None for none
 
     def __str__(self) -> str:
-        """A short description, as in "10 images of 8x8x1, unet of digits (ema, step 1000)"."""
+        """A description, as in "10 images of 8x8x1, unet of digits (ema, step 1000)"."""
         size = "x".join(map(str, self.images.shape[1:]))
         name = f"{self.model.name} ({self.model.weights}, step {self.model.step})"
         return f"{len(self.images)} images of {size}, {name}"

@@ -38,7 +38,7 @@ class FeatureOptions:
     """File with the weights of Inception-v3; None to download them once."""
 
     def to_library(self) -> ReferenceOptions:
-        """The same options for `quality.read_reference`."""
+        """Convert them to the options of `quality.read_reference`."""
         inception = None if self.inception is None else Path(self.inception)
         return ReferenceOptions(self.features, self.reference, inception)
 

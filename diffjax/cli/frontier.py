@@ -58,7 +58,7 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """Measure quality and time of every combination of samplers, steps and guidance scales.
+    """Measure quality and time of samplers, steps and guidance scales.
 
     Rows gather in a folder: an interrupted sweep continues where it was, and another one adds to
     it.
@@ -120,7 +120,7 @@ def make_combinations(values: SweepValues, models: list[TrainedModel]) -> list[C
 
 
 def make_sweep_options(options: ImageOptions) -> SweepOptions:
-    """What all rows share.
+    """The options that all rows share.
 
     Raises: ValueError for too few images, or a batch that gives no median time.
     """

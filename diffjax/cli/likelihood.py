@@ -55,7 +55,7 @@ class BoundOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """Measure bits per dimension by the probability flow, and by the variational bound of DDPM.
+    """Measure bits per dimension by probability flow and by variational bound.
 
     Less is better; a uniform model of 8-bit images has 8. It needs diffrax: pip install
     'diffjax[diffrax]'.

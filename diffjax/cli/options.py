@@ -47,7 +47,7 @@ class SamplerOptions:
 
 
 def choose_plan(options: SamplerOptions, model: TrainedModel) -> tuple[Plan, str]:
-    """The plan of a sampler and its full name, by default what the model is sampled with.
+    """The plan of a sampler and its full name, by default those of the model.
 
     Raises: ValueError for a sampler or a number of steps that cannot be used.
     """

@@ -230,7 +230,7 @@ def make_condition(conditioning: Conditioning, text: str | None, num: int) -> Co
 
 
 def make_bound(threshold: float | None, *, clip: bool) -> Bound:
-    """What bounds the estimates of x0.
+    """The bound of the estimates of x0.
 
     Raises: ValueError for a quantile outside (0, 1].
     """
@@ -308,7 +308,7 @@ def write(
 
 
 class SampleWatch:
-    """A hook of the pipeline that keeps the frames of an animation and refreshes a preview."""
+    """A hook that keeps the frames of an animation and refreshes a preview."""
 
     def __init__(self, codec: Codec, captions: list[str] | None, num: int, steps: int) -> None:
         """It does nothing until `keep_frames` or `refresh`. steps: rows of the plan."""

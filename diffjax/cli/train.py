@@ -22,7 +22,7 @@ from diffjax.training.trainer import TrainResult
 
 @dataclass(frozen=True)
 class Options:
-    """Train a diffusion model. The same command again resumes from the last checkpoint."""
+    """Train a diffusion model, or resume from its last checkpoint."""
 
     config: ConfigName
     """Name of a configuration, or path of a Python file that defines `config`."""

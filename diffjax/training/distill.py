@@ -1,4 +1,4 @@
-"""Distillation of a trained model into students: the chain of stages, and how each is trained.
+"""Distillation of a trained model: the chain of students, and their training.
 
 Every stage is a run folder of its own, trained like any other run: it starts from the weights of
 its teacher, the stage before it. A network that predicts eps cannot teach a student of few steps to
@@ -63,19 +63,19 @@ TRAIN_DEFAULTS: dict[str, Any] = {
 
 
 class Method(Protocol):
-    """A method of distillation: the noise levels that a student is called at, and its targets."""
+    """A method of distillation: the levels that a student learns, and its targets."""
 
     def rows(self, schedule: Schedule, steps: int) -> Rows:
         """The table [N] of levels of a student of so many steps, its own level first."""
         ...
 
     def target(self, student: Denoiser, teacher: Denoiser, x_t: Array, *row: Any) -> Array:
-        """The target of the student's x0 at a row of the table. student: its moving average."""
+        """The target of the student's x0 at a row; student is its moving average."""
         ...
 
 
 class Guidance:
-    """The teacher's own estimate at every level, guided in one evaluation (arXiv:2210.03142)."""
+    """The teacher's guided estimate in one evaluation (arXiv:2210.03142)."""
 
     def rows(self, schedule: Schedule, steps: int) -> Rows:
         """All levels."""
@@ -368,7 +368,7 @@ def build_distillation(info: ModelInfo, teacher: TrainedModel) -> Training:
 
 @dataclass(frozen=True, eq=False)
 class DistillationObjective:
-    """The loss of a student, but for the parameters of its teacher and its moving average."""
+    """The loss of a student, without its teacher's and its average's parameters."""
 
     network: Callable[..., Array]  # as `build.build_network` returns it
     parameterization: Parameterization
@@ -409,7 +409,7 @@ class DistillationObjective:
         return self.method.target(student, teacher, x_t, *row)
 
     def guided_teacher(self, teacher_params: Any, condition: Condition) -> Denoiser:
-        """The teacher's denoiser, at the guidance scale that is part of the student's condition."""
+        """The teacher's denoiser, at the guidance scale of the student's condition."""
         model = self.teacher
         conditional = from_network(model.network, teacher_params, model.parameterization)
         if self.max_guidance == 1 or model.info.config.distillation.guidance_conditioned:

@@ -20,13 +20,13 @@ from diffjax.training.state import TrainState
 
 
 class PeriodicAction(NamedTuple):
-    """Call action(state) every `steps` steps, and once after the last step; never if 0."""
+    """Call action(state) every `steps` steps and after the last one; never if 0."""
 
     steps: int
     action: Callable[[TrainState], None]
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether to call it after this step, where the run ends with step `last`."""
+        """Return whether to call it after this step of a run that ends with `last`."""
         return self.steps > 0 and (step % self.steps == 0 or step == last)
 
 
@@ -65,7 +65,7 @@ class MetricsBuffer:
         self._clock = step, time.perf_counter()
 
     def push(self, first: int, metrics: dict[str, Any]) -> None:
-        """Keep the metrics [K] of the steps first, first + 1, ..., and flush those before them."""
+        """Keep the metrics [K] of the steps from `first` on, and flush those before."""
         self.flush()
         self._pending = first, metrics
 
@@ -177,7 +177,7 @@ def _stack(batches: Iterator[Any]) -> Any:
 
 @contextlib.contextmanager
 def catch_signals(processes: int = 1) -> Iterator[Callable[[], int]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function return its number.
+    """Yield a function that returns the first SIGINT or SIGTERM, without raising.
 
     The function returns 0 before that. A step or a save in progress so ends in order; a second
     signal has its usual effect.

@@ -85,7 +85,7 @@ def plot_curve(metrics: Path, path: Path, title: str = "") -> None:
 
 
 def running_mean(values: np.ndarray, share: float = 0.03) -> np.ndarray:
-    """The running mean of values [N] over a share of them around each, fewer at the ends."""
+    """The running mean of values [N] over a share of them around each."""
     half = max(1, round(share * len(values) / 2))
     total = np.concatenate([[0.0], np.cumsum(values)])
     first = np.maximum(np.arange(len(values)) - half, 0)

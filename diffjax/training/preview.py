@@ -1,4 +1,4 @@
-"""Previews of a model in training: samples with the same seed and conditions every time."""
+"""Previews of a model in training, with the same seed and conditions each time."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +60,7 @@ def make_preview(info: ModelInfo, network: Network, held_out: Any) -> Preview:
 
 
 def preview_conditions(conditioning: Conditioning, held_out: Any) -> tuple[int, Condition]:
-    """The number of preview samples and their conditions, spread evenly where that is possible.
+    """The number of preview samples, and their conditions, spread where possible.
 
     Else they are those of the first held-out examples.
     """

@@ -1,4 +1,4 @@
-"""The functions that train a network on data: of one device, and compiled for all of them."""
+"""The functions that train a network, for one device and compiled for all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ class ParallelTraining:
         return init(np.uint32(seed), *self._extra_args)
 
     def place_state(self, state: TrainState) -> TrainState:
-        """A state that is replicated over all devices, as the step takes it; nothing is copied.
+        """The state as the step takes it, replicated; nothing is copied.
 
         It is so from the start, so that the first step can reuse its memory like all others.
         """
@@ -148,7 +148,7 @@ class ParallelTraining:
         return parallel.shard_batch(self._mesh, self._mode, batch)
 
     def step(self, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
-        """Train on this process's shares of batches [K, B, ...]; the state's memory is reused."""
+        """Train on this process's share of batches [K, B, ...], reusing the state."""
         batches = parallel.shard_batch(self._mesh, self._mode, batches, axis=1)
         return self._step(state, batches, *self._extra_args)
 

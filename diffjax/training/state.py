@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
 def init_state(
     params: Any, optimizer: optax.GradientTransformation, averages: int = 1
 ) -> TrainState:
-    """The state before the first step; each moving average is a copy of the parameters."""
+    """The state before the first step, with copies of params as moving averages."""
     copy = partial(jax.tree.map, lambda p: jnp.array(p, jnp.float32, copy=True))
     zero = jnp.zeros((), jnp.int32)
     ema = tuple(copy(params) for _ in range(averages))

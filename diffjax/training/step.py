@@ -1,4 +1,4 @@
-"""One training step, written once: it runs under jit, pmap, shard_map or vmap, on any devices."""
+"""The training step, written once for jit, pmap, shard_map and vmap."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,7 +38,7 @@ def make_train_step(
     rate: optax.Schedule | None = None,
     log_quartiles: bool = False,
 ) -> TrainStep:
-    """The train step of one device: (state, batch, axis_name=None) -> (state, metrics).
+    """The train step (state, batch, axis_name=None) -> (state, metrics).
 
     batch: a dict with "index", the global index of each example, uint32 [B], and what the objective
     reads; under pmap and shard_map this device's share of it. axis_name: the mapped axis over which
@@ -110,7 +110,7 @@ def apply_update(
     optimizer: optax.GradientTransformation,
     ema_decays: Sequence[float],
 ) -> TrainState:
-    """The state after an optimizer step, or after a skipped one where gradients are not finite."""
+    """The state after an optimizer step, skipped if gradients are not finite."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = tuple(
@@ -123,7 +123,7 @@ def apply_update(
 
 
 def metrics(gradients: Gradients, norm: Array, skipped: Array) -> Metrics:
-    """The metrics of a step that follow from its gradients, as `make_train_step` lists them."""
+    """The metrics of a step, as `make_train_step` lists them."""
     found = {"loss": gradients.loss, "grad_norm": norm, "skipped": skipped}
     quartiles = gradients.quartile_sum / gradients.quartile_count
     # Without quartiles there is nothing to name.

@@ -1,4 +1,4 @@
-"""The trainer: it opens a run folder, resumes from its last checkpoint, and trains to the end."""
+"""The trainer: it opens a run folder, resumes, and trains to the end."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +90,7 @@ class Session:
 
     @property
     def actions(self) -> tuple[PeriodicAction, ...]:
-        """What is done every so many steps, in this order."""
+        """The periodic actions, in the order of their calls."""
         train = self.info.config.train
         return (
             PeriodicAction(train.eval_every, self.evaluate),
@@ -256,7 +256,7 @@ def check_run(config: Config, workdir: Path) -> None:
 
 
 class Resumed(NamedTuple):
-    """What a run resumes from."""
+    """The checkpoint that a run resumes from."""
 
     info: ModelInfo  # as it was stored
     training: Training
