@@ -40,12 +40,20 @@ class ModelInfo(NamedTuple):
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "ModelInfo":
-        """The inverse of `to_dict`."""
-        return ModelInfo(
-            config_from_dict(values["config"]),
-            tuple(values["x_shape"]),
-            conditioning_from_dict(values["conditioning"]),
-        )
+        """The inverse of `to_dict`.
+
+        Raises: ValueError for a description that is not of this version.
+        """
+        try:
+            return ModelInfo(
+                config_from_dict(values["config"]),
+                tuple(values["x_shape"]),
+                conditioning_from_dict(values["conditioning"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"stored model description is of another version of diffjax ({error})"
+            ) from error
 
     def describe_x(self) -> str:
         """The shape of x, as in "32x32x3"."""

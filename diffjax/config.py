@@ -52,7 +52,8 @@ class Data:
     dir: str | None = None
     """Folder of prepared tfds data sets; None for the default of tfds."""
     path: str | None = None
-    """Path of the folder, whose sub-folders are the classes, or of the .npz file."""
+    """Path of the folder, whose sub-folders are the classes, or of the .npz file; a relative path
+    starts at the current directory."""
     size: int | None = None
     """Crop images to their center and resize them to this many pixels a side; None to keep them."""
     pad: int = 0
@@ -98,15 +99,17 @@ class Diffusion:
     """Forward process and parameterization."""
 
     schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "edm"] = "linear"
-    """Noise schedule."""
+    """Noise schedule: linear (DDPM), cosine (improved DDPM), scaled_linear (latent diffusion),
+    sigmoid, or edm (in its variance-preserving form)."""
     betas: tuple[float, float] | None = None
-    """First and last beta of linear and scaled_linear; None for the paper's, rescaled to T."""
+    """First and last beta of linear and scaled_linear, each above 0 and below 1; None for the
+    paper's, rescaled to T."""
     zero_terminal_snr: bool = False
     """Rescale the schedule to no signal at level T; takes prediction v or x0."""
     T: int = 1000
     """Number of noise levels."""
     prediction: Literal["eps", "x0", "v"] = "eps"
-    """What the network predicts."""
+    """What the network predicts: eps (the noise), x0 (the data), or v (alpha*eps - sigma*x0)."""
 
     def check(self) -> None:
         """Check the values of the fields.
@@ -138,21 +141,25 @@ class Train:
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     clip: float = 1.0
-    """Maximum norm of the averaged gradient."""
+    """Maximum norm of the averaged gradient, above 0."""
     ema: tuple[float, ...] = (0.999,)
-    """Decays of the moving averages of the parameters; sampling uses the first."""
+    """Decays of the moving averages of the parameters, each 0 or more and below 1; sampling uses
+    the first."""
     weighting: Literal["simple", "min_snr", "truncated_snr", "sigmoid", "edm"] = "simple"
-    """Loss weighting over noise levels."""
+    """Loss weighting over noise levels: simple (1 for what the network predicts); min_snr or
+    truncated_snr (min(SNR, 5) or max(SNR, 1), for x0); sigmoid (of logsnr); or edm (EDM's)."""
     times: Literal["uniform", "stratified", "antithetic"] = "uniform"
-    """How noise levels are drawn for a batch."""
+    """How noise levels are drawn for a batch: uniform (independently), stratified (at equal
+    distances), or antithetic (in pairs t and T + 1 - t; the batch must be even)."""
     condition_dropout: float = 0.1
-    """Probability of training an example without its condition, for classifier-free guidance."""
+    """Probability of training an example without its condition, for classifier-free guidance; 0 or
+    more and below 1."""
     seed: int = 0
-    """Seed of parameters, data order and noise."""
+    """Seed of parameters, data order and noise, from 0 to 2**32 - 1."""
     accumulate: int = 1
     """Parts of a batch whose gradients are computed in turn, to save memory."""
     parallel: Mode = "pmap"
-    """How a step is shared by devices: pmap, or shard_map or jit for pods; results are the same."""
+    """How a step is shared by devices, of one host or several; all train the same parameters."""
     steps_per_dispatch: int = 1
     """Steps per call of the compiled program; more where the host is the bottleneck."""
     max_skipped: int = 10

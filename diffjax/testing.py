@@ -381,7 +381,7 @@ def reconstruction_errors(
 ) -> np.ndarray:
     """Mean squared errors of x0 encoded and decoded by DDIM, one for each of `steps`.
 
-    Of values in [0, 1], half of those in [-1, 1], as in table 2 of arXiv:2010.02502.
+    Values are taken in [0, 1], half of those in [-1, 1], as in table 2 of arXiv:2010.02502.
     """
     errors = []
     for n in steps:

@@ -43,7 +43,6 @@ from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
 from diffjax.nn.unet import UNetConfig
 from diffjax.testing import assert_schedule
 
-ALIASES = {"ddpm_cifar10": "cifar10", "adm_imagenet64": "imagenet64"}
 EXPECTED = {
     "digits": ((8, 8, 1), ClassLabel(10)),
     "digits_unconditional": ((8, 8, 1), UNCONDITIONAL),
@@ -86,12 +85,10 @@ def test_every_config_builds(name, data_dir):
 
 
 def test_every_name_is_tested():
-    assert {*EXPECTED, *ALIASES, "folder"} == set(config_names())
+    assert {*EXPECTED, "folder"} == set(config_names())
 
 
 def test_recipes_of_papers():
-    for name, paper in ALIASES.items():
-        assert load_config(name) == load_config(paper)
     cifar = load_config("cifar10")
     train = cifar.train
     assert (train.batch, train.steps, train.learning_rate) == (128, 800_000, 2e-4)

@@ -33,6 +33,7 @@ from diffjax.build import (
 )
 from diffjax.config import Config
 from diffjax.devices import parallel
+from diffjax.evaluation.results import cells_markdown
 from diffjax.inference.guidance import can_be_guided
 from diffjax.inference.pipeline import Pipeline
 from diffjax.training.setup import build_training
@@ -267,12 +268,7 @@ def _table(head: list[str], costs: list[Cost]) -> str:
         "FLOPs", "bytes read and written", "peak memory", "collectives", "compiled in", "fits",
     )  # fmt: skip
     rows[1:] = [[name, *row] for name, row in zip(names, rows[1:], strict=True)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    return cells_markdown(rows)
 
 
 def _cells(cost: Cost) -> tuple[str, ...]:

@@ -149,15 +149,14 @@ def _metadata(annotated: Any) -> tuple[Any, ...]:
 
 
 def parse_numbers(name: str, text: str) -> list[float]:
-    """Different numbers separated by commas.
+    """Numbers separated by commas.
 
     Raises: ValueError, naming the option, for another text.
     """
     try:
-        found = [float(word) for word in text.split(",")]
+        return [float(word) for word in text.split(",")]
     except ValueError:
         raise ValueError(f"{name} is {text!r}: use numbers separated by commas") from None
-    return list(dict.fromkeys(found))
 
 
 def parse_integers(name: str, text: str) -> list[int]:

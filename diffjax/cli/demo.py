@@ -77,7 +77,11 @@ def run(options: Options) -> None:
         if options.num < 10:
             raise ValueError(f"num is {options.num}: use 10 or more, one for each digit")
     pipeline = Pipeline.for_model(model)
-    results = [sample(model, pipeline, job, options) for job in make_jobs(model)]
+    results = []
+    for job in make_jobs(model):
+        results.append(sample(model, pipeline, job, options))
+        with common.user_errors():
+            write_grid(folder, results[-1])
     with common.user_errors():
         print(write(folder, results))
     print(f"wrote {folder}/overview.png, a picture per row, demo.md and demo.json")
@@ -126,12 +130,15 @@ def sample(model: TrainedModel, pipeline: Pipeline, job: Job, options: Options) 
     return Result(job, row, score_digits(samples.images, labels), samples)
 
 
+def write_grid(folder: Path, result: Result) -> None:
+    """Write the picture of a job's images."""
+    images = result.samples.images
+    captions = [str(i % 10) for i in range(len(images))]
+    image_io.save_png(folder / result.job.file, image_io.grid(images, captions, columns=10))
+
+
 def write(folder: Path, results: list[Result]) -> str:
-    """Write pictures, demo.md and demo.json; returns the report."""
-    for job, _, _, samples in results:
-        captions = [str(i % 10) for i in range(len(samples.images))]
-        sheet = image_io.grid(samples.images, captions, columns=10)
-        image_io.save_png(folder / job.file, sheet)
+    """Write the picture of all jobs, demo.md and demo.json; returns the report."""
     first = np.concatenate([result.samples.images[:10] for result in results])
     titles = [result.job.title for result in results]
     captions = list("0123456789") * len(results)

@@ -1,9 +1,11 @@
 """Distill a trained model into models of few steps."""
 
 import dataclasses
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -11,9 +13,11 @@ from diffjax.checkpoint import silence_orbax
 from diffjax.cli import common
 from diffjax.cli.options import Flag, Folder, Model, WeightsOptions
 from diffjax.cli.train import train
+from diffjax.config import Data, Train
 from diffjax.devices.distributed import DistributedOptions, initialize_distributed
 from diffjax.inference.model import TrainedModel, load_model
 from diffjax.training.distill import (
+    TRAIN_DEFAULTS,
     DistillOptions,
     check_workdir,
     default_options,
@@ -50,7 +54,35 @@ class Request(NamedTuple):
 
 def parse(program: str, arguments: list[str]) -> Request:
     """Parse the options, but for the defaults that the teacher gives."""
-    return Request(common.parse(Options, program, arguments), program, arguments)
+    kind = help_options() if {"-h", "--help"} & set(arguments) else Options
+    return Request(common.parse(kind, program, arguments), program, arguments)
+
+
+def help_options() -> type[Options]:
+    """`Options` for the help text, which is printed before the teacher is known.
+
+    Fields with the teacher's defaults show no value.
+    """
+    data = _subclass(Data, _from_teacher(Data))
+    fixed = tyro.conf.arg(help_behavior_hint="(default: 0, and students take no other)")
+    dropout = "condition_dropout", Annotated[float, fixed]
+    train = _subclass(Train, [*_from_teacher(Train, TRAIN_DEFAULTS), dropout])
+    parts = ("data", data, data()), ("train", train, train(**TRAIN_DEFAULTS))
+    chain = _subclass(DistillOptions, parts)
+    return _subclass(Options, [("chain", Annotated[chain, tyro.conf.arg(name="")], chain())])
+
+
+def _from_teacher(kind: type, own: Container[str] = ()) -> list[tuple[str, Any]]:
+    """Names and types of the fields, but for those with defaults of their own."""
+    hint = tyro.conf.arg(help_behavior_hint="(default: from the teacher)")
+    types = typing.get_type_hints(kind, include_extras=True).items()
+    return [(name, Annotated[each, hint]) for name, each in types if name not in own]
+
+
+def _subclass(kind: type, new_fields: Iterable[Any]) -> Any:
+    # It has the help texts of its base, and the defaults where none are given.
+    names = {"__doc__": kind.__doc__}
+    return make_dataclass(kind.__name__, new_fields, bases=(kind,), namespace=names, frozen=True)
 
 
 def run(request: Request) -> None:

@@ -39,7 +39,7 @@ class ImageOptions:
     images: Files = ()
     """Image files of any size; none for held-out images of the model's data."""
     num: int = 10
-    """Number of held-out images, where no files are given."""
+    """Number of held-out images, 1 or more, where no files are given."""
     condition: Text = None
     """What images are conditioned on, repeated over them: for classes as in 3 or 0,1,2.
     None for no condition."""
@@ -74,14 +74,14 @@ class Interpolate(EditOptions):
     steps: int = 50
     """Steps of encoding, and of decoding."""
     between: int = 7
-    """Number of images between the two of a pair."""
+    """Number of images between the two of a pair, 1 or more."""
 
 
 @dataclass(frozen=True)
 class Vary(EditOptions):
     """Noise images up to a level, and sample from there (SDEdit, arXiv:2108.01073)."""
 
-    levels: Numbers = "300,500,700"
+    start: Numbers = "300,500,700"
     """Noise levels to start from, 1 to T: the higher, the less of the images is left."""
     steps: int = 50
     """Steps from level T; from lower levels in proportion."""
@@ -103,7 +103,8 @@ class Inpaint(EditOptions):
     eta: float = 1.0
     """Noise of DDIM, 0 (none) to 1 (that of DDPM)."""
     resample: int = 5
-    """Times that every step is taken, so that the two parts fit together (arXiv:2201.09865)."""
+    """Times that every step is taken, 1 or more, so that the two parts fit together
+    (arXiv:2201.09865)."""
     guidance: Annotated[float, tyro.conf.arg(metavar="SCALE")] = 1.0
     """Guidance scale: 0 is unconditional, 1 conditional, and more is guided."""
 
@@ -232,9 +233,8 @@ def prepare_interpolate(scene: Scene, options: Interpolate) -> Job:
     """Interpolate between pairs, which share a condition."""
     if len(scene.images) % 2:
         raise ValueError(f"there are {len(scene.images)} images: use an even number, for pairs")
-    conditioning = scene.model.info.conditioning
-    captions = scene.condition is not None and conditioning.describe(scene.condition)
-    if captions and captions[::2] != captions[1::2]:
+    leaves = jax.tree.leaves(scene.condition)
+    if any(not np.array_equal(leaf[::2], leaf[1::2]) for leaf in leaves):
         raise ValueError(
             f"condition is {options.image.condition!r}: use one for both images of a pair, as 3 or"
             " 3,3,8,8"
@@ -269,7 +269,7 @@ def prepare_vary(scene: Scene, options: Vary) -> Job:
     """Vary from each level."""
     guidance = make_guidance(scene, options.guidance)
     sampler.check_eta(options.eta)
-    levels = common.parse_integers("levels", options.levels)
+    levels = common.parse_integers("start", options.start)
     schedule.trailing(scene.model.schedule, options.steps)
     T = schedule.length(scene.model.schedule)
     steps = [max(1, options.steps * level // T) for level in levels]

@@ -1,7 +1,7 @@
 """Measure the image quality of one sampler."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,7 +50,7 @@ class SamplingOptions:
     guidance: Annotated[float, tyro.conf.arg(metavar="SCALE")] = 1.0
     """Guidance scale: 0 is unconditional, 1 conditional, and more is guided."""
     num: int = 1000
-    """Number of images."""
+    """Number of images, in five batches or more."""
     batch: Count = None
     """Images at a time, over all devices; None for a fifth of all, up to 100."""
     seed: int = 0
@@ -88,6 +88,9 @@ def run(options: Options) -> None:
         reference = quality.read_reference(
             config, quality.image_shape(model), options.feature.to_library()
         )
+        conditioning, num = model.info.conditioning, request.num
+        condition = quality.evaluation_condition(conditioning, reference.source, num)
+        request = replace(request, condition=condition)
     if warning := distillation_warning(model, plan):
         print(warning)
     pipeline = Pipeline.for_model(model)

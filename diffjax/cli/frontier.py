@@ -36,7 +36,7 @@ class SweepValues:
     """Samplers, as in "ddim,ddim(eta=0.5),ddpm:1000".
     None for ddim,dpm_solver_pp_2m,heun,ddpm:1000, or what a distilled model was trained for."""
     steps: Numbers = DEFAULT_STEPS
-    """Noise levels that a sampler visits, from 1 to T, unless it names them itself."""
+    """Noise levels to visit, from 1 to T, unless a sampler ends in :N."""
     guidance: Annotated[str | None, tyro.conf.arg(metavar="SCALE,...")] = None
     """Guidance scales: 0 is unconditional, 1 conditional, and more is guided.
     None for 1, and 2 where the model can be guided, or the most it was distilled for."""
@@ -49,7 +49,7 @@ class ImageOptions:
     """Images of each combination."""
 
     num: int = 500
-    """Number of images, 2 or more."""
+    """Number of images, in five batches or more."""
     batch: Count = None
     """Images at a time, over all devices; None for a fifth of all, up to 100."""
     clip: bool = True
@@ -90,6 +90,8 @@ def run(options: Options) -> None:
             quality.image_shape(models[0]),
             options.feature.to_library(),
         )
+        for model in models:
+            quality.evaluation_condition(model.info.conditioning, reference.source, 1)
         sweep = Sweep(out, reference, sweep_options)
     for warning in dict.fromkeys(distillation_warning(c.model, c.plan) for c in combinations):
         if warning:
@@ -110,11 +112,12 @@ def make_combinations(values: SweepValues, models: list[TrainedModel]) -> list[C
 
     Raises: ValueError for one that cannot be measured.
     """
+    scales = values.guidance and common.parse_numbers("guidance", values.guidance)
     return combine(
         models,
         None if values.sampler is None else parse_samplers(values.sampler),
         common.parse_integers("steps", values.steps),
-        None if values.guidance is None else common.parse_numbers("guidance", values.guidance),
+        list(dict.fromkeys(scales)) if scales else None,
         common.parse_integers("seed", values.seed),
     )
 

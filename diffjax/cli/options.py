@@ -42,7 +42,7 @@ class SamplerOptions:
     """As in ddim, "ddim(eta=0.5):50" or "ddpm(variance=fixed_large, spacing=leading)".
     None for ddim, or what a distilled model was trained for."""
     steps: Count = None
-    """Noise levels to visit, from 1 to T, unless the sampler names them itself.
+    """Noise levels to visit, from 1 to T, unless --sampler ends in :N.
     None for all T with ddpm, 50 with others, or what a distilled model was trained for."""
 
 

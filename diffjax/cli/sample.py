@@ -54,7 +54,7 @@ class PlanOptions:
     """Explicit levels or a stored plan, in place of a sampler's own."""
 
     levels: Annotated[str | None, tyro.conf.arg(metavar="T,T,...")] = None
-    """Noise levels to visit, decreasing, in place of steps and spacing."""
+    """Noise levels to visit, from T down to 1, fractions allowed, in place of steps and spacing."""
     plan: File = None
     """Stored plan (.json) to run, in place of a sampler."""
     save_plan: File = None
@@ -63,16 +63,20 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """Classifier-free guidance, or autoguidance."""
+    """Classifier-free guidance, or autoguidance.
+
+    All other options of this group need --guidance other than 1.
+    """
 
     guidance: Annotated[float, tyro.conf.arg(metavar="SCALE")] = 1.0
     """Guidance scale: 0 is unconditional, 1 conditional, and more is guided."""
     guidance_interval: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LOW HIGH")] = (
         None
     )
-    """Guide only where sigma/alpha is between these two."""
+    """Guide only where sigma/alpha is between these two, 0 or more; None for all levels."""
     guidance_rescale: Annotated[float, tyro.conf.arg(metavar="R")] = 0.0
-    """Share, from 0 to 1, by which the contrast of unguided samples is restored."""
+    """Share, 0 to 1, by which the standard deviation of x0 is brought back to that of the
+    conditional estimate."""
     negative: Text = None
     """Condition to guide away from, in place of no condition."""
     two_passes: Flag = False
@@ -91,7 +95,7 @@ class ImageOptions:
     """What images are conditioned on, repeated over them: for classes as in 3 or 0,1,2.
     None for each class in turn."""
     num: int = 64
-    """Number of images."""
+    """Number of images, 1 or more."""
     batch: Count = None
     """Images at a time, over all devices; None for all, up to 64."""
     seed: int = 0
@@ -109,7 +113,7 @@ class OutputOptions:
     out: File = None
     """Picture of all images (.png); None for a name in the run folder."""
     preview: Flag = False
-    """Refresh that picture with the estimates of x0 during sampling."""
+    """Refresh the picture of --out with the estimates of x0 during sampling."""
     animate: File = None
     """Animation of the estimates of x0 of the first batch (.gif)."""
     save: File = None

@@ -30,8 +30,8 @@ def load_npz(path: Path) -> Dataset:
 
     Its arrays: x, uint8 [N, H, W] or [N, H, W, C], C of 1 or 3; y, integers [N] from 0, if the
     images are labelled; or `images` and `labels`, as `diffjax sample` writes them. Every further
-    array of numbers, [N] or [N, width], is a vector that a network can be conditioned on, by its
-    name; others are ignored. A tenth is held out, by `train_holdout_split`.
+    array of finite numbers, [N] or [N, width], is a vector that a network can be conditioned on, by
+    its name; others are ignored. A tenth is held out, by `train_holdout_split`.
 
     Raises: ValueError, naming the path, for any other file.
     """
@@ -45,9 +45,9 @@ def load_npz(path: Path) -> Dataset:
     x = _check_images(path, x)
     y = None if y is None else _check_labels(path, y, len(x))
     vectors = {
-        name: _vectors(path, name, array)
+        name: array.reshape(len(x), -1).astype(np.float32)
         for name, array in arrays.items()
-        if array.ndim in (1, 2) and len(array) == len(x) and array.dtype.kind in "fiu"
+        if array.ndim in (1, 2) and len(array) == len(x) and _is_finite(array)
     }
     fields: dict[str, Conditioning] = label_fields(0 if y is None else int(y.max()) + 1)
     fields |= {name: Vector(vector.shape[1], name) for name, vector in vectors.items()}
@@ -64,11 +64,21 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"data.path is {path}, which does not exist: use an .npz file of images")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file}
+            return {name: array for name in file if (array := _array(file, name)) is not None}
     except READ_ERRORS as error:
         raise ValueError(
             f"{path} cannot be read as an .npz file ({error}): it is damaged, or of another kind"
         ) from error
+
+
+def _array(file: Any, name: str) -> np.ndarray | None:
+    """An array of the file; None for an array of objects that is not needed."""
+    try:
+        return file[name]
+    except ValueError:
+        if name in (*IMAGES, *LABELS):
+            raise
+        return None
 
 
 def _take(arrays: dict[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray | None:
@@ -97,10 +107,8 @@ def _check_labels(path: Path, y: np.ndarray, num: int) -> np.ndarray | None:
     return y
 
 
-def _vectors(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    if not np.isfinite(array).all():
-        raise ValueError(f"array {name} of {path} has NaN or infinity: use finite numbers")
-    return array.reshape(len(array), -1).astype(np.float32)
+def _is_finite(array: np.ndarray) -> bool:
+    return array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
 
 
 def _example(columns: dict[str, np.ndarray], i: int) -> Example:

@@ -11,7 +11,8 @@ class DistributedOptions:
     """Options of a program that runs on several hosts."""
 
     distributed: str | None = None
-    """Run on several hosts: auto on TPU pods and SLURM, else HOST:PORT of process 0."""
+    """Run on several hosts: auto on TPU pods, SLURM, Open MPI and Kubernetes, else HOST:PORT of
+    process 0."""
     processes: int | None = None
     """Number of processes, with HOST:PORT."""
     process: int | None = None

@@ -1,7 +1,12 @@
-"""Requests for guidance, and checks of whether a model can be guided so."""
+"""Requests for guidance, and checks of whether a model can be guided so.
+
+Guidance itself is applied in `DenoiserSpec.build` (pipeline.py), by the functions of
+diffjax/guidance.py.
+"""
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from diffjax.build import ModelInfo
@@ -75,7 +80,9 @@ def check_guidance(model: TrainedModel, guidance: Guidance) -> None:
                 " autoguidance"
             )
     if guidance.negative is not None:
-        conditioning.parse(guidance.negative, 1)
+        pair = conditioning.parse(guidance.negative, 2)
+        if any(not np.array_equal(leaf[0], leaf[1]) for leaf in jax.tree.leaves(pair)):
+            raise ValueError(f"negative is {guidance.negative!r}: use one condition")
     if guidance.interval is not None and not 0 <= guidance.interval[0] < guidance.interval[1]:
         low, high = guidance.interval
         raise ValueError(

@@ -19,12 +19,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from diffjax import denoiser, sampler
-from diffjax import guidance as guide
 from diffjax.build import ModelInfo
 from diffjax.data.codec import Codec
 from diffjax.data.image_io import to_uint8
 from diffjax.denoiser import Condition, Denoiser, Network
 from diffjax.devices import parallel
+from diffjax.guidance import autoguidance, classifier_free_guidance, in_interval
 from diffjax.inference.guidance import Guidance
 from diffjax.inference.model import TrainedModel
 from diffjax.parameterization import Parameterization
@@ -118,7 +118,7 @@ class DenoiserSpec:
         )
         denoise = denoiser.condition_on(conditional, condition)
         if isinstance(self.guidance, ClassifierFree):
-            denoise = guide.classifier_free_guidance(
+            denoise = classifier_free_guidance(
                 conditional, condition, shared.null, shared.scale,
                 self.guidance.rescale, self.guidance.batched,
             )  # fmt: skip
@@ -129,7 +129,7 @@ class DenoiserSpec:
                 self.guidance.parameterization,
             )
             worse = denoiser.condition_on(worse, condition)
-            denoise = guide.autoguidance(denoise, worse, shared.scale, self.guidance.rescale)
+            denoise = autoguidance(denoise, worse, shared.scale, self.guidance.rescale)
         if isinstance(self.bound, DynamicThreshold):
             denoise = denoiser.dynamic_threshold(denoise, self.bound.quantile)
         elif self.bound is not None:
@@ -339,7 +339,7 @@ class Pipeline:
         is_guided = asked.scale != 1 and possible and not specs[0].guidance_conditioned
         inside = np.full(plan.steps, is_guided)
         if asked.interval is not None:
-            inside &= guide.in_interval(plan.level, *asked.interval)
+            inside &= in_interval(plan.level, *asked.interval)
         return specs, inside.astype(int)
 
     def _replicated(self, params: Any, request: Request) -> Replicated:

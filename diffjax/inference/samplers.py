@@ -1,6 +1,5 @@
 """Samplers by name, as text, and plans as files and pictures."""
 
-import functools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,11 +46,9 @@ def _ddpm(schedule: Schedule, t: Any, variance: str) -> Plan:
 
 SAMPLERS: dict[str, Sampler] = {
     "ddpm": Sampler(_ddpm, {"variance": "fixed_small"}),
-    # The "sigma-hat" of DDIM's table 1 (arXiv:2010.02502, appendix D.3), over any levels.
-    "sigma_hat": Sampler(functools.partial(_ddpm, variance="fixed_large"), {}),
+    "sigma_hat": Sampler(sampler.sigma_hat, {}),
     "ddim": Sampler(sampler.ddim, {"eta": 0.0}),
-    # Euler's method for the probability flow in sigma/alpha (arXiv:2206.00364).
-    "euler": Sampler(functools.partial(sampler.ddim, eta=0.0), {}),
+    "euler": Sampler(sampler.euler, {}),
     "heun": Sampler(solvers.heun, {}),
     "dpm_solver_pp_2m": Sampler(solvers.dpm_solver_pp_2m, {"eta": 0.0}),
     "dpm_solver_pp_3m": Sampler(solvers.dpm_solver_pp_3m, {}),

@@ -364,6 +364,19 @@ def select(fields: Mapping[str, Conditioning], names: Sequence[str]) -> Conditio
     return UNCONDITIONAL if not parts else parts[0] if len(parts) == 1 else Fields(parts)
 
 
+def with_null(conditioning: Conditioning) -> Conditioning:
+    """The same conditioning with null labels, to compare what data and models have.
+
+    Data cannot tell whether an imported model's class table has a row for the null label.
+    """
+    if isinstance(conditioning, ClassLabel):
+        return dataclasses.replace(conditioning, has_null_label=True)
+    if isinstance(conditioning, Fields):
+        parts: Any = tuple(with_null(part) for part in conditioning.parts)
+        return Fields(parts)
+    return conditioning
+
+
 def conditioning_to_dict(conditioning: Conditioning) -> dict[str, Any]:
     """The conditioning for JSON, with its kind."""
     kind = next(name for name, kind in KINDS.items() if kind is type(conditioning))

@@ -43,7 +43,7 @@ from diffjax.guidance import classifier_free_guidance
 from diffjax.inference import guidance
 from diffjax.inference.model import TrainedModel, describe_weights
 from diffjax.loss import Objective, TimeSampling
-from diffjax.nn.conditioning import ClassLabel, Conditioning, Fields
+from diffjax.nn.conditioning import with_null
 from diffjax.parameterization import Parameterization
 from diffjax.schedule import Schedule, length
 from diffjax.training.setup import Training
@@ -126,11 +126,14 @@ class DistillOptions:
     """Method of the last stage: progressive (halve the steps of DDIM repeatedly), guidance (only
     make guidance one evaluation), or consistency (learn the end of the teacher's path)."""
     guidance: float | None = None
-    """Largest guidance scale of the students, which take any from 1; None for the teacher's."""
+    """Largest guidance scale of the students, which take any from 1; None for the
+    teacher's, which is 1 (unguided) unless it is a student itself."""
     start: int = 64
-    """Steps of DDIM at the start: the first student halves them, or learns where they end."""
+    """Steps of DDIM at the start, from 2 to T: the first student halves them; for consistency, the
+    student learns the end point of these steps."""
     end: int = 1
-    """Steps of the last student of progressive distillation."""
+    """Steps of the last student of progressive distillation, from 1; halvings of the start lead to
+    it."""
     prediction: Literal["v", "x0"] | None = None
     """What the students predict; None for v, or x0 where the teacher predicts x0."""
     data: Data = field(default_factory=Data)
@@ -330,22 +333,13 @@ def student_info(info: ModelInfo, teacher: TrainedModel) -> ModelInfo:
 
     Raises: ValueError for data of another shape or with other conditions than the teacher's.
     """
-    ours, theirs = ((each.x_shape, _with_null(each.conditioning)) for each in (info, teacher.info))
+    ours, theirs = ((each.x_shape, with_null(each.conditioning)) for each in (info, teacher.info))
     if ours != theirs:
         raise ValueError(
             f"data has x of {info.x_shape} and {info.conditioning}, and {teacher.name} was trained"
             f" on {teacher.info.x_shape} and {teacher.info.conditioning}: use its data"
         )
     return info._replace(conditioning=teacher.info.conditioning)
-
-
-def _with_null(conditioning: Conditioning) -> Conditioning:
-    if isinstance(conditioning, ClassLabel):
-        return dataclasses.replace(conditioning, has_null_label=True)
-    if isinstance(conditioning, Fields):
-        parts: Any = tuple(_with_null(part) for part in conditioning.parts)
-        return Fields(parts)
-    return conditioning
 
 
 def build_distillation(info: ModelInfo, teacher: TrainedModel) -> Training:

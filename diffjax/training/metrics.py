@@ -62,7 +62,8 @@ def plot_curve(metrics: Path, path: Path, title: str = "") -> None:
 
     Raises: OSError for files that cannot be read or written.
     """
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.stat()  # raises where it does not exist
+    lines = _read_lines(metrics)
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     step, loss = _series(lines, "loss")

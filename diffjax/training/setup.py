@@ -52,8 +52,12 @@ def build_training(info: ModelInfo) -> Training:
     schedule, parameterization = build_schedule(config), build_parameterization(config)
     module = build_module(info)
     network, (optimizer, rate) = build_network(info, module), build_optimizer(config)
-    # Without a null condition there is nothing that a condition could be dropped to.
-    drop_rate = train.condition_dropout if conditioning.has_null else 0.0
+    drop_rate = train.condition_dropout if conditioning.is_conditional else 0.0
+    if drop_rate > 0 and not conditioning.has_null:
+        raise ValueError(
+            f"train.condition_dropout is {drop_rate}, and the model's {conditioning} have no null"
+            " condition to be dropped to: use 0"
+        )
     objective = loss.denoising_loss(
         network,
         parameterization,

@@ -20,6 +20,7 @@ from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import describe_devices
+from diffjax.nn.conditioning import with_null
 from diffjax.training.distill import build_distillation, student_info
 from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
 from diffjax.training.metrics import JsonlWriter, TensorBoard, plot_curve
@@ -216,11 +217,13 @@ def open_session(
     start = 0 if resumed is None else int(resumed.state.step)
     if resumed is not None and checkpoints is not None and start >= config.train.steps:
         training = _parallel(resumed.training, config, teacher)
-        return Session(resumed.info, workdir, resumed.state, training, checkpoints, report)
+        info = resumed.info._replace(config=config)
+        return Session(info, workdir, resumed.state, training, checkpoints, report)
     dataset = _load_data(config)
     info = _model_info(config, dataset, teacher)
     if resumed is not None:
         _check_same_data(workdir, resumed.info, info)
+        info = info._replace(conditioning=resumed.info.conditioning)
     batches, held_out = _batches(info, dataset, start), _held_out_batches(info, dataset)
     functions = _build(info, teacher) if resumed is None else resumed.training
     training = _parallel(functions, config, teacher)
@@ -233,8 +236,11 @@ def open_session(
         checkpoints = _open_checkpoints(workdir, config)
     session = Session(info, workdir, state, training, checkpoints, report, batches)
     session.held_out = [training.place_batch(batch) for batch in held_out]
+    preview = None
+    if config.train.preview_every:  # on all processes, so that an error ends all of them
+        preview = make_preview(info, functions.network, dataset.held_out)
     if jax.process_index() == 0:
-        session.preview = make_preview(info, functions.network, dataset.held_out)
+        session.preview = preview
         session.metrics = JsonlWriter(workdir / METRICS, start)
         session.board = TensorBoard(workdir / TENSORBOARD, start) if tensorboard else None
     return session
@@ -311,7 +317,7 @@ def _restore(
 
 
 def _check_same_data(workdir: Path, stored: ModelInfo, info: ModelInfo) -> None:
-    ours, theirs = ((each.x_shape, each.conditioning) for each in (info, stored))
+    ours, theirs = ((each.x_shape, with_null(each.conditioning)) for each in (info, stored))
     if ours != theirs:
         raise ValueError(
             f"data has x of {info.x_shape} and {info.conditioning}, and {workdir} was trained on"

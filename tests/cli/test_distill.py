@@ -119,6 +119,17 @@ def test_defaults_of_the_teacher(runs):
     assert chain.data == TEACHER.data
 
 
+def test_help(capsys):
+    """Defaults that are the teacher's are not shown as values."""
+    with pytest.raises(SystemExit) as end:
+        main(["distill", "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "from the teacher" in " ".join(out.split())
+    assert "tfds)" not in out
+    assert "default: 2000" in out
+
+
 @pytest.mark.slow
 def test_chain(runs, in_suite_data, tmp_path, capsys):
     """Guidance and one halving, each the teacher of the next; then there is nothing to do."""

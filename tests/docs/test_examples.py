@@ -22,6 +22,17 @@ def test_blocks_run(path, tmp_path, monkeypatch):
             value()
 
 
+def test_trained_run(digits_run, tmp_path, monkeypatch):
+    """The block that loads a trained run samples from it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(digits_run)
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    namespace = {}
+    exec(re.search(r"```\{\.python \.example\}\n(.*?)```", page, re.S)[1], namespace)
+    assert namespace["images"].shape == (16, 8, 8, 1)
+
+
 @pytest.mark.slow
 def test_lesson_runs(tmp_path, data_dir):
     """The lesson runs in a process of its own, and makes every picture that it shows."""

@@ -121,11 +121,11 @@ def test_vector_condition():
         ("digits", (8, 8, 1), ClassLabel(10), {}, 426_961),
         ("mnist_small", (32, 32, 1), ClassLabel(10), {}, 878_273),
         # As stored by google/ddpm-cifar10-32; 35.7 M in arXiv:2006.11239.
-        ("ddpm_cifar10", (32, 32, 3), UNCONDITIONAL, {}, 35_746_307),
+        ("cifar10", (32, 32, 3), UNCONDITIONAL, {}, 35_746_307),
         # With the learned variance of the published one, and no null label; 296 M in
         # arXiv:2105.05233.
         (
-            "adm_imagenet64",
+            "imagenet64",
             (64, 64, 3),
             ClassLabel(1000, has_null_label=False),
             {"learned_variance": True},

@@ -25,7 +25,7 @@ class MixerConfig(NetworkConfig):
 
 
 class Mixer(nn.Module):
-    """Blocks that mix patches, then channels, each after adding the embedding of time and condition."""
+    """Blocks that mix patches, then channels, after adding time and condition."""
 
     config: MixerConfig
     conditioning: Conditioning

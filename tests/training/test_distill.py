@@ -1,4 +1,5 @@
 import dataclasses
+import typing
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ from diffjax import loss, schedule
 from diffjax.build import ModelInfo, build_optimizer
 from diffjax.config import Data, check_resume
 from diffjax.denoiser import from_network
+from diffjax.devices import parallel
 from diffjax.inference.model import load_model
 from diffjax.interop import unet2d
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
@@ -25,6 +27,7 @@ from diffjax.training.distill import (
     student_info,
     with_teacher,
 )
+from diffjax.training.setup import ParallelTraining
 from diffjax.training.state import init_state, step_key
 
 from .conftest import CONFIG, LABEL, SHAPE, student_of, with_train, write_run
@@ -145,6 +148,31 @@ def test_the_loss_is_that_of_the_paper(models, method, steps, name):
     output = training.network(own, x, level.t - 1, (label, scale))
     expected = (weight * ((output - v) ** 2).mean((1, 2, 3))).mean()
     assert float(found) == pytest.approx(float(expected), rel=2e-4)  # float32
+
+
+@pytest.mark.parametrize("mode", typing.get_args(parallel.Mode))
+def test_devices_and_modes(models, mode):
+    """All devices train as one, with the teacher's parameters as an argument that is only read.
+
+    The norm of the gradient is that before Adam, which would hide a constant.
+    """
+    teacher, config = (
+        models["teacher"],
+        with_train(student_of("consistency", 4, 3.0), parallel=mode),
+    )
+    training = build_distillation(info_of(config), teacher)
+    index = np.arange(8, dtype=np.uint32)
+    x = np.random.default_rng(5).uniform(-1, 1, (1, 8, *SHAPE)).astype(np.float32)
+    batch = {"x": x, "condition": (index % 10).astype(np.int32)[None], "index": index[None]}
+    parts = ParallelTraining(training, config.train, teacher.params)
+    state = parts.init_state(7)
+    assert jax.tree.map(jnp.shape, state.ema[0]) == jax.tree.map(jnp.shape, state.params)
+    _, metrics = parts.step(state, batch)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(teacher.params))
+    alone = jax.jit(training.init)(jax.random.key(7), teacher.params)
+    _, expected = jax.jit(training.step)(alone, batch, teacher.params)
+    for name in ("loss", "grad_norm"):
+        assert float(metrics[name][0]) == pytest.approx(float(expected[name][0]), rel=1e-4)
 
 
 @pytest.mark.parametrize("conditioning", [Vector(3), Fields((ClassLabel(4), Vector(2, "pose")))])

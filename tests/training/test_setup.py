@@ -5,6 +5,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from helpers import naming
 
 from diffjax.build import ModelInfo
 from diffjax.devices import parallel
@@ -17,7 +18,6 @@ from .conftest import CONFIG, LABEL, SHAPE, with_train
 CONDITIONINGS = {
     "none": UNCONDITIONAL,
     "label": LABEL,
-    "label without null": ClassLabel(10, has_null_label=False),
     "vector": Vector(3),
     "fields": Fields((ClassLabel(4), Vector(2, "pose"))),
 }
@@ -32,6 +32,14 @@ def batches(conditioning, steps=2, size=8):
     condition = jax.tree.map(lambda leaf: np.stack([leaf] * steps), condition)
     present = {} if condition is None else {"condition": condition}
     return {"x": x, "index": index, **present}
+
+
+def test_dropout_needs_a_null_condition():
+    """Labels without a null are trained at condition dropout 0 alone."""
+    info = ModelInfo(CONFIG, SHAPE, ClassLabel(10, has_null_label=False))
+    with pytest.raises(ValueError, match=naming("train.condition_dropout", 0.1)):
+        build_training(info)
+    build_training(info._replace(config=with_train(CONFIG, condition_dropout=0.0)))
 
 
 @pytest.mark.parametrize("kind", CONDITIONINGS)

@@ -73,6 +73,13 @@ def test_a_run_that_is_done_stays(trained):
     assert not [text for text in reported if "data.dir" not in text]
 
 
+def test_fewer_steps_than_done(trained):
+    """A run that has done more steps than are asked for is done."""
+    folder, _ = trained
+    fewer = dataclasses.replace(SHORT, train=dataclasses.replace(SHORT.train, steps=2))
+    assert train(fewer, folder, report=lambda text: None) == TrainResult("already_done", 3)
+
+
 def test_resuming_is_exact(trained, tmp_path):
     """Three steps are one step and then two, in another mode and in dispatches of two."""
     first = with_train(SHORT, steps=1, decay="none")
