@@ -106,25 +106,27 @@ results: demo .venv/installed-test
 # ------------------------------------------------------------------------------- checks
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --ignore tests/docs $(TESTS)
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" --ignore tests/docs $(TESTS)
 
 crash: .venv/installed-test
 	KILLS=25 $(BIN)/python -m pytest tests/training/test_crash.py -k killed
 
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -rs tests/test_parity.py tests/interop \
-		tests/evaluation/test_metrics_parity.py tests/bench $(TESTS)
+		tests/evaluation/test_metrics_parity.py tests/bench/test_networks.py::test_the_baseline_samples_the_same_images $(TESTS)
 
-lint: .venv/installed-lint
+lint: .venv/installed-lint .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-docs: .venv/installed-docs
+# The site, and every block of code and command line of the pages.
+docs: .venv/installed-docs .venv/installed-test
 	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m pytest tests/docs
 
 clean:
 	rm -rf .venv .venv-parity .pytest_cache .hypothesis .ruff_cache site

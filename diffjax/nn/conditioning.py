@@ -365,7 +365,7 @@ def select(fields: Mapping[str, Conditioning], names: Sequence[str]) -> Conditio
 
 
 def with_null(conditioning: Conditioning) -> Conditioning:
-    """The same conditioning with null labels, to compare what data and models have.
+    """The conditioning with null labels, to compare those of data and models.
 
     Data cannot tell whether an imported model's class table has a row for the null label.
     """

@@ -191,7 +191,7 @@ def test_scripts(name, run_program):
 
 
 def test_numbers():
-    assert common.parse_numbers("guidance", "1, 2.5,1") == [1.0, 2.5]
+    assert common.parse_numbers("levels", "1, 2.5,1") == [1.0, 2.5, 1.0]
     assert common.parse_integers("steps", "2, 10,2") == [2, 10]
     for parse, text in ((common.parse_numbers, "1,x"), (common.parse_integers, "1.5")):
         with pytest.raises(ValueError, match=f"steps is '{text}'"):

@@ -82,6 +82,7 @@ def test_a_negative_condition_needs_no_dropout(tiny_model):
         (Guidance(2.0, interval=(-1.0, 0.3)), ("interval", -1, 0.3)),
         (Guidance(2.0, rescale=1.5), ("rescale", 1.5)),
         (Guidance(2.0, negative="10"), (10, 9)),
+        (Guidance(2.0, negative="0,1"), ("negative", "0,1")),
     ],
 )
 def test_bad_guidance_is_named(guidance, names, tiny_model):
