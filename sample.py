@@ -1,4 +1,4 @@
-"""The same as `diffjax sample`."""
+"""Run the command `diffjax sample`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The same as `diffjax train`."""
+"""Run the command `diffjax train`."""
 
 import sys
 

@@ -85,7 +85,8 @@ def measure(chosen: list[Case], repeats: int) -> Iterator[TimingRow]:
 
     repeats: turns of each case. Compiled programs go through a persistent cache of their own.
     """
-    before: str | None = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 (set by JAX at run time)
+    # An attribute that JAX sets at run time, so that type checkers do not know it.
+    before: str | None = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
     with (
         tempfile.TemporaryDirectory() as cache,
         tqdm(total=len(chosen), desc="bench", dynamic_ncols=True) as bar,

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ def describe_os_error(error: OSError) -> str:
 
 @contextlib.contextmanager
 def exit_codes(program: str) -> Iterator[None]:
-    """Print a UserError as one line and exit with code 2; exit with 130 on Ctrl-C."""
+    """Print a UserError as one line and exit with code 2; exit with 130 on Ctrl-C, 141 on a closed pipe."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         yield
@@ -54,6 +55,9 @@ def exit_codes(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # as in `diffjax sample --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 # ------------------------------------------------------------------------------- parsing

@@ -35,7 +35,7 @@ class TensorBoard:
     """Metrics and pictures for TensorBoard."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        """What the folder holds of steps after `start` is no longer shown."""
+        """Open the writer; steps after `start` in the folder are no longer shown."""
         from tensorboardX import SummaryWriter  # here, since most runs do without
 
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
