@@ -45,7 +45,10 @@ def describe_os_error(error: OSError) -> str:
 
 @contextlib.contextmanager
 def exit_codes(program: str) -> Iterator[None]:
-    """Print a UserError as one line and exit with code 2; exit with 130 on Ctrl-C, 141 on a closed pipe."""
+    """Print a UserError as one line and exit with code 2.
+
+    Ctrl-C exits with 130, and a closed pipe with 141.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         yield
