@@ -6,12 +6,14 @@ the library that it describes are built in build.py.
 
 import dataclasses
 import difflib
+import importlib.util
 import math
-import runpy
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -282,13 +284,25 @@ def load_config(name: str) -> Config:
         if is_path:
             raise ValueError(f"configuration file {path} does not exist")
         raise ValueError(f"there is no configuration {name!r}: {suggest(name, config_names())}")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except Exception as error:  # whatever a user's own file may raise
-        raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
+    config = getattr(_load_module(path), "config", None)
     if not isinstance(config, Config):
         raise ValueError(f"{path} must define `config`, a diffjax.config.Config")
     return config
+
+
+def _load_module(path: Path) -> ModuleType:
+    # It stays among the modules, since types that it defines are looked up there.
+    name = f"diffjax_config_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's own file may raise
+        del sys.modules[name]
+        raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
+    return module
 
 
 def suggest(name: str, names: Sequence[str]) -> str:

@@ -92,7 +92,8 @@ def network_name(config: NetworkConfig) -> str:
             register(entry.name, type(config))
             return entry.name
     raise ValueError(
-        f"network config {type(config).__name__} is not registered: call `register` first"
+        f"network config {type(config).__name__} is not registered: call nn.registry.register, or"
+        " use an entry point"
     )
 
 

@@ -21,6 +21,7 @@ from diffjax.devices import parallel
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import describe_devices
 from diffjax.nn.conditioning import with_null
+from diffjax.nn.registry import network_name
 from diffjax.training.distill import build_distillation, student_info
 from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
 from diffjax.training.metrics import JsonlWriter, TensorBoard, plot_curve
@@ -252,6 +253,7 @@ def check_run(config: Config, workdir: Path) -> None:
     Raises: ValueError, naming the field.
     """
     config.check()
+    network_name(config.network)  # checkpoints store it
     if workdir.is_file():
         raise ValueError(f"workdir is {workdir}, which is a file: use a folder")
     train = config.train

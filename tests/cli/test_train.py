@@ -84,6 +84,38 @@ def test_processes_not_found(run_program, tmp_path):
     check_told(code, err, ("distributed", "auto", "HOST:PORT", "processes", "process"))
 
 
+OWN_NETWORK = '''
+from dataclasses import dataclass
+
+from diffjax.config import Config
+from diffjax.nn.unet import UNetConfig
+
+
+@dataclass(frozen=True)
+class Mine(UNetConfig):
+    """A network of the file."""
+
+    extra: int = 3
+    """A number."""
+
+
+config = Config(network=Mine())
+'''
+
+
+def test_network_that_is_not_registered(tmp_path, capsys):
+    """It is refused before training, since no checkpoint could name it; its options are shown."""
+    path = tmp_path / "own.py"
+    path.write_text(OWN_NETWORK)
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(path), "--help"])
+    assert end.value.code == 0
+    assert "--network.extra" in capsys.readouterr().out
+    command = f"train {path} --workdir {tmp_path}/run --network.extra 5"
+    check_mistake(main, command, ("Mine",), capsys)
+    assert not (tmp_path / "run").exists()
+
+
 BAD = {
     "digitz --workdir {tmp}/x": ("digitz", "digits"),
     "{tmp}/own.py --workdir {tmp}/x": "{tmp}/own.py",
