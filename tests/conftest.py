@@ -24,6 +24,17 @@ settings.register_profile(
 settings.load_profile("diffjax")
 
 
+# Fixtures that train a model or start processes, which take long.
+SLOW = {"digits_run", "run_program", "mixer_run", "unconditional_run"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark tests with such fixtures as slow."""
+    for item in items:
+        if SLOW & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def x64():
     """JAX in double precision."""

@@ -23,6 +23,8 @@ from diffjax.inference.model import describe_weights, load_model
 from diffjax.training.state import state_to_trees
 from diffjax.training.trainer import resume
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", "5"))  # `make crash` asks for more
 STEPS = 12 + 4 * KILLS
 COSINE = ["--diffusion.schedule", "cosine", "--diffusion.T", 20]

@@ -32,6 +32,8 @@ from diffjax.training.state import init_state, step_key
 
 from .conftest import CONFIG, LABEL, SHAPE, student_of, with_train, write_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):

@@ -107,6 +107,8 @@ def test_stop_is_asked_once_a_dispatch():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted(number):
     """The second one has its usual effect."""
+    # Processes that a shell starts in the background ignore Ctrl-C.
+    at_start = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with catch_signals() as received:
         assert received() == 0
@@ -116,3 +118,4 @@ def test_the_first_signal_is_noted(number):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    signal.signal(signal.SIGINT, at_start)

@@ -20,7 +20,7 @@ from diffjax.training.trainer import TrainResult, open_session, resume, run, tra
 
 from .conftest import CONFIG, LABEL, student_of, with_train, write_run
 
-pytestmark = pytest.mark.usefixtures("in_suite_data")
+pytestmark = [pytest.mark.usefixtures("in_suite_data"), pytest.mark.slow]
 SHORT = with_train(CONFIG, steps=3, eval_every=2, preview_every=3)
 
 
