@@ -111,7 +111,7 @@ class Diffusion:
     T: int = 1000
     """Number of noise levels."""
     prediction: Literal["eps", "x0", "v"] = "eps"
-    """What the network predicts: eps (the noise), x0 (the data), or v (alpha*eps - sigma*x0)."""
+    """Prediction of the network: eps (the noise), x0 (the data), or v (alpha*eps - sigma*x0)."""
 
     def check(self) -> None:
         """Check the values of the fields.

@@ -41,7 +41,7 @@ class ImageOptions:
     num: int = 10
     """Number of held-out images, 1 or more, where no files are given."""
     condition: Text = None
-    """What images are conditioned on, repeated over them: for classes as in 3 or 0,1,2.
+    """Conditions, repeated over the images: for classes as in 3 or 0,1,2.
     None for no condition."""
     seed: int = 0
     """Seed of the noise, from 0."""

@@ -39,7 +39,7 @@ class SamplerOptions:
     """Sampler and its steps."""
 
     sampler: SamplerText = None
-    """As in ddim, "ddim(eta=0.5):50" or "ddpm(variance=fixed_large, spacing=leading)".
+    """Sampler: ddim, "ddim(eta=0.5):50" or "ddpm(variance=fixed_large, spacing=leading)".
     None for ddim, or what a distilled model was trained for."""
     steps: Count = None
     """Noise levels to visit, from 1 to T, unless --sampler ends in :N.

@@ -92,7 +92,7 @@ class ImageOptions:
     """Images to sample."""
 
     condition: Text = None
-    """What images are conditioned on, repeated over them: for classes as in 3 or 0,1,2.
+    """Conditions, repeated over the images: for classes as in 3 or 0,1,2.
     None for each class in turn."""
     num: int = 64
     """Number of images, 1 or more."""

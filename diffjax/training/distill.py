@@ -135,7 +135,7 @@ class DistillOptions:
     """Steps of the last student of progressive distillation, from 1; halvings of the start lead to
     it."""
     prediction: Literal["v", "x0"] | None = None
-    """What the students predict; None for v, or x0 where the teacher predicts x0."""
+    """Prediction of the students; None for v, or x0 where the teacher predicts x0."""
     data: Data = field(default_factory=Data)
     """Data of the students; the default is the teacher's, where it is recorded."""
     train: Train = field(default_factory=lambda: Train(**TRAIN_DEFAULTS))
