@@ -109,7 +109,7 @@ test: .venv/installed-test
 	$(BIN)/python -m pytest --ignore tests/docs $(TESTS)
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow" --ignore tests/docs $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" $(wildcard tests/test_*.py) tests/nn tests/data tests/devices $(TESTS)
 
 crash: .venv/installed-test
 	KILLS=25 $(BIN)/python -m pytest tests/training/test_crash.py -k killed
