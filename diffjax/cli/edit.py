@@ -13,7 +13,15 @@ import tyro
 from diffjax import sampler, schedule
 from diffjax.build import load_data
 from diffjax.cli import common
-from diffjax.cli.options import File, Files, Model, Numbers, Text, WeightsOptions
+from diffjax.cli.options import (
+    DataOptions,
+    File,
+    Files,
+    Model,
+    Numbers,
+    Text,
+    WeightsOptions,
+)
 from diffjax.data import image_io
 from diffjax.data.batches import first_examples
 from diffjax.evaluation.quality import image_shape
@@ -56,6 +64,7 @@ class EditOptions:
     model: Model
     """Run folder, or hf:FOLDER or hf:OWNER/NAME for a published model."""
     image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    data: DataOptions = field(default_factory=DataOptions)
     weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
 
@@ -182,7 +191,8 @@ def open_scene(options: EditOptions) -> Scene:
     if asked.images:
         images = _read_images(asked.images, model)
     else:
-        images, _ = first_examples(load_data(model.info.config).held_out, asked.num)
+        config = options.data.locate(model.info.config)
+        images, _ = first_examples(load_data(config).held_out, asked.num)
     condition = None
     if asked.condition is not None:
         condition = conditioning.parse(asked.condition, len(images))

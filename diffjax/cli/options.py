@@ -1,10 +1,11 @@
 """Groups of options that several commands share: one spelling for one idea."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import tyro
 
+from diffjax.config import Config
 from diffjax.inference.defaults import default_sampler, default_steps
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.samplers import make_plan, parse_sampler
@@ -32,6 +33,28 @@ class WeightsOptions:
     """ema (the moving average), raw (as trained), or the decay of one of several averages."""
     checkpoint: Step = None
     """Training step of the checkpoint; None for the latest."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data of the model."""
+
+    path: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """Folder or .npz file of the images, where they have moved since training."""
+
+    def locate(self, config: Config) -> Config:
+        """The configuration with the images where they are now.
+
+        Raises: ValueError for a path of data that are no folder or file.
+        """
+        if self.path is None:
+            return config
+        if config.data.source == "tfds":
+            raise ValueError(
+                f"data.path is {self.path!r}, and {config.data} is no folder or .npz file: leave"
+                " it out"
+            )
+        return replace(config, data=replace(config.data, path=self.path))
 
 
 @dataclass(frozen=True)

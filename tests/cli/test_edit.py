@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import check_mistake, naming
+from helpers import check_mistake, check_told, naming
 from PIL import Image
 
 from diffjax.cli import edit, main
@@ -44,6 +44,18 @@ def test_picture_and_report(digits_run, tmp_path, capsys, in_suite_data, command
     printed = capsys.readouterr().out
     assert [name for name in (*names, out) if not re.search(naming(name), printed)] == [], printed
     assert np.asarray(Image.open(out)).shape[0] == rows * 52 + 4
+
+
+def test_moved_data(folder_run, photos, tmp_path, capsys):
+    """Held-out images are read where they are now, and must be there."""
+    (tmp_path / "moved").symlink_to(photos)
+    words = ["edit", "vary", str(folder_run), "--num", "1", "--steps", "1", "--start", "1000"]
+    words += ["--out", str(tmp_path / "a.png"), "--data.path"]
+    main([*words, str(tmp_path / "moved")])
+    assert (tmp_path / "a.png").is_file()
+    with pytest.raises(SystemExit) as end:
+        main([*words, str(tmp_path / "gone")])
+    check_told(end.value.code, capsys.readouterr().err, ("data.path", str(tmp_path / "gone")), True)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,7 @@ BAD = {
     "interpolate {run} --num 2 --condition 3,8": ("condition", "3,8"),
     "interpolate {run} --num 3": ("images", "3"),
     "interpolate {run} --between 0": ("between", "0"),
+    "vary {run} --data.path {tmp}": ("data.path", "{tmp}", "digits"),
 }
 
 
