@@ -1,10 +1,20 @@
 """Runs that several tests of commands share."""
 
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import QUIET, TINY
 from PIL import Image
 
+from diffjax import build
+from diffjax.checkpoint import Checkpoints, ema_key
 from diffjax.cli import main
+from diffjax.config import Config, Data, Diffusion
+from diffjax.nn import registry
 
 
 @pytest.fixture(scope="session")
@@ -16,27 +26,58 @@ def unconditional_run(data_dir, tmp_path_factory):
     return folder
 
 
-CLASSES = ('a<&"b', "c'>d")  # names that are no names in HTML
+# ------------------------------------------------------------------------------- painted
+
+CLASSES = ('a<&"b', "c'>d")  # names that have a meaning in HTML
+COLOURS = ((255, 0, 0), (0, 0, 255))
+
+
+class Painter(nn.Module):
+    """A network whose estimate of x0 is the colour of the class, and a tenth of it the noise."""
+
+    @nn.compact
+    def __call__(self, x, t, condition, keys=None):
+        none = jnp.zeros((1, 3))  # grey
+        colours = jnp.concatenate([jnp.array(COLOURS) / 127.5 - 1, none])
+        share = self.param("share", lambda key: jnp.float32(0.1))
+        return (1 - share) * colours[condition][:, None, None] + share * jnp.tanh(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class PainterConfig(registry.NetworkConfig):
+    """Configuration of a painter."""
+
+    def build(self, x_shape, conditioning):
+        return Painter()
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A folder of two classes of 40 pictures each, red ones and blue ones."""
+    """A folder of two classes of 20 pictures each, red ones and blue ones."""
     folder = tmp_path_factory.mktemp("data") / 'photos<&"'
-    for name, colour in zip(CLASSES, ((255, 0, 0), (0, 0, 255)), strict=True):
+    for name, colour in zip(CLASSES, COLOURS, strict=True):
         (folder / name).mkdir(parents=True)
-        for i in range(40):
+        for i in range(20):
             Image.new("RGB", (8, 8), colour).save(folder / name / f"{i:02}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def folder_run(photos, tmp_path_factory):
-    """A run of two steps on that folder, in a folder of such a name."""
+def painter_run(photos, tmp_path_factory):
+    """A run folder of a painter of that folder, which nobody had to train."""
     folder = tmp_path_factory.mktemp("runs") / 'run<&"'
-    data = ["--data.source", "folder", "--data.path", str(photos), "--data.size", "8"]
-    options = ["--train.steps", "2", "--train.batch", "8", *TINY, *QUIET, *data]
-    main(["train", "digits", "--workdir", str(folder), *options])
+    registry.register("painter", PainterConfig)
+    config = Config(
+        data=Data(source="folder", path=str(photos), size=8),
+        network=PainterConfig(),
+        diffusion=Diffusion(T=100, prediction="x0"),
+    )
+    info = build.describe_model(config)
+    params = build.init_params(info, build.build_module(info), jax.random.key(0))
+    trees = {"params": params, ema_key(0): params, "rest": {"step": np.int32(1)}}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, trees, info.to_dict())
+    checkpoints.close()
     return folder
 
 

@@ -46,10 +46,10 @@ def test_picture_and_report(digits_run, tmp_path, capsys, in_suite_data, command
     assert np.asarray(Image.open(out)).shape[0] == rows * 52 + 4
 
 
-def test_moved_data(folder_run, photos, tmp_path, capsys):
+def test_moved_data(painter_run, photos, tmp_path, capsys):
     """Held-out images are read where they are now, and must be there."""
     (tmp_path / "moved").symlink_to(photos)
-    words = ["edit", "vary", str(folder_run), "--num", "1", "--steps", "1", "--start", "1000"]
+    words = ["edit", "vary", str(painter_run), "--num", "1", "--steps", "1", "--start", "100"]
     words += ["--out", str(tmp_path / "a.png"), "--data.path"]
     main([*words, str(tmp_path / "moved")])
     assert (tmp_path / "a.png").is_file()
