@@ -6,6 +6,8 @@ dropped to in training and guided away from in sampling.
 """
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from jax import Array
 
 Condition = Any  # a pytree of arrays [B, ...], or None
+LISTED = 8  # names of classes in a sentence, at most
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,25 @@ UNCONDITIONAL = Conditioning()
 
 @dataclass(frozen=True)
 class ClassLabel(Conditioning):
-    """A class label, int32 [B] of 0..classes-1; `classes` itself is the null label."""
+    """A class label, int32 [B] of 0..classes-1; `classes` itself is the null label.
+
+    Classes are called by their names where these are known, else by their numbers.
+
+    Raises: ValueError for names that are not one per class, each different.
+    """
 
     classes: int
     has_null_label: bool = True  # whether the class table has a row for the null label
     field: str = "label"  # of the examples of a data set, and the name of the class table
+    names: tuple[str, ...] = ()  # of the classes, in their order; empty where they are unknown
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        if self.names and len(set(self.names)) != self.classes:
+            raise ValueError(
+                f"names has {len(set(self.names))} different names, and classes is {self.classes}:"
+                " use one name per class"
+            )
 
     @property
     def null(self) -> int:
@@ -122,26 +139,61 @@ class ClassLabel(Conditioning):
         return jnp.zeros(batch, jnp.int32)
 
     def spread(self, num: int) -> np.ndarray:
-        """Each class in turn, int32 [num]."""
-        return np.resize(np.arange(self.classes, dtype=np.int32), num)
+        """Each class in turn, int32 [num]; of more classes than num, every so many."""
+        labels = np.arange(max(num, self.classes)) % self.classes
+        return labels[np.arange(num) * len(labels) // max(num, 1)].astype(np.int32)
 
     def read(self, example: Mapping[str, Any]) -> np.int32:
         """The example's label."""
         return np.int32(example[self.field])
 
     def parse(self, text: str, num: int) -> np.ndarray:
-        """Labels as in "3" or "0,1,2", repeated over `num` samples: int32 [num]."""
-        labels = text.split(",")
-        if not all(label.strip().isdecimal() and int(label) < self.classes for label in labels):
-            last = self.classes - 1
-            raise ValueError(
-                f"condition is {text!r}: use labels of 0 to {last}, separated by commas"
-            )
+        """Labels as in "3", "0,1,2" or "cat,dog", repeated over `num` samples: int32 [num].
+
+        Classes are written by name, or by number from 0, but for names that look like numbers
+        themselves: of the classes "1" to "10" the text "1" is the first, and "0" is none.
+        """
+        words, labels = text.split(","), []
+        most = 1 + max((name.count(",") for name in self.names), default=0)  # words of a name
+        while words:
+            candidates = ((n, self._label_of(words[:n])) for n in range(most, 0, -1))
+            taken, label = next((each for each in candidates if each[1] is not None), (1, None))
+            if label is None:
+                raise ValueError(f"condition is {text!r}: {self._expected(words[0].strip())}")
+            labels.append(label)
+            del words[:taken]
         return np.resize(np.asarray(labels, np.int32), num)
 
+    def _label_of(self, words: list[str]) -> int | None:
+        word = ",".join(words).strip()
+        if word in self.names:
+            return self.names.index(word)
+        is_number = word.isdecimal() and not self._has_numbers_as_names
+        return int(word) if is_number and int(word) < self.classes else None
+
+    @property
+    def _has_numbers_as_names(self) -> bool:
+        return any(re.fullmatch(r"[-+]?\d*\.?\d+", name) for name in self.names)
+
+    def _expected(self, word: str) -> str:
+        numbers = f"0 to {self.classes - 1}"
+        if not self.names:
+            return f"use labels of {numbers}, separated by commas"
+        near = difflib.get_close_matches(word, self.names, n=1)
+        hint = f"did you mean {near[0]!r}? Use" if near else "use"
+        others = "" if self._has_numbers_as_names else f", or their numbers {numbers}"
+        return f"{hint} names of classes ({self.list_names()}){others}, separated by commas"
+
+    def list_names(self) -> str:
+        """The names in order, as in "ant, bee, cat"; of many, some and the last."""
+        if len(self.names) <= LISTED:
+            return ", ".join(self.names)
+        return ", ".join([*self.names[: LISTED - 1], "...", self.names[-1]])
+
     def describe(self, condition: Condition) -> list[str]:
-        """The labels; "none" for the null label."""
-        return ["none" if label == self.classes else str(label) for label in np.asarray(condition)]
+        """The names of the classes, or their numbers; "none" for the null label."""
+        names = [*(self.names or map(str, range(self.classes))), "none"]
+        return [names[label] for label in np.asarray(condition)]
 
     def labels(self, condition: Condition) -> np.ndarray:
         """The condition itself."""
@@ -364,17 +416,43 @@ def select(fields: Mapping[str, Conditioning], names: Sequence[str]) -> Conditio
     return UNCONDITIONAL if not parts else parts[0] if len(parts) == 1 else Fields(parts)
 
 
-def with_null(conditioning: Conditioning) -> Conditioning:
-    """The conditioning with null labels, to compare those of data and models.
+def difference(data: Conditioning, model: Conditioning) -> str:
+    """A clause that names how the conditions of data differ from a model's, "" if they do not.
 
-    Data cannot tell whether an imported model's class table has a row for the null label.
+    Two things of a model may be unknown: the names of its classes, and, to data, whether its class
+    table has a row for the null label.
     """
-    if isinstance(conditioning, ClassLabel):
-        return dataclasses.replace(conditioning, has_null_label=True)
-    if isinstance(conditioning, Fields):
-        parts: Any = tuple(with_null(part) for part in conditioning.parts)
-        return Fields(parts)
-    return conditioning
+    for ours, theirs in zip(_parts(data), _parts(model), strict=False):
+        if isinstance(ours, ClassLabel) and isinstance(theirs, ClassLabel):
+            clause = _name_difference(ours.names, theirs.names)
+            if clause:
+                return clause
+    plain = [tuple(map(_without_names, _parts(each))) for each in (data, model)]
+    return "" if plain[0] == plain[1] else f"the data has {data}, and the model has {model}"
+
+
+def _name_difference(data: tuple[str, ...], model: tuple[str, ...]) -> str:
+    if not data or not model or data == model:
+        return ""
+    new = [name for name in data if name not in model]
+    gone = [name for name in model if name not in data]
+    if new and gone:
+        return f"the data has the class {new[0]!r}, and the model has {gone[0]!r}"
+    if new or gone:
+        has, lacks = ("data", "model") if new else ("model", "data")
+        return f"the {has} has the class {[*new, *gone][0]!r}, and the {lacks} has not"
+    i = next(i for i, (ours, theirs) in enumerate(zip(data, model, strict=True)) if ours != theirs)
+    return f"class {i} of the data is {data[i]!r}, and of the model {model[i]!r}"
+
+
+def _parts(conditioning: Conditioning) -> tuple[Conditioning, ...]:
+    return conditioning.parts if isinstance(conditioning, Fields) else (conditioning,)
+
+
+def _without_names(part: Conditioning) -> Conditioning:
+    if isinstance(part, ClassLabel):
+        return dataclasses.replace(part, has_null_label=True, names=())
+    return part
 
 
 def conditioning_to_dict(conditioning: Conditioning) -> dict[str, Any]:
@@ -386,8 +464,12 @@ def conditioning_to_dict(conditioning: Conditioning) -> dict[str, Any]:
 
 
 def conditioning_from_dict(values: Mapping[str, Any]) -> Conditioning:
-    """The inverse of `conditioning_to_dict`."""
-    rest: dict[str, Any] = {name: value for name, value in values.items() if name != "kind"}
+    """The inverse of `conditioning_to_dict`, through JSON."""
+    rest: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name != "kind"
+    }
     if values["kind"] == "fields":
         rest = {"parts": tuple(conditioning_from_dict(part) for part in rest["parts"])}
     return KINDS[values["kind"]](**rest)

@@ -43,7 +43,7 @@ from diffjax.guidance import classifier_free_guidance
 from diffjax.inference import guidance
 from diffjax.inference.model import TrainedModel, describe_weights
 from diffjax.loss import Objective, TimeSampling
-from diffjax.nn.conditioning import with_null
+from diffjax.nn.conditioning import difference
 from diffjax.parameterization import Parameterization
 from diffjax.schedule import Schedule, length
 from diffjax.training.setup import Training
@@ -333,11 +333,12 @@ def student_info(info: ModelInfo, teacher: TrainedModel) -> ModelInfo:
 
     Raises: ValueError for data of another shape or with other conditions than the teacher's.
     """
-    ours, theirs = ((each.x_shape, with_null(each.conditioning)) for each in (info, teacher.info))
-    if ours != theirs:
+    clause = difference(info.conditioning, teacher.info.conditioning)
+    if clause or info.x_shape != teacher.info.x_shape:
         raise ValueError(
             f"data has x of {info.x_shape} and {info.conditioning}, and {teacher.name} was trained"
             f" on {teacher.info.x_shape} and {teacher.info.conditioning}: use its data"
+            + (f" ({clause})" if clause else "")
         )
     return info._replace(conditioning=teacher.info.conditioning)
 

@@ -20,7 +20,7 @@ from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import describe_devices
-from diffjax.nn.conditioning import with_null
+from diffjax.nn.conditioning import difference
 from diffjax.nn.registry import network_name
 from diffjax.training.distill import build_distillation, student_info
 from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
@@ -319,11 +319,15 @@ def _restore(
 
 
 def _check_same_data(workdir: Path, stored: ModelInfo, info: ModelInfo) -> None:
-    ours, theirs = ((each.x_shape, with_null(each.conditioning)) for each in (info, stored))
-    if ours != theirs:
+    if info.x_shape != stored.x_shape:
         raise ValueError(
-            f"data has x of {info.x_shape} and {info.conditioning}, and {workdir} was trained on"
-            f" {stored.x_shape} and {stored.conditioning}: use another run folder"
+            f"data has x of {info.x_shape}, and {workdir} was trained on {stored.x_shape}: use"
+            " another run folder"
+        )
+    clause = difference(info.conditioning, stored.conditioning)
+    if clause:
+        raise ValueError(
+            f"{clause}: use the data that {workdir} was trained on, or another run folder"
         )
 
 

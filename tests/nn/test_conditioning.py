@@ -1,4 +1,5 @@
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -17,13 +18,23 @@ from diffjax.nn.conditioning import (
     WithGuidanceScale,
     conditioning_from_dict,
     conditioning_to_dict,
+    difference,
     select,
 )
 
+
+def named(*names, **fields):
+    return ClassLabel(len(names), names=names, **fields)
+
+
+PETS = named("cat", "dog", "owl")
+words = st.text("ab1. ", min_size=1).map(str.strip).filter(bool)
+named_labels = st.lists(words, min_size=1, max_size=5, unique=True).map(lambda its: named(*its))
 labels = st.builds(ClassLabel, st.integers(1, 12), st.booleans())
 vectors = st.builds(Vector, st.integers(1, 4))
 fields = st.tuples(labels, vectors).map(Fields)
-conditionings = st.one_of(st.just(UNCONDITIONAL), labels, vectors, fields)
+unnamed = st.one_of(st.just(UNCONDITIONAL), labels, vectors, fields)
+conditionings = st.one_of(unnamed, named_labels)
 batches = st.integers(1, 7)
 
 
@@ -47,7 +58,7 @@ def parts(conditioning):
 def text_of(conditioning, condition):
     """What a user writes for a batch of conditions."""
     if isinstance(conditioning, ClassLabel):
-        return ",".join(str(label) for label in condition)
+        return ",".join(conditioning.describe(condition))
     if isinstance(conditioning, Vector):
         return "/".join(",".join(str(float(number)) for number in row) for row in condition)
     texts = [f"{p.field}={text_of(p, condition[p.field])}" for p in conditioning.parts]
@@ -112,7 +123,7 @@ def test_round_trip_through_json(conditioning):
 
 
 @settings(max_examples=20)
-@given(conditionings, batches, st.booleans())
+@given(unnamed, batches, st.booleans())
 def test_embeddings(conditioning, batch, with_scale):
     """[B, width], row by row: as for each condition alone."""
     conditioning = WithGuidanceScale(conditioning) if with_scale else conditioning
@@ -148,6 +159,81 @@ def test_embeddings(conditioning, batch, with_scale):
 
 def test_spread_of_labels():
     assert ClassLabel(3).spread(7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+@given(st.integers(1, 50), st.integers(0, 120))
+def test_spread_is_even(classes, num):
+    """Each class, in order and equally often but for one, or every so many of them."""
+    found = ClassLabel(classes).spread(num).tolist()
+    if num >= classes:
+        assert found == [i % classes for i in range(num)]
+    else:
+        assert found == sorted(set(found))
+        assert found == [classes * i // num for i in range(num)]
+
+
+def test_spread_of_many_classes():
+    assert ClassLabel(1000).spread(10).tolist() == [100 * i for i in range(10)]
+
+
+def test_names_of_classes():
+    assert PETS.describe(np.array([2, 0, 3])) == ["owl", "cat", "none"]
+    assert PETS.spread(4).tolist() == [0, 1, 2, 0]
+    assert PETS.list_names() == "cat, dog, owl"
+    many = named(*(f"c{i}" for i in range(1000)))
+    assert many.list_names() == "c0, c1, c2, c3, c4, c5, c6, ..., c999"
+    with pytest.raises(ValueError, match=naming("names", 2, "classes", 3)):
+        ClassLabel(3, names=("a", "b"))
+    with pytest.raises(ValueError, match=naming("names", 1, "classes", 2)):
+        named("a", "a")
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "text", "expected"),
+    [
+        (PETS, "owl", [2, 2, 2]),
+        (PETS, "dog, cat", [1, 0, 1]),
+        (PETS, "2,cat", [2, 0, 2]),
+        # Names that look like numbers are names.
+        (named(*map(str, range(12))), "10,2", [10, 2, 10]),
+        (named(*map(str, range(1, 11))), "1,10", [0, 9, 0]),
+        (named("7", "300000"), "300000", [1, 1, 1]),
+        (named("tench, Tinca tinca", "tench", "b"), "tench, Tinca tinca,b", [0, 2, 0]),
+        (named("tench, Tinca tinca", "tench", "b"), "tench,b", [1, 2, 1]),
+    ],
+)
+def test_classes_are_written_by_name(conditioning, text, expected):
+    assert conditioning.parse(text, 3).tolist() == expected
+
+
+CLASSES = ClassLabel(3)
+DIFFERENCES = [
+    (named("cat", "wolf", "owl"), PETS, ["wolf", "dog"]),
+    (named("cat", "dog"), PETS, ["owl"]),
+    (named("bee", "cat", "dog", "owl"), PETS, ["bee"]),
+    (named("dog", "cat", "owl"), PETS, [0, "dog", "cat"]),
+    (named("1", "2", "3"), named("0", "1", "2"), ["3", "0"]),
+    (ClassLabel(4), PETS, ["4 classes", "3 classes"]),
+    (UNCONDITIONAL, PETS, ["unconditional", "3 classes"]),
+    (ClassLabel(3, field="kind"), CLASSES, ["3 classes"]),
+    (Fields((Vector(2), named("cat", "dog"))), Fields((Vector(2), named("cat", "owl"))), ["owl"]),
+    (Fields((CLASSES, Vector(2))), Fields((CLASSES, Vector(3))), ["vector of 2", "vector of 3"]),
+    (Fields((CLASSES, Vector(2))), CLASSES, ["vector of 2"]),
+]
+
+
+@pytest.mark.parametrize(("data", "model", "words"), DIFFERENCES)
+def test_differences_are_named(data, model, words):
+    for pair in ((data, model), (model, data)):
+        assert re.search(naming(*words), difference(*pair)), difference(*pair)
+
+
+def test_names_and_nulls_may_be_unknown():
+    for data in (PETS, CLASSES):
+        for model in (PETS, CLASSES, ClassLabel(3, has_null_label=False)):
+            assert difference(data, model) == ""
+    both = Fields((PETS, Vector(2)))
+    assert difference(both, Fields((ClassLabel(3, has_null_label=False), Vector(2)))) == ""
 
 
 def test_captions():
@@ -196,6 +282,10 @@ def test_parsing_several_fields():
         (ClassLabel(10), "-1", ["-1", 9]),
         (ClassLabel(10), "cat", ["cat", 9]),
         (ClassLabel(10), "", [9]),
+        (PETS, "cow", ["cow", "cat", "dog", "owl", 0, 2]),
+        (PETS, "cat,3", ["cat,3", "owl"]),
+        (PETS, "cats", ["cat", "did you mean"]),
+        (named("1", "2"), "0", ["0", "1", "2"]),
         (Vector(2), "1", ["1", 2]),
         (Vector(2), "1,nan", ["1,nan", 2]),
         (Vector(2), "1,2/", ["1,2/", 2]),
