@@ -178,7 +178,7 @@ class Checkpoints:
             self._manager.close()
 
     def _folder(self, step: int) -> Path:
-        return self._workdir / FOLDER / str(step)
+        return step_folder(self._workdir, step)
 
     def _probe(self) -> None:
         # Orbax finds a missing folder or a full disk too, but then a thread of it keeps the process
@@ -190,18 +190,7 @@ class Checkpoints:
             probe.unlink(missing_ok=True)
 
     def _stored(self, step: int) -> dict[str, Any]:
-        folder, args = self._folder(step), ocp.args.Composite(config=ocp.args.JsonRestore())
-        try:
-            stored = self._manager.restore(step, args=args)["config"]
-        except TRANSIENT_ERRORS:
-            raise
-        except Exception as error:  # as in `restore`
-            raise ValueError(
-                f"checkpoint {folder} is incomplete: remove it, and an earlier one is used"
-            ) from error
-        if not isinstance(stored, dict) or stored.pop("digest", None) != _json_sha256(stored):
-            raise _damaged(folder)
-        return stored
+        return _read_stored(self._folder(step))
 
     def _write(self, write: Callable[[], Any]) -> None:
         try:
@@ -255,6 +244,50 @@ def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints
             f"{workdir} has no checkpoint of step {step}: it has {', '.join(map(str, steps))}"
         )
     return checkpoints, steps[-1] if step is None else step
+
+
+def step_folder(workdir: Path, step: int) -> Path:
+    """The folder of the checkpoint of a training step."""
+    return workdir / FOLDER / str(step)
+
+
+def stored_steps(workdir: Path) -> list[int]:
+    """The training steps of the checkpoints of a run folder, in order; nothing is opened."""
+    folder = workdir / FOLDER
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+
+def latest_config(workdir: Path) -> dict[str, Any]:
+    """The configuration of the latest checkpoint whose configuration is readable.
+
+    It is read without JAX, which must not start before processes have found each other.
+
+    Raises: FileNotFoundError for a folder without checkpoints; ValueError if all are damaged.
+    """
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"run folder {workdir} does not exist: train a model there first")
+    damaged: ValueError | None = None
+    for step in reversed(stored_steps(workdir)):
+        try:
+            return _read_stored(step_folder(workdir, step))["config"]
+        except ValueError as error:
+            damaged = damaged or error
+    raise damaged or FileNotFoundError(f"{workdir} has no checkpoint: train a model there first")
+
+
+def _read_stored(folder: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads((folder / "config" / "metadata").read_text())
+    except TRANSIENT_ERRORS:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {folder} is incomplete: remove it, and an earlier one is used"
+        ) from error
+    if not isinstance(stored, dict) or stored.pop("digest", None) != _json_sha256(stored):
+        raise _damaged(folder)
+    return stored
 
 
 def _json_sha256(values: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +119,11 @@ class Diffusion:
         Raises: ValueError, naming the field.
         """
         _positive("diffusion.T", self.T)
+        if self.zero_terminal_snr and self.prediction == "eps":
+            raise ValueError(
+                "diffusion.zero_terminal_snr is True and diffusion.prediction eps, which does not"
+                f" determine x0 at level {self.T}, where no signal is left: use prediction v or x0"
+            )
         if self.betas and self.schedule not in BETAS:
             raise ValueError(
                 f"diffusion.betas is {self.betas} and diffusion.schedule {self.schedule}: use betas"
@@ -372,6 +377,21 @@ def is_bound(name: str) -> bool:
     return name in BOUND_FIELDS or (part == "network" and rest not in UNBOUND_FIELDS)
 
 
+def forgotten_changes(stored: Config, given: Config, named: Collection[str]) -> list[str]:
+    """The fields that differ from a checkpoint's without being named.
+
+    Each as in "train.batch is 64, and the run has 32". named: as `flat_fields` names them. Those of
+    the distillation are no options, and left to `check_resume`.
+    """
+    old, new = flat_fields(stored), flat_fields(given)
+    names = [name for name in new if name in old and not name.startswith("distillation.")]
+    return [
+        f"{name} is {new[name]}, and the run has {old[name]}"
+        for name in names
+        if old[name] != new[name] and name not in named
+    ]
+
+
 def check_resume(stored: Config, given: Config) -> list[str]:
     """The fields that changed since a checkpoint, as in "train.steps: 1000 -> 2000".
 
@@ -385,6 +405,8 @@ def check_resume(stored: Config, given: Config) -> list[str]:
     old, new = flat_fields(stored), flat_fields(given)
     changed = [name for name in new if old[name] != new[name]]
     for name in changed:
+        if name.startswith("data.") and not stored.data.known:
+            continue  # the data of an imported network, which are named now
         if name.startswith("distillation.") or is_bound(name):
             raise ValueError(
                 f"{name} is {new[name]}, and the checkpoint has {old[name]}: use the value of the"

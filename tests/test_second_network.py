@@ -54,8 +54,8 @@ def mixer_run(plugin, tmp_path_factory):
     (folder / "own.py").write_text(OWN.format(path=str(folder / "shades.npz")))
     run = folder / "run"
     main(["train", str(folder / "own.py"), "--workdir", str(run), "--train.steps", "200"])
-    main(["train", str(folder / "own.py"), "--workdir", str(run)])  # resumes
     (folder / "own.py").unlink()
+    main(["train", "--resume", str(run), "--train.steps", "500"])
     return run
 
 

@@ -12,7 +12,7 @@ import tyro
 from diffjax.checkpoint import silence_orbax
 from diffjax.cli import common
 from diffjax.cli.options import Flag, Folder, Model, WeightsOptions
-from diffjax.cli.train import train
+from diffjax.cli.train import named_fields, train
 from diffjax.config import Data, Train
 from diffjax.devices.distributed import DistributedOptions, initialize_distributed
 from diffjax.inference.model import TrainedModel, load_model
@@ -100,7 +100,9 @@ def run(request: Request) -> None:
     for stage in stages:
         config = with_teacher(stage.config, teacher)
         folder = workdir / stage.name
-        train(config, folder, teacher=teacher, tensorboard=options.tensorboard)
+        # The option of the chain that gives this field is checked when a student is resumed.
+        named = (*named_fields(request.arguments), "diffusion.prediction")
+        train(config, folder, named, teacher=teacher, tensorboard=options.tensorboard)
         with common.user_errors():
             teacher = load_model(folder)
 

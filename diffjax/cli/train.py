@@ -1,6 +1,9 @@
 """Train a diffusion model."""
 
+import dataclasses
+import itertools
 import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ import tyro
 from diffjax.checkpoint import silence_orbax
 from diffjax.cli import common
 from diffjax.cli.options import ConfigName, Flag, Folder
-from diffjax.config import Config
+from diffjax.config import Config, flat_fields, forgotten_changes
 from diffjax.data.dataset import UnreadableError
 from diffjax.devices.distributed import DistributedOptions, initialize_distributed
 from diffjax.inference.model import TrainedModel
@@ -28,16 +31,53 @@ class Options:
     """Name of a configuration, or path of a Python file that defines `config`."""
     workdir: Folder
     """Run folder for checkpoints, metrics.jsonl, previews and the loss curve."""
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """Run folder to train on in, in place of CONFIG and --workdir: the options that are not given
+    are those of its last checkpoint."""
     tensorboard: Flag = False
     """Write metrics and previews for TensorBoard too, to the folder tensorboard of the run
     folder."""
     hosts: tyro.conf.OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
     experiment: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    named: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
 
 
 def parse(program: str, arguments: list[str]) -> Options:
-    """Parse the options, whose defaults are those of the named configuration."""
-    return common.parse_with_config(Options, program, arguments)
+    """Parse the options, whose defaults are those of the named configuration or of a run."""
+    run = resumed_run(arguments)
+    if run is None:
+        options = common.parse_with_config(Options, program, arguments)
+        return dataclasses.replace(options, named=named_fields(arguments))
+    with common.user_errors():
+        config = trainer.stored_config(Path(run))
+    default = Options("", run, resume=run, experiment=config)
+    options = common.parse(Options, program, arguments, default)
+    if options.config or options.workdir != run:
+        given = f"CONFIG {options.config}" if options.config else f"--workdir {options.workdir}"
+        raise common.UserError(
+            f"--resume {run} is the run folder and has the configuration: leave out {given}"
+        )
+    return dataclasses.replace(options, named=tuple(flat_fields(config)))
+
+
+def resumed_run(arguments: list[str]) -> str | None:
+    """The value of --resume, which gives the defaults of the other options; None without it.
+
+    Raises: UserError where it has no value.
+    """
+    for word, value in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, _, joined = word.partition("=")
+        if name == "--resume":
+            if run := joined or ("" if value.startswith("-") else value):
+                return run
+            raise common.UserError("--resume has no value: use --resume RUN")
+    return None
+
+
+def named_fields(arguments: Iterable[str]) -> tuple[str, ...]:
+    """The fields that options name, as in "train.steps"; --data.no-flip names data.flip."""
+    words = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
+    return tuple(word.replace(".no-", ".").replace("-", "_") for word in words)
 
 
 def run(options: Options) -> None:
@@ -46,21 +86,25 @@ def run(options: Options) -> None:
     with common.user_errors():
         initialize_distributed(options.hosts)
     workdir = Path(options.workdir)
-    train(options.experiment, workdir, tensorboard=options.tensorboard)
+    train(options.experiment, workdir, options.named, tensorboard=options.tensorboard)
 
 
 def train(
     config: Config,
     workdir: Path,
+    named: Collection[str],
     *,
     teacher: TrainedModel | None = None,
     tensorboard: Flag = False,
 ) -> None:
     """Train in a run folder, and print how it ended.
 
+    named: the fields that may differ from those of the run.
+
     Raises: UserError for what the user can correct; SystemExit with 128 plus the signal that
     interrupted training.
     """
+    check_unchanged(config, workdir, named, teacher)
     with common.user_errors():
         session = trainer.open_session(
             config,
@@ -75,6 +119,29 @@ def train(
         raise SystemExit(128 + result.signal)
     if jax.process_index() == 0:
         print(_describe(result, workdir, is_student=teacher is not None), flush=True)
+
+
+def check_unchanged(
+    config: Config, workdir: Path, named: Collection[str], teacher: TrainedModel | None
+) -> None:
+    """Check that a configuration differs from that of the run in named fields only.
+
+    Raises: UserError, naming the others.
+    """
+    try:
+        stored = trainer.stored_config(workdir)
+    except (ValueError, OSError):
+        return  # there is no run, or the trainer says what is wrong with it
+    if stored.distillation.method != "none" and teacher is None:
+        raise common.UserError(
+            f"{workdir} is a student of {stored.distillation.teacher or 'another model'}: the"
+            " diffjax distill that made it resumes it"
+        )
+    if forgotten := forgotten_changes(stored, config, named):
+        keep = (
+            "" if teacher else f", or resume with --resume {workdir}, which keeps what the run has"
+        )
+        raise common.UserError(f"{'; '.join(forgotten)}: name what is to change{keep}")
 
 
 def _run(session: trainer.Session) -> TrainResult:
@@ -97,5 +164,5 @@ def _describe(result: TrainResult, workdir: Path, *, is_student: bool) -> str:
     if result.status == "done":
         return f"done: sample with 'diffjax sample {workdir}'"
     # More steps would make another teacher of a student, whose own students would be trained anew.
-    more = "" if is_student else ", or train on with a higher --train.steps"
+    more = "" if is_student else f", or train on with '--resume {workdir} --train.steps N'"
     return f"{workdir} has done its {result.step} steps: sample from it{more}"

@@ -12,14 +12,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffjax.build import ModelInfo, count_parameters, load_data, model_info
-from diffjax.checkpoint import FOLDER, Checkpoints, SaveError
+from diffjax.checkpoint import FOLDER, Checkpoints, SaveError, latest_config
 from diffjax.config import Config, check_resume
 from diffjax.data import image_io
 from diffjax.data.batches import batch_stream, first_batches
 from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
 from diffjax.inference.model import TrainedModel
-from diffjax.inference.pipeline import describe_devices
+from diffjax.inference.pipeline import NotFiniteError, describe_devices
 from diffjax.nn.conditioning import difference
 from diffjax.nn.registry import network_name
 from diffjax.training.distill import build_distillation, student_info
@@ -132,7 +132,12 @@ class Session:
         """Write a picture of samples of the first moving average."""
         if self.preview is None:
             return
-        step, picture = int(state.step), self.preview(state.ema[0])
+        step = int(state.step)
+        try:
+            picture = self.preview(state.ema[0])
+        except NotFiniteError as error:
+            self.report(f"no preview of step {step}: {error}")
+            return
         image_io.save_png(self.workdir / PREVIEWS / f"{step:07d}.png", picture)
         if self.board is not None:
             self.board.write_picture(step, "samples", np.asarray(picture.convert("RGB")))
@@ -269,6 +274,14 @@ class Resumed(NamedTuple):
     info: ModelInfo  # as it was stored
     training: Training
     state: TrainState  # replicated over all devices of all processes
+
+
+def stored_config(workdir: Path) -> Config:
+    """The configuration of a run, as its latest readable checkpoint has it.
+
+    Raises: FileNotFoundError for a folder without checkpoints; ValueError if all are damaged.
+    """
+    return ModelInfo.from_dict(latest_config(workdir)).config
 
 
 def resume(

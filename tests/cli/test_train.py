@@ -1,7 +1,10 @@
 """`diffjax train` as its users run it: real processes, real digits, real files."""
 
+import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,8 +12,13 @@ import pytest
 from helpers import QUICK, QUIET, TINY, check_mistake, check_told
 from PIL import Image
 
+from diffjax.build import ModelInfo
+from diffjax.checkpoint import Checkpoints
 from diffjax.cli import main
+from diffjax.cli import train as train_command
+from diffjax.config import Config, Distillation, forgotten_changes
 from diffjax.inference.model import load_model
+from diffjax.nn.conditioning import UNCONDITIONAL
 
 
 def metrics(folder):
@@ -34,7 +42,7 @@ def test_training_learns(digits_run):
 def test_finished(digits_run, capsys, in_suite_data):
     """The same command again says so, and changes nothing."""
     before = (digits_run / "metrics.jsonl").read_bytes()
-    main(["train", "digits", "--workdir", str(digits_run), "--train.steps", "220"])
+    main(["train", "digits", "--workdir", str(digits_run), *"--train.steps 220 --train.keep 9".split()])
     assert re.search(rf"{re.escape(str(digits_run))}\D+\b220\b", capsys.readouterr().out)
     assert (digits_run / "metrics.jsonl").read_bytes() == before
 
@@ -198,3 +206,88 @@ def test_mistakes(command, few_places, capsys):
     check_mistake(main, f"train {words}", BAD[command], capsys, **few_places)
     names = sorted(path.name for path in few_places["tmp"].iterdir())
     assert names == ["broken", "file", "file.py"]
+
+
+# ------------------------------------------------------------------------------- resuming
+
+
+@pytest.fixture
+def own_run(unconditional_run, tmp_path):
+    """A copy of the run of three steps, whose options are not those of its configuration."""
+    return Path(shutil.copytree(unconditional_run, tmp_path / "run"))
+
+
+def parse(*words):
+    return train_command.parse("diffjax train", [str(word) for word in words])
+
+
+def test_a_run_resumes_from_its_folder(own_run):
+    """Its stored configuration is the default of every option."""
+    stored = load_model(own_run).info.config
+    assert parse("--resume", own_run).experiment == stored
+    changed = parse(f"--resume={own_run}", "--train.steps", 5, "--train.ema", 0.9, 0.2)
+    train = dataclasses.replace(stored.train, steps=5, ema=(0.9, 0.2))
+    assert changed.experiment == dataclasses.replace(stored, train=train)
+    assert changed.workdir == str(own_run)
+    main(["train", "--resume", str(own_run), "--train.steps", "4", "--train.log-every", "1"])
+    assert [line["step"] for line in metrics(own_run) if "loss" in line][-1] == 4
+    assert load_model(own_run).info.config.train.ema == (0.9, 0.1)
+    assert load_model(own_run).step == 4
+
+
+def test_resume_reads_past_damage(own_run):
+    """The defaults are those of the latest checkpoint that can be read."""
+    stored = load_model(own_run).info.config
+    (own_run / "checkpoints" / "9" / "config").mkdir(parents=True)
+    (own_run / "checkpoints" / "9" / "config" / "metadata").write_text('{"config": {}}')
+    assert parse("--resume", own_run).experiment == stored
+
+
+def test_forgotten_options_are_told(own_run, capsys):
+    """An option that the run has otherwise is refused unless it is named."""
+    words = f"train digits_unconditional --workdir {own_run} {' '.join(TINY)} {' '.join(QUIET)}"
+    words += " --train.steps 5"
+    before = sorted(own_run.rglob("*"))
+    names = ("train.ema", "0.999", "0.9", "--resume", str(own_run))
+    check_mistake(main, words, names, capsys)
+    check_mistake(main, f"train digits --workdir {own_run}", ("data.conditions", "label"), capsys)
+    assert sorted(own_run.rglob("*")) == before
+
+
+def test_named_options_change_a_run(own_run):
+    """Also to the values that are the configuration's own."""
+    stored = load_model(own_run).info.config
+    words = ["--workdir", own_run, *TINY, "--train.batch=64", "--train.preview_every", 0]
+    options = parse("digits_unconditional", *words, "--data.no-flip", "--train.ema", 0.5, 0.1)
+    assert {"train.batch", "train.preview_every", "data.flip", "train.ema"} <= {*options.named}
+    left = forgotten_changes(stored, options.experiment, options.named)
+    assert {text.split()[0] for text in left} == {"train.steps", "train.eval_every", "data.dir"}
+
+
+RESUME_MISTAKES = {
+    "--resume": "--resume",
+    "--resume --train.steps 5": "--resume",
+    "--resume {tmp}/gone": "{tmp}/gone",
+    "--resume {broken}": "{broken}/checkpoints/30",
+    "digits --resume {unconditional}": ("CONFIG", "digits", "--resume"),
+    "--resume {unconditional} --workdir {tmp}/x": ("--workdir", "{tmp}/x"),
+    "--resume {unconditional} --network.channels 8": ("network.channels", "8", "4"),
+    "--resume {unconditional} --train.stepz 8": ("train.stepz", "train.steps"),
+    "--resume {unconditional} --train.ema 0.9": ("train.ema", "0.9", "0.1"),
+}
+
+
+@pytest.mark.parametrize("command", RESUME_MISTAKES)
+def test_mistakes_in_resuming(command, few_places, capsys):
+    check_mistake(main, f"train {command}", RESUME_MISTAKES[command], capsys, **few_places)
+
+
+def test_students_are_not_trained(tmp_path, capsys):
+    """They have a teacher, which only their own command knows."""
+    config = Config(distillation=Distillation("progressive", "a teacher", 4, 2, 1.0))
+    checkpoints = Checkpoints(tmp_path)
+    info = ModelInfo(config, (8, 8, 1), UNCONDITIONAL).to_dict()
+    checkpoints.save(1, {"params": {"a": np.zeros(1)}}, info)
+    checkpoints.close()
+    for words in (f"train --resume {tmp_path}", f"train digits --workdir {tmp_path}"):
+        check_mistake(main, words, (str(tmp_path), "a teacher"), capsys)

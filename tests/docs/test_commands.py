@@ -5,9 +5,14 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from diffjax.build import ModelInfo
+from diffjax.checkpoint import Checkpoints
 from diffjax.cli import COMMANDS, main
+from diffjax.config import Config
+from diffjax.nn.conditioning import ClassLabel
 from tests.docs.pages import PAGES, ROOT, commands, inline_code, name_of
 
 LINES = [(name_of(path), arguments) for path in PAGES for arguments in commands(path)]
@@ -26,6 +31,14 @@ def subcommands(command):
     }.get(command, [[]])
 
 
+def write_run(folder):
+    """A run folder that has a configuration to read, and no network."""
+    info = ModelInfo(Config(), (8, 8, 1), ClassLabel(10))
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, {"params": {"a": np.zeros(1)}}, info.to_dict())
+    checkpoints.close()
+
+
 @pytest.mark.parametrize(
     ("page", "arguments"), LINES, ids=[f"{page}: {shlex.join(line)}"[:90] for page, line in LINES]
 )
@@ -36,6 +49,8 @@ def test_command_parses(page, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)
     Path("mine.py").write_text(mine.group(1))
+    if "--resume" in arguments:
+        write_run(Path(arguments[arguments.index("--resume") + 1]))
     parsed = []
     monkeypatch.setattr(module_of(arguments[0]), "run", parsed.append)
     main(arguments)
