@@ -1,6 +1,7 @@
 # make demo: train on real digits and sample from them. make frontier, distill: the quality and time of samplers and students.
 # make mnist, mnist-distill: the same of MNIST, on CPUs. make bench: what networks cost. make results: the tables of docs/results.
-# make test, test-fast, crash, parity, lint, docs: checks. make clean: remove what these have installed and built.
+# make test, test-fast, crash, parity, lint, docs: checks. make mutants: plant faults and print those that no test catches.
+# make clean: remove what these have installed and built.
 # Everything is installed into .venv, but for the peers of make parity. PYTHON chooses another interpreter of 3.11 or newer.
 
 PYTHON ?= python3
@@ -9,13 +10,14 @@ RUN ?= runs/digits
 TRAIN ?=
 DEMO ?=
 TESTS ?=
+MUTANTS ?=
 IMAGES := docs/images
 
 # $(call insert,NAME,FILE,PAGE): put a file between the marks of this name in a page of results.
 insert = sed -i -e "/<!-- $(1) -->/,/<!-- \/$(1) -->/{//!d}" -e "/<!-- $(1) -->/r $(2)" docs/results/$(3).md
 
 .PHONY: demo demo-check frontier distill mnist mnist-distill bench results
-.PHONY: test test-fast crash parity lint docs clean
+.PHONY: test test-fast crash mutants parity lint docs clean
 
 # ------------------------------------------------------------------------------- runs
 
@@ -113,6 +115,9 @@ test-fast: .venv/installed-test
 
 crash: .venv/installed-test
 	KILLS=25 $(BIN)/python -m pytest tests/training/test_crash.py -k killed
+
+mutants: .venv/installed-test
+	$(BIN)/python -m tools.mutants $(MUTANTS)
 
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -rs tests/test_parity.py tests/interop \

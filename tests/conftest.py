@@ -44,8 +44,12 @@ def x64():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
-    """A cache of compiled programs, of this process and those that it starts."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    """A cache of compiled programs, of this process and those that it starts.
+
+    It is the one that the environment names, or a new one.
+    """
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = given or str(tmp_path_factory.mktemp("compiled"))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
