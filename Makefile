@@ -2,7 +2,8 @@
 # make mnist, mnist-distill: the same of MNIST, on CPUs. make bench: what networks cost. make results: the tables of docs/results.
 # make test, test-fast, crash, parity, lint, docs: checks. make mutants: plant faults and print those that no test catches.
 # make clean: remove what these have installed and built.
-# Everything is installed into .venv, but for the peers of make parity. PYTHON chooses another interpreter of 3.11 or newer.
+# Everything is installed into .venv, but for the peers of make parity. PYTHON chooses another interpreter of 3.11 or newer, and
+# WORKERS the number of processes that share the tests: one has 8 fake devices, and takes 2 to 3 GB.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,9 @@ TRAIN ?=
 DEMO ?=
 TESTS ?=
 MUTANTS ?=
+WORKERS ?= 2
 IMAGES := docs/images
+SHARED = --numprocesses $(WORKERS) --dist loadfile
 
 # $(call insert,NAME,FILE,PAGE): put a file between the marks of this name in a page of results.
 insert = sed -i -e "/<!-- $(1) -->/,/<!-- \/$(1) -->/{//!d}" -e "/<!-- $(1) -->/r $(2)" docs/results/$(3).md
@@ -108,10 +111,10 @@ results: demo .venv/installed-test
 # ------------------------------------------------------------------------------- checks
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest --ignore tests/docs $(TESTS)
+	$(BIN)/python -m pytest --ignore tests/docs $(SHARED) $(TESTS)
 
 test-fast: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow" $(wildcard tests/test_*.py) tests/nn tests/data tests/devices $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" $(wildcard tests/test_*.py) tests/nn tests/data tests/devices $(SHARED) $(TESTS)
 
 crash: .venv/installed-test
 	KILLS=25 $(BIN)/python -m pytest tests/training/test_crash.py -k killed

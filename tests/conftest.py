@@ -1,8 +1,14 @@
-"""Fixtures of all tests. Eight fake CPU devices stand for a pod."""
+"""Fixtures of all tests. Eight fake CPU devices stand for a pod.
+
+Tests may run in several processes (pytest-xdist), each of which has fixtures of its own but for the
+run of digits, which one of them trains.
+"""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 from helpers import QUICK, ROOT
 
@@ -110,29 +116,40 @@ def run_program(program):
 
 @pytest.fixture(scope="session", autouse=True)
 def digits_training(request, tmp_path_factory, program):
-    """A run of the configuration digits, cut to a fifth of its steps.
+    """A run of the configuration digits, cut to a fifth of its steps: its folder, and its process.
 
     It is started before the first test and trains beside the others; None where no test needs it.
     """
     if not any("digits_run" in item.fixturenames for item in request.session.items):
         yield None
         return
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    options = ["--workdir", folder, "--train.steps", 220, "--train.keep", 9, "--tensorboard"]
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    try:
+        home.mkdir()
+    except FileExistsError:  # another process of the tests trains it
+        yield home / "digits", None
+        return
+    options = ["--workdir", home / "digits", "--train.steps", 220, "--train.keep", 9]
     with (
-        folder.with_suffix(".log").open("w") as log,
-        program("train.py", "digits", *options, output=log) as process,
+        (home / "log").open("w") as log,
+        program("train.py", "digits", *options, "--tensorboard", output=log) as process,
     ):
-        yield folder, process
+        yield home / "digits", process
         process.kill()
 
 
 @pytest.fixture(scope="session")
-def digits_run(digits_training):
-    """The folder of that run, trained."""
+def digits_run(digits_training, tmp_path_factory):
+    """The folder of that run, trained; a copy, which tests may write to."""
     folder, process = digits_training
-    assert process.wait(timeout=600) == 0, folder.with_suffix(".log").read_text()
-    return folder
+    deadline = time.monotonic() + 600
+    while not (folder / "curve.png").exists():  # written last
+        is_alive = process is None or process.poll() is None
+        assert is_alive, (folder.parent / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return shutil.copytree(folder, tmp_path_factory.mktemp("runs") / "digits")
 
 
 @pytest.fixture
