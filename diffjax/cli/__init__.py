@@ -14,7 +14,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Training": {
         "train": "Train a diffusion model, or resume its training.",
         "distill": "Distill a trained model into models of few steps.",
-        "dry-run": "Compile training and sampling, also for absent TPUs, and print what they cost.",
+        "dry-run": "Print the cost of training and sampling, also on absent TPUs.",
     },
     "Sampling": {
         "sample": "Sample images from a trained model.",

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from diffjax.cli import plain_help
 from diffjax.config import Config, config_names, load_config, suggest
 
 # ------------------------------------------------------------------------------- errors
@@ -45,14 +47,14 @@ def describe_os_error(error: OSError) -> str:
 
 @contextlib.contextmanager
 def exit_codes(program: str) -> Iterator[None]:
-    """Print a UserError as one line and exit with code 2.
+    """Print a UserError, or numbers that are not finite, as one line and exit with code 2.
 
     Ctrl-C exits with 130, and a closed pipe with 141.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         yield
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -75,16 +77,17 @@ def parse(
 
     Raises: UserError for an option that does not exist, with the nearest one, or has another type.
     """
-    settings: dict[str, Any] = {"prog": program}
-    if default is not None:
-        settings["default"] = default
-    if description:
-        settings["description"] = description
     words, subcommands = list(arguments), _subcommands(kind)
     if subcommands and words and words[0] not in [*subcommands, "-h", "--help"]:
-        raise UserError(f"there is no command {words[0]!r}: {suggest(words[0], subcommands)}")
-    if {"-h", "--help"} & set(words):  # tyro would leave out what stands before it
-        words = _help_words(kind, words)
+        raise UserError(f"there is no command {words[0]!r}: {suggest(words[0], list(subcommands))}")
+    if subcommands and words and words[0] in subcommands:
+        return parse(subcommands[words[0]], f"{program} {words[0]}", words[1:], default)
+    settings: dict[str, Any] = {"prog": program, "registry": plain_help.REGISTRY}
+    settings |= {"description": description} if description else {}
+    settings |= {} if default is None else {"default": default}
+    if {"-h", "--help"} & set(words):
+        with plain_help.wrapped():  # tyro would leave out the options that stand before it
+            tyro.cli(kind, args=["--help"], **settings)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -95,7 +98,7 @@ def parse(
             raise UserError(f"{message} (see {program} --help)") from None
         raise
     if unknown:
-        raise UserError(_describe_unknown(unknown[0], kind, words, settings))
+        raise UserError(_describe_unknown(unknown[0], kind, settings))
     return parsed
 
 
@@ -127,29 +130,21 @@ def _first_sentence(box: str) -> str:
     return f"{missing[1]} is missing" if missing else sentence
 
 
-def _describe_unknown(word: str, kind: Any, words: list[str], settings: dict[str, Any]) -> str:
+def _describe_unknown(word: str, kind: Any, settings: dict[str, Any]) -> str:
     program = settings["prog"]
     if not word.startswith("-"):
         return f"there is no argument {word!r} (see {program} --help)"
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=_help_words(kind, words), **settings)
+        tyro.cli(kind, args=["--help"], **settings)
     known = list(dict.fromkeys(re.findall(r"--[\w.-]+", text.getvalue())))
     return f"there is no option {word!r}: {suggest(word.split('=')[0], known)}"
 
 
-def _help_words(kind: Any, words: list[str]) -> list[str]:
-    return [*(name for name in _subcommands(kind) if name in words[:1]), "--help"]
-
-
-def _subcommands(kind: Any) -> list[str]:
-    """The names of a union of dataclasses annotated with `tyro.conf.subcommand`."""
-    parts = [part for each in getattr(kind, "__args__", ()) for part in _metadata(each)]
-    return [part.name for part in parts if getattr(part, "name", None)]
-
-
-def _metadata(annotated: Any) -> tuple[Any, ...]:
-    return getattr(annotated, "__metadata__", ())
+def _subcommands(kind: Any) -> dict[str, Any]:
+    """The dataclasses of a union, by the names of their `tyro.conf.subcommand`."""
+    parts = [typing.get_args(part) for part in typing.get_args(kind)]
+    return {part[1].name: part[0] for part in parts if len(part) > 1 and part[1].name}
 
 
 # ------------------------------------------------------------------------------- values

@@ -13,7 +13,7 @@ from helpers import check_mistake, check_told
 
 import diffjax
 from diffjax import cli
-from diffjax.cli import COMMANDS, common, main
+from diffjax.cli import COMMANDS, common, main, plain_help
 from diffjax.config import Config, config_names
 
 
@@ -69,12 +69,44 @@ def test_help_lists_every_option(command, capsys):
         assert not re.search(r"--distillation\.", out)  # written by `diffjax distill`, no option
 
 
+PAGES = [words for command in COMMANDS for words, _ in kinds(command)]
+PAGES += [["edit"], ["bench"], ["train", "cifar10"], ["dry-run", "digits"]]
+
+
+def test_help_is_plain(monkeypatch, capsys):
+    """No type of Python is in it, and no line is wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    main([])
+    pages = [capsys.readouterr().out] + [printed([*words, "--help"], capsys) for words in PAGES]
+    for page in pages:
+        found = re.findall(
+            r"\{None\}|\|\s*None|None\s*\||\b(?:INT|STR|FLOAT)\b|default:\W+\)|\.\.\.\]", page
+        )
+        assert found == [], page
+        assert [line for line in page.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "plain"),
+    [
+        ("{None}|STR", "TEXT"),
+        ("{None}|{FLOAT FLOAT}", "X X"),
+        ("{None}|{[INT [INT ...]]}", "N ..."),
+        ("[FLOAT [FLOAT ...]]", "X ..."),
+        ("{None}|{a,b}", "{a,b}"),
+        ("INT|FLOAT", "N|X"),
+    ],
+)
+def test_plain_metavars(written, plain):
+    assert plain_help.plain_metavar(written) == plain
+
+
 @pytest.mark.parametrize("command", ["train", "dry-run"])
 def test_help_shows_the_configuration(command, capsys):
     """Its own values as defaults, whether help is asked for before or after its name."""
     assert all(name in printed([command, "--help"], capsys) for name in config_names())
     out = printed([command, "cifar10", "--help"], capsys)
-    assert re.search(r"--train\.batch\s+INT[^(]+\(default:\s+128\)", out.replace("│", ""))
+    assert re.search(r"--train\.batch\s+N[^(]+\(default:\s+128\)", out.replace("│", ""))
     assert "CONFIG" in out
 
 
