@@ -10,20 +10,21 @@ import tyro
 from diffjax.cli import common
 from diffjax.cli.options import (
     Count,
+    DataOptions,
     File,
     Model,
     SamplerOptions,
     WeightsOptions,
     choose_plan,
 )
-from diffjax.config import load_config
+from diffjax.config import Config, load_config
 from diffjax.evaluation import quality
 from diffjax.evaluation.quality import ReferenceOptions
-from diffjax.evaluation.results import as_dict, table_markdown
+from diffjax.evaluation.results import as_dict, classifier_warning, table_markdown
 from diffjax.inference.defaults import check_seed, distillation_warning
 from diffjax.inference.guidance import Guidance, check_guidance
 from diffjax.inference.model import TrainedModel, load_model, output_folder
-from diffjax.inference.pipeline import Clip, Hooks, Pipeline, Request
+from diffjax.inference.pipeline import Bound, Clip, Hooks, Pipeline, Request
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,30 @@ class FeatureOptions:
 
 
 @dataclass(frozen=True)
+class BatchOptions:
+    """How images are sampled."""
+
+    batch: Count = None
+    """Images at a time, over all devices; None for a fifth of all, up to 100."""
+    clip: bool = True
+    """Clip the estimates of x0 to the range of images."""
+
+    def batch_of(self, num: int) -> int:
+        """The batch for so many images.
+
+        Raises: ValueError for one that gives no median time.
+        """
+        batch = quality.timed_batch(num) if self.batch is None else self.batch
+        quality.check_batch(num, batch)
+        return batch
+
+    @property
+    def bound(self) -> Bound:
+        """The bound of the estimates of x0."""
+        return Clip() if self.clip else None
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """Images to sample and compare."""
 
@@ -51,27 +76,40 @@ class SamplingOptions:
     """Guidance scale: 0 is unconditional, 1 conditional, and more is guided."""
     num: int = 1000
     """Number of images, in five batches or more."""
-    batch: Count = None
-    """Images at a time, over all devices; None for a fifth of all, up to 100."""
     seed: int = 0
     """Seed, from 0."""
-    clip: bool = True
-    """Clip the estimates of x0 to the range of images."""
+
+
+@dataclass(frozen=True)
+class RealDataOptions(DataOptions):
+    """Data of the real images."""
+
+    config: Annotated[str | None, tyro.conf.arg(metavar="CONFIG")] = None
+    """Configuration of the real images, as cifar10; None for the model's own."""
+
+    def read_config(self, model: TrainedModel) -> Config:
+        """The configuration of the real images.
+
+        Raises: ValueError for one that does not exist, or a path that it does not take.
+        """
+        return self.locate(model.info.config if self.config is None else load_config(self.config))
 
 
 @dataclass(frozen=True)
 class Options:
-    """Compare sampled images with real ones, and append a row to evaluations.jsonl.
+    """Compare sampled images with real ones, and append a row to a file.
 
-    The file is in the run folder, and each row has its whole context.
+    Each row has its whole context.
     """
 
     model: Model
     """Run folder, or hf:FOLDER or hf:OWNER/NAME for a published model."""
-    data: Annotated[str | None, tyro.conf.arg(metavar="CONFIG")] = None
-    """Configuration of the real images, as cifar10; None for the model's own."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE|FOLDER")] = None
+    """File of the rows (.jsonl), or a folder for evaluations.jsonl; None for the run folder."""
+    data: RealDataOptions = field(default_factory=RealDataOptions)
     sampling: tyro.conf.OmitArgPrefixes[SamplerOptions] = field(default_factory=SamplerOptions)
     image: tyro.conf.OmitArgPrefixes[SamplingOptions] = field(default_factory=SamplingOptions)
+    batch: tyro.conf.OmitArgPrefixes[BatchOptions] = field(default_factory=BatchOptions)
     feature: tyro.conf.OmitArgPrefixes[FeatureOptions] = field(default_factory=FeatureOptions)
     weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
@@ -81,12 +119,12 @@ def run(options: Options) -> None:
     with common.user_errors():
         model = load_model(options.model, options.weight.checkpoint, options.weight.weights)
         plan, name = choose_plan(options.sampling, model)
-        request = make_request(options.image, model)
-        out = output_folder(options.model) / "evaluations.jsonl"
-        common.check_output(out, ".jsonl")
-        config = model.info.config if options.data is None else load_config(options.data)
+        request = make_request(options.image, options.batch, model)
+        out = common.check_output(output_file(options), ".jsonl")
         reference = quality.read_reference(
-            config, quality.image_shape(model), options.feature.to_library()
+            options.data.read_config(model),
+            quality.image_shape(model),
+            options.feature.to_library(),
         )
         conditioning, num = model.info.conditioning, request.num
         condition = quality.evaluation_condition(conditioning, reference.source, num)
@@ -96,19 +134,23 @@ def run(options: Options) -> None:
     pipeline = Pipeline.for_model(model)
     total = plan.steps * -(-request.num // request.batch)
     with common.progress_bar(total, name) as bar:
-        try:
-            row, _ = quality.measure(
-                model, pipeline, reference, plan, name, request, Hooks(bar.update)
-            )
-        except quality.NotFiniteError as error:
-            raise common.UserError(error) from error
+        row, _ = quality.measure(model, pipeline, reference, plan, name, request, Hooks(bar.update))
     print(table_markdown([row]))
+    if warning := classifier_warning([row]):
+        print(f"warning: {warning}")
     with common.user_errors(), out.open("a") as file:
         file.write(json.dumps(as_dict(row)) + "\n")
     print(f"appended to {out}")
 
 
-def make_request(options: SamplingOptions, model: TrainedModel) -> Request:
+def output_file(options: Options) -> Path:
+    """The file that the row is appended to."""
+    out = output_folder(options.model) if options.out is None else Path(options.out)
+    is_folder = out.is_dir() or not (options.out and out.suffix)
+    return out / "evaluations.jsonl" if is_folder else out
+
+
+def make_request(options: SamplingOptions, batch: BatchOptions, model: TrainedModel) -> Request:
     """The samples that are asked for, but for their conditions.
 
     Raises: ValueError for what the model cannot do, or a batch that gives no median time.
@@ -116,12 +158,10 @@ def make_request(options: SamplingOptions, model: TrainedModel) -> Request:
     check_seed(options.seed)
     guidance = Guidance(options.guidance)
     check_guidance(model, guidance)
-    batch = quality.timed_batch(options.num) if options.batch is None else options.batch
-    quality.check_batch(options.num, batch)
     return Request(
         num=options.num,
-        batch=batch,
+        batch=batch.batch_of(options.num),
         seed=options.seed,
         guidance=guidance,
-        bound=Clip() if options.clip else None,
+        bound=batch.bound,
     )

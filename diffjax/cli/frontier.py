@@ -7,8 +7,8 @@ from typing import Annotated
 import tyro
 
 from diffjax.cli import common
-from diffjax.cli.evaluate import FeatureOptions
-from diffjax.cli.options import Count, Folder, Numbers, SamplerText
+from diffjax.cli.evaluate import BatchOptions, FeatureOptions
+from diffjax.cli.options import DataOptions, Folder, Numbers, SamplerText
 from diffjax.evaluation import quality
 from diffjax.evaluation.sweep import (
     NAME,
@@ -22,7 +22,7 @@ from diffjax.evaluation.sweep import (
 )
 from diffjax.inference.defaults import distillation_warning
 from diffjax.inference.model import TrainedModel, load_model
-from diffjax.inference.pipeline import Clip, Hooks
+from diffjax.inference.pipeline import Hooks
 from diffjax.inference.samplers import parse_samplers
 
 DEFAULT_STEPS = ",".join(map(str, STEPS))
@@ -50,10 +50,6 @@ class ImageOptions:
 
     num: int = 500
     """Number of images, in five batches or more."""
-    batch: Count = None
-    """Images at a time, over all devices; None for a fifth of all, up to 100."""
-    clip: bool = True
-    """Clip the estimates of x0 to the range of images."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,10 @@ class Options:
     it.
     """
 
-    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MODEL ...")]
+    models: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="MODEL ...", help_behavior_hint="(required)"),
+    ]
     """Run folders of the same data; every combination is measured for each of them."""
     out: Folder = "report"
     """Folder of frontier.json, .csv, .md, .png, .svg, report.html, and the images of each row."""
@@ -72,6 +71,8 @@ class Options:
     """ema (the moving average), raw (as trained), or the decay of one of several averages."""
     sweep: tyro.conf.OmitArgPrefixes[SweepValues] = field(default_factory=SweepValues)
     image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    batch: tyro.conf.OmitArgPrefixes[BatchOptions] = field(default_factory=BatchOptions)
+    data: DataOptions = field(default_factory=DataOptions)
     feature: tyro.conf.OmitArgPrefixes[FeatureOptions] = field(default_factory=FeatureOptions)
 
 
@@ -81,12 +82,12 @@ def run(options: Options) -> None:
         models = [load_model(model, weights=options.weights) for model in options.models]
         check_same_data(models)
         combinations = make_combinations(options.sweep, models)
-        sweep_options = make_sweep_options(options.image)
+        sweep_options = make_sweep_options(options.image, options.batch)
         out = Path(options.out)
         common.check_output(out / f"{NAME}.json", ".json")
         read_rows(out)  # before the real images, which take longer
         reference = quality.read_reference(
-            models[0].info.config,
+            options.data.locate(models[0].info.config),
             quality.image_shape(models[0]),
             options.feature.to_library(),
         )
@@ -122,16 +123,14 @@ def make_combinations(values: SweepValues, models: list[TrainedModel]) -> list[C
     )
 
 
-def make_sweep_options(options: ImageOptions) -> SweepOptions:
+def make_sweep_options(options: ImageOptions, batch: BatchOptions) -> SweepOptions:
     """The options that all rows share.
 
     Raises: ValueError for too few images, or a batch that gives no median time.
     """
     if options.num < 2:
         raise ValueError(f"num is {options.num}: a distance needs 2 images or more")
-    batch = quality.timed_batch(options.num) if options.batch is None else options.batch
-    quality.check_batch(options.num, batch)
-    return SweepOptions(options.num, batch, Clip() if options.clip else None)
+    return SweepOptions(options.num, batch.batch_of(options.num), batch.bound)
 
 
 def measure(sweep: Sweep, combinations: list[Combination], batches: int) -> None:
@@ -142,7 +141,5 @@ def measure(sweep: Sweep, combinations: list[Combination], batches: int) -> None
             bar.set_description(str(combination))
             try:
                 sweep.measure(combination, Hooks(bar.update))
-            except quality.NotFiniteError as error:
-                raise common.UserError(error) from error
             except OSError as error:
                 raise common.UserError(common.describe_os_error(error)) from error

@@ -10,7 +10,7 @@ import tyro
 
 from diffjax.build import load_data
 from diffjax.cli import common
-from diffjax.cli.options import Count, File, Model, WeightsOptions
+from diffjax.cli.options import Count, DataOptions, File, Model, WeightsOptions
 from diffjax.data.batches import first_examples
 from diffjax.evaluation import bits_per_dim
 from diffjax.evaluation.bits_per_dim import LikelihoodOptions
@@ -66,6 +66,7 @@ class Options:
     out: File = None
     """Rows of the table (.json); None for likelihood.json in the run folder."""
     image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    data: DataOptions = field(default_factory=DataOptions)
     flow: tyro.conf.OmitArgPrefixes[FlowOptions] = field(default_factory=FlowOptions)
     bound: tyro.conf.OmitArgPrefixes[BoundOptions] = field(default_factory=BoundOptions)
     weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
@@ -79,7 +80,7 @@ def run(options: Options) -> None:
         model = load_model(options.model, options.weight.checkpoint, options.weight.weights)
         measured = make_options(options)
         bits_per_dim.check_likelihood(model, measured)
-        x, condition = read_examples(options.image, model)
+        x, condition = read_examples(options, model)
         out = Path(options.out or output_folder(options.model) / "likelihood.json")
         common.check_output(out, ".json")
     total = bits_per_dim.num_batches(len(x), measured.repeats)
@@ -106,16 +107,17 @@ def make_options(options: Options) -> LikelihoodOptions:
     )
 
 
-def read_examples(options: ImageOptions, model: TrainedModel) -> tuple[np.ndarray, Condition]:
+def read_examples(options: Options, model: TrainedModel) -> tuple[np.ndarray, Condition]:
     """The first held-out images, and their conditions, None for no condition.
 
     Raises: ValueError for too few images, or no condition where the model needs one.
     """
-    if options.num < 2:
-        raise ValueError(f"num is {options.num}: a mean and its error need 2 images or more")
-    held_out = load_data(model.info.config).held_out
-    x, condition = first_examples(held_out, options.num, model.info.conditioning)
-    if not options.condition:
+    num = options.image.num
+    if num < 2:
+        raise ValueError(f"num is {num}: a mean and its error need 2 images or more")
+    held_out = load_data(options.data.locate(model.info.config)).held_out
+    x, condition = first_examples(held_out, num, model.info.conditioning)
+    if not options.image.condition:
         condition = None
-    bits_per_dim.likelihood_condition(model, condition, options.num)
+    bits_per_dim.likelihood_condition(model, condition, num)
     return x, condition

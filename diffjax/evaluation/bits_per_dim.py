@@ -21,6 +21,7 @@ from diffjax.devices import parallel
 from diffjax.devices.parallel import BatchMapper
 from diffjax.evaluation.results import LikelihoodRow, ModelContext
 from diffjax.inference.defaults import check_seed, require_undistilled
+from diffjax.inference.guidance import can_be_guided
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.samplers import parse_variance
 from diffjax.sampler import Std
@@ -78,7 +79,7 @@ def likelihood_condition(model: TrainedModel, condition: Condition, num: int) ->
     conditioning = model.info.conditioning
     if condition is not None or not conditioning.is_conditional:
         return condition
-    if model.info.config.train.condition_dropout == 0 or not conditioning.has_null:
+    if not can_be_guided(model.info):
         raise ValueError(
             f"condition is None, and {model.name} was trained with train.condition_dropout 0: it"
             " needs the condition of each image"

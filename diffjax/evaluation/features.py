@@ -37,6 +37,8 @@ NETWORK_SECONDS = 10.0
 
 FEATURES = 64  # of the small network
 STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 600, 128, 2e-3, 1e-4
+MOST_READ = 50_000  # examples of a split that are held in memory
+MOST_HASHED = 1000  # examples of a split by which a trained network is found again
 
 
 class Outputs(NamedTuple):
@@ -51,6 +53,7 @@ class Extractor(NamedTuple):
 
     name: str  # all that its features depend on
     extract: Callable[[np.ndarray], Outputs]  # of uint8 [N, H, W, C]; ValueError for others
+    accuracy: float | None = None  # of a classifier trained here, on held-out real images
 
 
 def pixels() -> Extractor:
@@ -92,41 +95,69 @@ class Classifier(nn.Module):
 
 
 def small_cnn(
-    train: Labelled,
-    held_out: Labelled,
-    classes: int,
-    cache: Path,
-    seed: int,
-    data: str = "images",
+    train: Any, held_out: Any, classes: int, cache: Path, seed: int, data: str = "images"
 ) -> Extractor:
     """A classifier of real images, whose last hidden layer gives the features.
 
-    It is trained once: the network, its training, the images and the seed name its file in the
-    folder `cache`, from which it is read later. A damaged or foreign file is replaced.
+    It is trained once: the network, its training, the seed, the numbers of images and up to 1000 of
+    each split name its file in the folder `cache`, from which it is read later. A damaged or
+    foreign file is replaced. Of a split of more than 50,000 images so many are drawn.
 
-    labels: 0..classes-1. data: a description of the images, as "digits train split".
+    train, held_out: examples in random access, {"image": uint8 [H, W, C], "label": int}, labels
+    0..classes-1. data: a description of them, as "digits train split".
 
-    Raises: ValueError for other images or labels; OSError for a folder that cannot be written.
+    Raises: ValueError for other images or labels, or those of one class; OSError for a folder that
+    cannot be written.
     """
-    shape = train.images.shape[1:]
-    _check_labelled(train, "train", shape, classes)
-    _check_labelled(held_out, "held_out", shape, classes)
     network = Classifier(classes)
     recipe = f"{STEPS} steps of {BATCH}, AdamW {LEARNING_RATE} {WEIGHT_DECAY}, cosine, seed {seed}"
-    checksum = tree_sha256({"images": train.images, "labels": train.labels.astype(np.int64)})
-    key = hashlib.sha256(f"{network!r} {recipe} {checksum}".encode()).hexdigest()
+    some = {
+        name: _read_labelled(source, name, classes, MOST_HASHED)
+        for name, source in (("train", train), ("held_out", held_out))
+    }
+    shape = some["train"].images.shape[1:]
+    _check_size(some["held_out"].images, shape, "held_out.images")
+    sizes = len(train), len(held_out)
+    used = [min(size, MOST_READ) for size in sizes]
+    checksum = tree_sha256({name: drawn._asdict() for name, drawn in some.items()})
+    key = hashlib.sha256(f"{network!r} {recipe} {sizes} {checksum}".encode()).hexdigest()
     file = cache / f"cnn-{key[:16]}.safetensors"
-    params = _read(file, key)
-    if params is None:
-        params = _train(network, train, seed)
-        _write(file, key, params)
-    mapper = BatchMapper(partial(_classify, network), params, 512)
-    accuracy = np.mean(mapper((held_out.images,))[1].argmax(1) == held_out.labels)
+    found = _read(file, key)
+    if found is None:
+        found = _fit(network, train, held_out, seed)
+        _write(file, key, *found)
+    params, accuracy = found
     name = (
-        f"cnn-{FEATURES} trained on {data} ({len(train.images):,}), seed {seed}, {accuracy:.1%} of"
-        f" {len(held_out.images):,} held out, sha256:{tree_sha256(params)[:8]}"
+        f"cnn-{FEATURES} trained on {data} ({used[0]:,}), seed {seed}, {accuracy:.1%} of"
+        f" {used[1]:,} held out, sha256:{tree_sha256(params)[:8]}"
     )
-    return Extractor(name, partial(_extract_by_cnn, mapper, shape))
+    mapper = BatchMapper(partial(_classify, network), params, 512)
+    return Extractor(name, partial(_extract_by_cnn, mapper, shape), accuracy)
+
+
+def _read_labelled(source: Any, name: str, classes: int, most: int, title: str = "") -> Labelled:
+    """Examples of a split, in order: all, or `most` that are drawn from all of them."""
+    drawn = np.sort(np.random.default_rng(0).permutation(len(source))[:most])
+    bar = tqdm(drawn, title, unit="image", dynamic_ncols=True, leave=False, disable=not title)
+    examples = [source[int(i)] for i in bar]
+    images = np.array([example["image"] for example in examples])
+    data = Labelled(images, np.array([example["label"] for example in examples]))
+    _check_labelled(data, name, classes)
+    return data
+
+
+def _fit(network: Classifier, train: Any, held_out: Any, seed: int) -> tuple[Any, float]:
+    """The parameters of a network that is trained, and its accuracy on held-out images."""
+    classes = network.classes
+    real = _read_labelled(train, "train", classes, MOST_READ, "train images")
+    if len(np.unique(real.labels)) < 2:
+        raise ValueError(
+            f"train.labels has the one class {real.labels[0]}: a classifier needs 2 or more"
+        )
+    params = _train(network, real, seed)
+    images, labels = _read_labelled(held_out, "held_out", classes, MOST_READ, "held-out images")
+    probabilities = BatchMapper(partial(_classify, network), params, 512)((images,))[1]
+    return params, float(np.mean(probabilities.argmax(1) == labels))
 
 
 def _extract_by_cnn(mapper: BatchMapper, shape: tuple[int, ...], images: np.ndarray) -> Outputs:
@@ -169,22 +200,29 @@ def _train(network: Classifier, data: Labelled, seed: int) -> Any:
     return jax.device_get(state[0])
 
 
-def _write(file: Path, key: str, params: Any) -> None:
+def _write(file: Path, key: str, params: Any, accuracy: float) -> None:
     tensors: dict[str, Any] = {"/".join(path): leaf for path, leaf in flatten_dict(params).items()}
+    metadata = {"key": key, "accuracy": repr(accuracy), "digest": _digest(params, accuracy)}
     with atomic_path(file) as part:
-        save_file(tensors, part, metadata={"key": key, "digest": tree_sha256(params)})
+        save_file(tensors, part, metadata=metadata)
 
 
-def _read(file: Path, key: str) -> Any:
-    """The parameters of a file, or None if it is missing, damaged or foreign."""
+def _read(file: Path, key: str) -> tuple[Any, float] | None:
+    """The parameters and the accuracy of a file; None if it is missing, damaged or foreign."""
     try:
         with safe_open(file, "numpy") as opened:
             metadata = opened.metadata() or {}
         params = unflatten_dict(load_file(file), sep="/")
+        accuracy = float(metadata.get("accuracy", ""))
     except (OSError, SafetensorError, ValueError):
         return None
-    expected = key, tree_sha256(params)
-    return params if (metadata.get("key"), metadata.get("digest")) == expected else None
+    expected = key, _digest(params, accuracy)
+    found = metadata.get("key"), metadata.get("digest")
+    return (params, accuracy) if found == expected else None
+
+
+def _digest(params: Any, accuracy: float) -> str:
+    return hashlib.sha256(f"{tree_sha256(params)} {accuracy!r}".encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------- Inception
@@ -341,15 +379,11 @@ def _check_size(images: np.ndarray, shape: tuple[int, ...], name: str = "images"
         )
 
 
-def _check_labelled(data: Labelled, name: str, shape: tuple[int, ...], classes: int) -> None:
+def _check_labelled(data: Labelled, name: str, classes: int) -> None:
     images, labels = data
     _check_images(images, f"{name}.images")
-    _check_size(images, shape, f"{name}.images")
-    if len(labels) != len(images) or not np.issubdtype(np.asarray(labels).dtype, np.integer):
-        raise ValueError(
-            f"{name}.labels has {len(labels)} values of dtype {np.asarray(labels).dtype} for"
-            f" {len(images)} images: use one integer each"
-        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}.labels has dtype {labels.dtype}: use integers")
     if np.min(labels) < 0 or np.max(labels) >= classes:
         raise ValueError(
             f"{name}.labels has {np.min(labels)} to {np.max(labels)}: use 0 to {classes - 1}"

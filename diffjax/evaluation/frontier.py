@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from diffjax.evaluation.results import QualityRow, cells_markdown, metric_names
+from diffjax.evaluation.results import (
+    QualityRow,
+    cells_markdown,
+    classifier_warning,
+    escape_markdown,
+    metric_names,
+)
 
 NETWORK = ("network", "parameters", "weights")
 # Two rows may share an axis where they agree in this, but for their networks.
@@ -88,11 +97,13 @@ def frontier(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 def summary(rows: Sequence[QualityRow]) -> str:
     """A short Markdown table by rising NFE, mean ± standard deviation over the seeds.
 
-    Beneath it stands what all rows share; what they do not share has columns.
+    Beneath it stands what all rows share; what they do not share has columns. Last comes a warning,
+    if there is one.
     """
     differing, names = differing_fields(rows), metric_names(rows)
     heads = ["sampler", "steps", "NFE", "guidance", "ms/image", names["FD"], names["KD"]]
-    lines = [[*heads, "precision", "recall", "class accuracy", *differing]]
+    heads += ["precision", "recall", "class accuracy", "real class accuracy"]
+    lines = [[*heads, *differing]]
     for point in sorted(points(rows), key=lambda point: point.first.nfe):
         row = point.first
         lines.append(
@@ -107,10 +118,13 @@ def summary(rows: Sequence[QualityRow]) -> str:
                 point.format_cell("precision", ".3f"),
                 point.format_cell("recall", ".3f"),
                 point.format_cell("class_accuracy", ".3f"),
+                "" if row.real_class_accuracy is None else f"{row.real_class_accuracy:.3f}",
                 *(str(getattr(row, name)) for name in differing),
             ]
         )
-    return f"{cells_markdown(lines)}\n\n{_describe_shared(rows, differing)}."
+    text = f"{cells_markdown(lines)}\n\n{escape_markdown(_describe_shared(rows, differing))}."
+    warning = classifier_warning(rows)
+    return f"{text}\n\nWarning: {escape_markdown(warning)}." if warning else text
 
 
 def _describe_shared(rows: Sequence[QualityRow], differing: Sequence[str]) -> str:
@@ -133,6 +147,7 @@ def _describe_shared(rows: Sequence[QualityRow], differing: Sequence[str]) -> st
 # ------------------------------------------------------------------------------- a plot
 
 _MARKERS = "osD^vP*X<>"
+COSTS = {"nfe": "network evaluations per image", "ms_per_image": "milliseconds per image"}
 
 
 class _Series(NamedTuple):
@@ -145,34 +160,77 @@ class _Series(NamedTuple):
 
 
 def plot(rows: Sequence[QualityRow], path: Path) -> None:
-    """Plot the Frechet distance against NFE and against milliseconds.
+    """Write the figure of `draw` as a picture of the path's suffix."""
+    draw(rows).savefig(path, dpi=110)
+
+
+def draw(rows: Sequence[QualityRow]) -> Figure:
+    """Draw the Frechet distance against NFE and against milliseconds.
 
     Axes are logarithmic. The frontier is joined, and named with its steps. A colour is a sampler of
     a network, a marker its guidance; distilled models that are named by their steps, each sampled
     in its own, are one network. The legend has every field of the context in which rows differ.
     """
+    with rc_context({"text.parse_math": False}):  # names may have dollars
+        return _draw(rows)
+
+
+def _draw(rows: Sequence[QualityRow]) -> Figure:
     figure = Figure(figsize=(13, 7), layout="constrained")
     groups, differing = points(rows), differing_fields(rows)
     colours = _colours(groups, differing)
-    series = _series(groups, differing, colours)
-    left, right = figure.subplots(1, 2, sharey=True)
-    costs = {"nfe": "network evaluations per image", "ms_per_image": "milliseconds per image"}
-    for axes, (cost, label) in zip((left, right), costs.items(), strict=True):
-        for each in series:
+    lows, highs = zip(*map(_error_bar, groups), strict=True)
+    panels = dict(zip(COSTS, figure.subplots(1, 2, sharey=True), strict=True))
+    for cost, axes in panels.items():
+        for each in _series(groups, differing, colours):
             _draw_series(axes, each, cost)
-        _draw_frontier(axes, groups, cost, [colours[_family(p.first, differing)] for p in groups])
-        axes.set(xscale="log", yscale="log", xlabel=label)
+        axes.set(xscale="log", yscale="log", xlabel=COSTS[cost])
+        values = [each.mean(cost) for each in groups]
+        axes.set(xlim=_limits(values), ylim=_limits([*lows, *highs]))
         axes.grid(alpha=0.3, which="both")
+        for axis in (axes.xaxis, axes.yaxis):
+            _label_ticks(axis)
+    for cost, axes in panels.items():  # when all limits are known
+        _draw_frontier(axes, groups, cost, [colours[_family(p.first, differing)] for p in groups])
+    left = panels["nfe"]
     left.set_ylabel("Frechet distance" + (" (FID)" if metric_names(rows)["FD"] == "FID" else ""))
     handles, labels = left.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=3, fontsize=8, title="black: frontier"
     )
-    title = textwrap.fill(_describe_shared(rows, differing), 170)
-    if differing:
-        title += f"\nrows differ in {', '.join(differing).replace('_', ' ')}: see the legend"
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.suptitle(_title(rows, differing), fontsize=9)
+    return figure
+
+
+def _error_bar(point: Point) -> tuple[float, float]:
+    """The ends of a point's error bar, which may not reach zero on a logarithmic axis."""
+    mean, error = point.mean("fd"), point.error("fd")
+    return mean - min(error, 0.9 * mean), mean + error
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of a logarithmic axis, with a margin in which labels have place."""
+    positive = [value for value in values if 0 < value < np.inf] or [1.0]
+    low, high = min(positive), max(positive)
+    margin = max(1.3, (high / low) ** 0.08)
+    return low / margin, high * margin
+
+
+def _title(rows: Sequence[QualityRow], differing: Sequence[str]) -> str:
+    shared = textwrap.fill(_describe_shared(rows, differing), 170)
+    names = ", ".join(differing).replace("_", " ")
+    return f"{shared}\nrows differ in {names}: see the legend" if differing else shared
+
+
+def _label_ticks(axis: Axis) -> None:
+    """Label the ticks of a logarithmic axis with plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain_number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain_number(value: float) -> str:
+    return np.format_float_positional(value, precision=6, fractional=False, trim="-")
 
 
 def _colours(groups: Sequence[Point], differing: Sequence[str]) -> dict[str, str]:
@@ -220,13 +278,11 @@ def _label(row: QualityRow, differing: Sequence[str]) -> str:
 def _draw_series(axes: Axes, series: _Series, cost: str) -> None:
     ordered = sorted(series.points, key=lambda point: point.mean(cost))
     x, y = [point.mean(cost) for point in ordered], [point.mean("fd") for point in ordered]
-    error = [point.error("fd") for point in ordered]
-    # On a logarithmic axis a bar may not reach zero.
-    low = [min(e, 0.9 * value) for e, value in zip(error, y, strict=True)]
+    low, high = (np.abs(np.array(ends) - y) for ends in zip(*map(_error_bar, ordered), strict=True))
     axes.errorbar(
         x,
         y,
-        yerr=[low, error],
+        yerr=[low, high],
         label=series.label,
         marker=series.marker,
         color=series.colour,
@@ -241,15 +297,18 @@ def _draw_frontier(axes: Axes, groups: Sequence[Point], cost: str, colours: Sequ
     x, y = [point.mean(cost) for point in groups], [point.mean("fd") for point in groups]
     best = frontier(x, y)
     axes.plot([x[i] for i in best], [y[i] for i in best], color="black", linewidth=1, zorder=1)
-    for n, i in enumerate(best):
+    for i in best:
         row = groups[i].first
-        place, side = ((6, 6), "left") if n % 2 else ((-6, -12), "right")
+        # Towards the middle, lest a label leaves the axes.
+        at = axes.transAxes.inverted().transform(axes.transData.transform((x[i], y[i])))
+        right, up = at < 0.5
         axes.annotate(
             f"{row.sampler.split('(')[0]} {row.steps}",
             (x[i], y[i]),
-            place,
+            (6 if right else -6, 6 if up else -6),
             textcoords="offset points",
             fontsize=7,
-            ha=side,
+            ha="left" if right else "right",
+            va="bottom" if up else "top",
             color=colours[i],
         )

@@ -1,5 +1,6 @@
 """The quality of generated images: how far they are from real ones, as one row."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from diffjax.evaluation.results import (
     QualityRow,
 )
 from diffjax.inference.model import TrainedModel
-from diffjax.inference.pipeline import Hooks, Pipeline, Request, Samples
+from diffjax.inference.pipeline import Hooks, NotFiniteError, Pipeline, Request, Samples
 from diffjax.nn.conditioning import ClassLabel, Condition, Conditioning, Fields
 from diffjax.sampler import Plan
 
@@ -34,10 +35,6 @@ LARGEST_BATCH = 100
 MOST_NEIGHBOURS = 10_000  # images whose neighbours are sought: time grows with the square
 LEAST_IMAGES = 4  # with which the third neighbour is another image
 CHUNK = 1000  # images decoded and extracted at a time
-
-
-class NotFiniteError(ValueError):
-    """Generated images that contain NaN or infinity."""
 
 
 # ------------------------------------------------------------------------------- real images
@@ -59,7 +56,7 @@ class Reference(NamedTuple):
     extractor: Extractor
     moments: Moments  # of all images
     features: np.ndarray  # [N, D], of MOST_NEIGHBOURS images at most
-    name: str  # as in "digits, train, 1,597 images"
+    name: str  # as in "digits, train, 1,500 images, sha256:45f1fd30"
     source: Any  # the examples of the split
 
 
@@ -91,8 +88,10 @@ def read_reference(
             f"reference {options.split} of {config.data} has {len(source)} images: use"
             f" {LEAST_IMAGES} or more"
         )
-    moments, kept = _extract_reference(extractor, source)
-    name = f"{config.data}, {options.split.replace('_', ' ')}, {len(source):,} images"
+    moments, kept, digest = _extract_reference(extractor, source)
+    # Folders of one name may have other images: a row of theirs is another row.
+    split = options.split.replace("_", " ")
+    name = f"{config.data}, {split}, {len(source):,} images, sha256:{digest[:8]}"
     if len(source) > MOST_NEIGHBOURS:
         name += f" ({MOST_NEIGHBOURS:,} drawn for all but FD)"
     return Reference(extractor, moments, kept, name, source)
@@ -109,32 +108,30 @@ def _build_extractor(dataset: Dataset, name: str, options: ReferenceOptions) -> 
         return features.pixels()
     if options.features == "inception":
         return features.inception(options.inception)
-    if not dataset.classes:
+    if dataset.classes < 2:
+        has = "one class" if dataset.classes else "no class labels"
         raise ValueError(
-            f"features is 'cnn', and {name} has no class labels to train a classifier on: use"
-            " inception or pixels"
+            f"features is 'cnn', and {name} has {has}, where a classifier needs two classes or"
+            " more: use pixels or inception"
         )
     return features.small_cnn(
-        features.Labelled(*_read_labelled(dataset.train, "train")),
-        features.Labelled(*_read_labelled(dataset.held_out, "held-out")),
-        dataset.classes,
-        cache,
-        seed=0,
-        data=f"{name} train split",
+        dataset.train, dataset.held_out, dataset.classes, cache, 0, f"{name} train split"
     )
 
 
-def _extract_reference(extractor: Extractor, source: Any) -> tuple[Moments, np.ndarray]:
-    """The moments of all images, and the features of MOST_NEIGHBOURS of them at most."""
+def _extract_reference(extractor: Extractor, source: Any) -> tuple[Moments, np.ndarray, str]:
+    """The moments of all images, the features of MOST_NEIGHBOURS at most, and a checksum."""
     # Drawn from all of them: images may be sorted by class.
     chosen = np.zeros(len(source), bool)
     chosen[np.random.default_rng(0).permutation(len(source))[:MOST_NEIGHBOURS]] = True
     moments, kept = Moments.empty(extractor.extract(source[0]["image"][None]).features.shape[1]), []
+    digest = hashlib.sha256()
     for images in _chunks(source, f"features of real images, {extractor.name}"):
+        digest.update(images.data)
         extracted = extractor.extract(images).features
         moments = moments.update(extracted)
         kept.append(extracted[chosen[moments.count - len(extracted) : moments.count]])
-    return moments, np.concatenate(kept)
+    return moments, np.concatenate(kept), digest.hexdigest()
 
 
 def _chunks(source: Any, title: str) -> Iterator[np.ndarray]:
@@ -145,11 +142,6 @@ def _chunks(source: Any, title: str) -> Iterator[np.ndarray]:
             images = np.stack([source[i]["image"] for i in range(first, last)])
             bar.update(len(images))
             yield images
-
-
-def _read_labelled(source: Any, title: str) -> tuple[np.ndarray, np.ndarray]:
-    images = np.concatenate(list(_chunks(source, f"{title} images")))
-    return images, np.array([source[i]["label"] for i in range(len(source))], np.int32)
 
 
 # ------------------------------------------------------------------------------- generated images
@@ -224,12 +216,10 @@ def measure(
     if request.condition is None:
         condition = evaluation_condition(conditioning, reference.source, request.num)
         request = replace(request, condition=condition)
-    samples = pipeline(model.params, plan, request, hooks)
-    if not np.isfinite(samples.x).all():
-        raise NotFiniteError(
-            f"{sampler_name} in {plan.steps} steps generated images that are not finite: clip, or"
-            " use another number of steps"
-        )
+    try:
+        samples = pipeline(model.params, plan, request, hooks)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{sampler_name}: {error}") from error
     outputs = _extract(reference.extractor, samples.images)
     row = QualityRow.join(
         quality_context(model, plan, sampler_name, request, reference),
@@ -257,6 +247,7 @@ def compare(reference: Reference, generated: Outputs, accuracy: float | None) ->
         precision=precision,
         recall=recall,
         class_accuracy=accuracy,
+        real_class_accuracy=reference.extractor.accuracy,
     )
 
 

@@ -37,6 +37,7 @@ PAGE = """<!doctype html>
 <body><h1>{title}</h1><p>{remark}</p>
 {plot}
 <h2>Rows</h2>
+<p id="shared">{shared}</p>
 <div class="wide"><table><thead><tr><th></th>{heads}</tr></thead>
 <tbody>
 {lines}
@@ -52,25 +53,52 @@ FIGURE = (
 )
 
 
+# Columns that a table has even where its rows agree.
+COLUMNS = (
+    "sampler", "steps", "NFE", "guidance", "ms/image", "FD", "FID", "KD", "KID",
+    "precision", "recall", "class accuracy", "real class accuracy",
+)  # fmt: skip
+
+
 def page(
     title: str, remark: str, svg: str, rows: Sequence[QualityRow], pictures: Sequence[Path]
 ) -> str:
     """The HTML of a plot, a table that a click on a head sorts, and the images.
 
+    What is the same in all rows stands in a line above the table.
+
     svg: the plot, as the text of an SVG file. pictures: a PNG file for each row.
     """
-    heads, *lines = cells(rows)
+    (heads, *lines), shared = fold_columns(cells(rows))
     figures = zip(rows, pictures, strict=True)
     return PAGE.format(
         title=escape(title),
         style=STYLE,
         remark=escape(remark),
         plot=svg[svg.index("<svg") :],
+        shared=escape(f"All rows: {shared}." if shared else ""),
         heads="".join(f"<th>{escape(head)}</th>" for head in heads),
         lines="\n".join(_line(i, line) for i, line in enumerate(lines)),
         figures="\n".join(_figure(i, row, png) for i, (row, png) in enumerate(figures)),
         script=SORT,
     )
+
+
+def fold_columns(lines: Sequence[Sequence[str]]) -> tuple[list[list[str]], str]:
+    """The columns of a table that differ or are of COLUMNS, and a text of the others.
+
+    lines: the heads first. A column that is empty in all lines is left out.
+    """
+    columns = [(head, values) for head, *values in zip(*lines, strict=True)]
+    folded = [
+        (head, values[0])
+        for head, values in columns
+        if head not in COLUMNS and len(set(values)) == 1
+    ]
+    names = [head for head, _ in folded]
+    kept = [[head, *values] for head, values in columns if head not in names and any(values)]
+    text = "; ".join(f"{head} {value}" for head, value in folded if value)
+    return [list(line) for line in zip(*kept, strict=True)], text
 
 
 def _line(i: int, line: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ contexts with figures added, and contexts have no defaults.
 
 import functools
 import importlib.metadata
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,7 @@ from diffjax.inference.pipeline import (
 from diffjax.sampler import Plan
 
 LEAST_BATCHES = 5  # behind a median time
+LEAST_ACCURACY = 0.9  # of a classifier on held-out real images, for its verdict to count
 
 # ------------------------------------------------------------------------------- contexts
 
@@ -186,6 +188,7 @@ class QualityMetrics:
     precision: float
     recall: float
     class_accuracy: float | None  # share of images whose label is recognised; None without labels
+    real_class_accuracy: float | None  # the same of held-out real images, by a trained classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +339,19 @@ def as_dict(row: Row) -> dict[str, Any]:
     return asdict(row) | derived
 
 
+def classifier_warning(rows: Sequence[QualityRow]) -> str:
+    """A warning if a classifier recognises too few real images to judge others, else ""."""
+    known = [row for row in rows if row.real_class_accuracy is not None]
+    worst = min(known, key=lambda row: row.real_class_accuracy or 0.0, default=None)
+    if worst is None or (worst.real_class_accuracy or 0.0) >= LEAST_ACCURACY:
+        return ""
+    return (
+        f"the classifier recognises {worst.real_class_accuracy:.1%} of held-out real images"
+        f" ({worst.extractor}): below {LEAST_ACCURACY:.0%}, class accuracy and distances by its"
+        " features say little; inception and pixels do not depend on it"
+    )
+
+
 # ------------------------------------------------------------------------------- tables
 
 Column = Callable[[Any], object]
@@ -385,6 +401,7 @@ _QUALITY_COLUMNS: dict[str, Column] = {
     "precision": lambda row: f"{row.precision:.3f}",
     "recall": lambda row: f"{row.recall:.3f}",
     "class accuracy": lambda row: _optional("{:.1%}", row.class_accuracy),
+    "real class accuracy": lambda row: _optional("{:.1%}", row.real_class_accuracy),
     "images": lambda row: f"{row.images} of {row.image_size}",
     "seed": lambda row: row.seed,
     "features": lambda row: row.extractor,
@@ -465,8 +482,14 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     return [heads] + [[str(cell(row)) for cell in columns.values()] for row in rows]
 
 
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, also in a table: names may have any characters."""
+    return re.sub(r"([\\|<&])", r"\\\1", " ".join(text.splitlines()))
+
+
 def cells_markdown(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table of cells, line by line, the heads first."""
+    lines = [[escape_markdown(text) for text in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = [
         "| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |"

@@ -16,7 +16,7 @@ from diffjax.data import image_io
 from diffjax.data.files import atomic_path
 from diffjax.evaluation import frontier, quality, report
 from diffjax.evaluation.quality import Reference
-from diffjax.evaluation.results import QualityContext, QualityRow, as_dict
+from diffjax.evaluation.results import QualityContext, QualityRow, as_dict, classifier_warning
 from diffjax.inference.defaults import check_seed, default_sampler
 from diffjax.inference.guidance import Guidance, can_be_guided, check_guidance
 from diffjax.inference.model import TrainedModel
@@ -157,7 +157,7 @@ class Sweep:
     def measure(self, combination: Combination, hooks: Hooks | None = None) -> QualityRow:
         """Measure a combination, and write its images and the rows.
 
-        Raises: quality.NotFiniteError for images that are not finite; OSError for a folder that
+        Raises: NotFiniteError for images that are not finite; OSError for a folder that
         cannot be written.
         """
         model, plan, sampler, *_ = combination
@@ -256,6 +256,8 @@ def _page(folder: Path, rows: Sequence[QualityRow]) -> str:
     remark = "All rows share their context."
     if differing:
         remark = f"Rows differ in {', '.join(differing)}; compare with care."
+    if warning := classifier_warning(rows):
+        remark += f" Warning: {warning}."
     title = f"Quality and latency: {', '.join(dict.fromkeys(row.network for row in rows))}"
     shown = [row for row in rows if image_path(folder, row).exists()]
     svg = (folder / f"{NAME}.svg").read_text()

@@ -9,6 +9,7 @@ from helpers import check_mistake, check_told, naming
 from diffjax.cli import main
 from diffjax.evaluation import quality
 from diffjax.evaluation.results import QualityRow
+from diffjax.inference.pipeline import NotFiniteError
 
 FEW = ["--features", "pixels", "--num", "40", "--batch", "8"]
 
@@ -49,7 +50,7 @@ def test_default_plan(unconditional_run, capsys, in_suite_data):
 
 def test_not_finite(unconditional_run, capsys, monkeypatch, in_suite_data):
     def measure(*arguments, **options):
-        raise quality.NotFiniteError("ddim(eta=0, trailing) in 1 steps is not finite")
+        raise NotFiniteError("ddim(eta=0, trailing) in 1 steps is not finite")
 
     monkeypatch.setattr(quality, "measure", measure)
     with pytest.raises(SystemExit) as end:
@@ -67,7 +68,7 @@ BAD = {
     "{unconditional} --guidance=-1": ("guidance", "-1"),
     "{unconditional} --guidance 2": ("guidance", "2", "unconditional"),
     "{unconditional} --seed=-1": ("seed", "-1"),
-    "{unconditional} --data cifar": ("cifar", "cifar10"),
+    "{unconditional} --data.config cifar": ("cifar", "cifar10"),
     "{unconditional} --features cnn3": ("features", "cnn3"),
     "{unconditional} --features inception --inception {tmp}/no.safetensors": "{tmp}/no.safetensors",
 }

@@ -15,13 +15,27 @@ from sklearn.datasets import load_digits
 from diffjax.evaluation import features
 
 
+class Examples:
+    """Images with labels in random access, which are counted."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels, self.reads = images, labels, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return {"image": self.images[i], "label": self.labels[i]}
+
+
 @pytest.fixture(scope="module")
 def digits():
-    """Images and labels to train on, and held-out ones."""
+    """Examples to train on, and held-out ones."""
     found = load_digits()
     images = np.round(found.images * 255 / 16).astype(np.uint8)[..., None]
     halves = slice(0, 1600), slice(1600, None)
-    return [features.Labelled(images[half], found.target[half]) for half in halves]
+    return [Examples(images[half], found.target[half]) for half in halves]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +60,13 @@ def test_pixels_are_features(digits):
 
 def test_cnn_classifies_digits(digits, cnn):
     """Its name has the accuracy on held-out images, and all that it depends on."""
-    _, (images, labels) = digits
+    images, labels = digits[1].images, digits[1].labels
     outputs = cnn.extract(images)
     assert outputs.features.shape == (197, 64)
     np.testing.assert_allclose(outputs.probabilities.sum(1), 1, rtol=1e-5)
     accuracy = np.mean(outputs.probabilities.argmax(1) == labels)
     assert accuracy > 0.9  # chance is 0.1
+    assert cnn.accuracy == accuracy
     name = rf"cnn-64 .*digits \(1,600\), seed 0, {accuracy:.1%} of 197 .*, sha256:[0-9a-f]{{8}}"
     assert re.fullmatch(name, cnn.name)
 
@@ -65,7 +80,7 @@ def test_features_on_any_devices_in_any_batch(digits, cnn, cache, monkeypatch):
     assert len(devices) == 8
     monkeypatch.setattr(jax, "local_devices", lambda: devices[:1])
     alone = features.small_cnn(*digits, 10, cache, 0, "digits")
-    assert alone.name == cnn.name
+    assert (alone.name, alone.accuracy) == (cnn.name, cnn.accuracy)
     # float32's rounding; sums are taken in another order in another batch.
     chex.assert_trees_all_close(everywhere, alone.extract(images), rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(
@@ -76,7 +91,7 @@ def test_features_on_any_devices_in_any_batch(digits, cnn, cache, monkeypatch):
 def test_cnn_is_cached(digits, tmp_path, monkeypatch):
     """It is trained again only if its file is damaged or foreign, or for other labels."""
     monkeypatch.setattr(features, "STEPS", 3)
-    few = [features.Labelled(part.images[:150, 2:6, 2:6], part.labels[:150]) for part in digits]
+    few = [Examples(part.images[:150, 2:6, 2:6], part.labels[:150]) for part in digits]
     train, calls = features._train, []
 
     def counted(*arguments):
@@ -107,8 +122,27 @@ def test_cnn_is_cached(digits, tmp_path, monkeypatch):
         # float32's rounding, three steps long.
         chex.assert_trees_all_close(load_file(file), load(whole), rtol=1e-4, atol=1e-6)
     assert not trained(0)
-    few[0] = few[0]._replace(labels=(few[0].labels + 1) % 10)
+    monkeypatch.setattr(features, "MOST_HASHED", 20)
+    assert trained(0)
+    few[0].reads = few[1].reads = 0
+    assert not trained(0)
+    assert (few[0].reads, few[1].reads) == (20, 20)  # and no more than those by which it is found
+    few[0].labels = (few[0].labels + 1) % 10
     assert trained(0)  # other labels
+
+
+def test_cnn_reads_some_of_many(digits, tmp_path, monkeypatch):
+    """Of more images than memory holds some are drawn, and the name tells their number."""
+    monkeypatch.setattr(features, "STEPS", 2)
+    monkeypatch.setattr(features, "MOST_READ", 90)
+    few = [Examples(part.images[:150, 2:6, 2:6], part.labels[:150]) for part in digits]
+    read, train = [], features._train
+    monkeypatch.setattr(features, "_train", lambda *args: read.append(args[1]) or train(*args))
+    name = features.small_cnn(*few, 10, tmp_path, 0).name
+    assert re.search(r"\(90\), .* of 90 held out", name)
+    drawn = np.sort(np.random.default_rng(0).permutation(150)[:90])
+    np.testing.assert_array_equal(read[0].images, few[0].images[drawn])
+    np.testing.assert_array_equal(read[0].labels, few[0].labels[drawn])
 
 
 @pytest.mark.parametrize(
@@ -116,18 +150,18 @@ def test_cnn_is_cached(digits, tmp_path, monkeypatch):
     [
         ({0: lambda x: x / 255.0}, ("train.images", "float64", "[150, 8, 8, 1]", "uint8")),
         ({2: lambda x: x[:, :4]}, ("held_out.images", "4x8x1", "8x8x1")),
-        ({2: lambda x: x[:0], 3: lambda y: y[:0]}, ("held_out.images", "[0, 8, 8, 1]")),
-        ({1: lambda y: y[:-1]}, ("train.labels", 150, 149)),
+        ({2: lambda x: x[:0], 3: lambda y: y[:0]}, ("held_out.images", "[0]")),
+        ({1: np.zeros_like}, ("train.labels", 0, 2)),
         ({1: lambda y: y / 1.0}, ("train.labels", "float64")),
         ({1: lambda y: y + 1}, ("train.labels", 1, 10, 0, 9)),
         ({3: lambda y: y - 1}, ("held_out.labels", -1, 8, 0, 9)),
     ],
 )
 def test_bad_images_and_labels(digits, tmp_path, change, words):
-    arrays = [array[:150] for part in digits for array in part]
+    arrays = [array[:150] for part in digits for array in (part.images, part.labels)]
     a, b, c, d = (change.get(i, lambda x: x)(array) for i, array in enumerate(arrays))
     with pytest.raises(ValueError, match=naming(*words)):
-        features.small_cnn(features.Labelled(a, b), features.Labelled(c, d), 10, tmp_path, 0)
+        features.small_cnn(Examples(a, b), Examples(c, d), 10, tmp_path, 0)
 
 
 def test_bad_images_of_extractors(cnn):

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -41,7 +42,7 @@ def on_devices(model, number):
 
 def test_reference_of_digits(reference):
     assert reference.extractor.name == "pixels"
-    assert reference.name == "digits, held out, 297 images"
+    assert re.fullmatch(r"digits, held out, 297 images, sha256:[0-9a-f]{8}", reference.name)
     assert (reference.moments.count, reference.features.shape) == (297, (297, 64))
     mean = reference.features.mean(0, np.float64)
     np.testing.assert_allclose(reference.moments.mean, mean, rtol=1e-12)
@@ -73,11 +74,16 @@ def test_reference_that_cannot_be_compared(monkeypatch):
         quality.read_reference(config, (8, 8, 1), PIXELS)
 
 
-def test_cnn_needs_labels(monkeypatch):
+@pytest.mark.parametrize("fields", [{}, {"label": ClassLabel(1)}])
+def test_cnn_needs_classes(monkeypatch, fields):
+    """A classifier of one class is right before it has learned anything."""
     load_data = quality.load_data
-    monkeypatch.setattr(quality, "load_data", lambda config: load_data(config)._replace(fields={}))
-    with pytest.raises(ValueError, match=naming("features", "cnn", "digits", "inception")):
+    monkeypatch.setattr(
+        quality, "load_data", lambda config: load_data(config)._replace(fields=fields)
+    )
+    with pytest.raises(ValueError, match=naming("features", "cnn", "digits", "pixels")):
         quality.read_reference(load_config("digits"), (8, 8, 1), ReferenceOptions())
+    assert quality.read_reference(load_config("digits"), (8, 8, 1), PIXELS)
 
 
 def test_image_shape_is_decoded(digits_model):

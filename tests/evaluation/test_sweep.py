@@ -129,7 +129,7 @@ def test_sweep_measures_each_once_and_resumes(digits_model, reference, tmp_path)
     assert [(row.steps, row.guided, row.nfe) for row in done.rows] == [
         (1, "1", 1), (1, "2", 2), (2, "1", 2), (3, "1", 3), (2, "2", 4), (3, "2", 6)
     ]  # fmt: skip
-    assert {row.reference for row in done.rows} == {"digits, train, 1,500 images"}
+    assert {row.reference for row in done.rows} == {reference.name}
     assert all((row.batches, row.batch, row.images) == (5, 8, 40) for row in done.rows)
     assert {sweep.image_path(tmp_path, row) for row in done.rows} == set(
         (tmp_path / "images").iterdir()
