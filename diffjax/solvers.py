@@ -104,8 +104,10 @@ def heun(schedule: Schedule, t: Any) -> Plan:
     N levels take 2N - 1 rows: a DDIM row from each to the next and a correction called there, but
     none onto data. t: strictly decreasing in 1..T.
 
-    Steps that shrink sigma/alpha by 100x or more, such as the first of a cosine schedule in about a
-    hundred levels or less, have no correction either: its weight would be about 50.
+    With r the `sqrt_snr_ratio` of a step, the correction adds the change of the estimate of x0
+    times alpha_s*(1 - r)/(2*r), and at most alpha_s. The bound is reached by steps that shrink
+    sigma/alpha by 3x or more, as few levels do, where x becomes the new estimate with the old
+    noise. In the paper's algorithm the weight grows with the step without bound: Gaussian data come out up to 1/(5*r) times too wide.
     """
     return _heun(*level_pairs(schedule, t))
 
@@ -145,7 +147,7 @@ def edm(
     up = level_at(_with_data(hat), slice(1, None))
     scale = up.alpha / level_s.alpha
     added = s_noise * np.sqrt(np.maximum(0, up.sigma**2 - (scale * level_s.sigma) ** 2))
-    ends = np.cumsum(1 + _corrected(hat, level_s)) - 1
+    ends = np.cumsum(1 + (level_s.sigma > 0)) - 1
     factor, d = np.ones(plan.steps), np.zeros(plan.steps)
     factor[ends], d[ends] = scale, added
     return make_plan(plan.level, factor * plan.a, factor * plan.b, factor[:, None] * plan.c, d)
@@ -261,16 +263,13 @@ def _third(level_t: Level, level_s: Level, slope: np.ndarray, curvature: float) 
     return _plan(level_t, level_s, level_s.sigma / level_t.sigma, c)
 
 
-def _corrected(level_t: Level, level_s: Level) -> np.ndarray:
-    return sqrt_snr_ratio(level_t, level_s) > 0.01
-
-
 @_limits
 def _heun(level_t: Level, level_s: Level) -> Plan:
-    r, corrected = sqrt_snr_ratio(level_t, level_s), _corrected(level_t, level_s)
-    g = level_s.alpha * (1 - r) / (2 * r)
+    r = sqrt_snr_ratio(level_t, level_s)
+    g = level_s.alpha * np.minimum((1 - r) / (2 * r), 1)
     ddim = level_s.sigma / level_t.sigma
-    keep = np.stack([np.ones_like(corrected), corrected], axis=1)  # [N, 2]: the rows of each level
+    # The rows of each level, [N, 2].
+    keep = np.stack([np.ones(len(r), bool), level_s.sigma > 0], axis=1)
 
     def rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return np.stack([first, second], axis=1)[keep]
