@@ -3,7 +3,7 @@
 import pytest
 
 from tools.faults import Source
-from tools.mutants import Options, Suite, draw, paths_of
+from tools.mutants import Options, Suite, draw, paths_of, try_mutant
 
 FAULTS = {
     "call()": {"pass"},
@@ -61,7 +61,7 @@ def test_every_file_but_the_mathematics():
 
 def test_a_fault_is_caught_by_the_test_of_its_name(tmp_path):
     """And by one that reaches it through another file; one that fails already is left out."""
-    files = {
+    sources = {
         "diffjax/__init__.py": "",
         "diffjax/data/__init__.py": "",
         "diffjax/data/half.py": "def half(x):\n    return x / 2\n",
@@ -71,13 +71,16 @@ def test_a_fault_is_caught_by_the_test_of_its_name(tmp_path):
         "tests/test_user.py": "from diffjax.data import user\n\n\ndef test():\n"
         "    assert user.half(2) == 1\n",
     }
-    for name, text in files.items():
+    for name, text in sources.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "compiled").mkdir()
-    suite, path = Suite(tmp_path, tmp_path / "compiled"), tmp_path / "diffjax/data/half.py"
-    chosen, _ = suite.choose(path, 100.0)
-    assert [file.name for file in chosen] == ["test_half.py", "test_user.py"]
-    assert suite.run(chosen, 60) is None
-    path.write_text(path.read_text().replace("/", "*"))
-    assert suite.run(chosen, 60) == "tests/test_user.py::test"
+    suite, path = Suite(tmp_path, tmp_path / "compiled"), "diffjax/data/half.py"
+    files, seconds = suite.choose(path, 100.0, tmp_path)
+    assert files == ["tests/data/test_half.py", "tests/test_user.py"]
+    assert seconds > 0
+    (fault,) = [f for f in draw(Options(num=9, root=tmp_path, at=(path,))) if "*" in f.new]
+    told, caught = try_mutant(fault, suite, tmp_path, Options())
+    assert caught
+    assert "tests/test_user.py::test" in told
+    assert (tmp_path / path).read_text() == sources[path]

@@ -7,16 +7,19 @@ test fails, or does not end. `docs/testing.md` says how to read what survives.
 import contextlib
 import itertools
 import os
+import queue
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +50,8 @@ class Options:
     """Files or FILE:LINE to plant faults at; none: the whole package."""
     caught: bool = False
     """Print the mutants that are caught too, with the test that failed."""
+    jobs: int = 1
+    """Mutants that are tried at once, each in a copy of its own."""
     root: Path = Path(__file__).parent.parent
     """The checkout to copy."""
 
@@ -75,112 +80,128 @@ class Suite:
     def __init__(self, root: Path, compiled: Path) -> None:
         """Read the imports of every file; compiled: the folder of compiled programs."""
         self.root, self.compiled = root, compiled
-        self.seconds: dict[Path, float | None] = {}
-        self.imports = {path: self._imports(path) for path in root.rglob("*.py")}
+        self.seconds: dict[str, float | None] = {}
+        self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
+        self.imports = {name: self._imports(name) for name in names}
 
-    def choose(self, path: Path, budget: float) -> tuple[list[Path], float]:
+    def choose(self, path: str, budget: float, root: Path) -> tuple[list[str], float]:
         """The test files to run for a file, and the seconds that they take without a mutant."""
         files, total, others = [], 0.0, 0.0
         for file in self._near(path):
             if others > 0.8 * budget:
                 break
-            mine = file == self._mirror(path)
-            seconds = self._measure(file)
+            mine = file == _mirror(path)
+            seconds = self._measure(file, root)
             if seconds is not None and (mine or others + seconds <= budget):
                 files.append(file)
                 total, others = total + seconds, others + seconds * (not mine)
         return files, total
 
-    def run(self, files: Sequence[Path], limit: float, compiled: Path | None = None) -> str | None:
-        """The test that fails first, "time" if the limit ends first, or None."""
-        own = {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            if compiled is None:  # what a mutant compiles, or half writes, is not seen by others
-                compiled = Path(folder, "compiled")
-                shutil.copytree(self.compiled, compiled, copy_function=os.link)
-            process = subprocess.Popen(
-                [sys.executable, *PYTEST, f"--basetemp={folder}/tests", *map(str, files)],
-                cwd=self.root,
-                env=os.environ | own | {"JAX_COMPILATION_CACHE_DIR": str(compiled)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            try:
-                out, _ = process.communicate(timeout=limit)
-            except subprocess.TimeoutExpired:
-                return "time"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", out, re.MULTILINE)
-        return None if process.returncode == 0 else failed[1] if failed else out[-300:]
-
-    def _measure(self, file: Path) -> float | None:
-        if file not in self.seconds:
-            start = _processor_time()
-            failed = self.run([file], 1800, self.compiled)
-            self.seconds[file] = None if failed else _processor_time() - start
-            if failed:
-                tqdm.write(f"left out, fails without a mutant: {failed}", file=sys.stderr)
+    def _measure(self, file: str, root: Path) -> float | None:
+        with self.locks[file]:
+            if file not in self.seconds:
+                failed, self.seconds[file] = run([file], root, self.compiled, 1800)
+                if failed:
+                    self.seconds[file] = None
+                    tqdm.write(f"left out, fails without a mutant: {failed}", file=sys.stderr)
         return self.seconds[file]
 
-    def _near(self, path: Path) -> Iterator[Path]:
+    def _near(self, path: str) -> Iterator[str]:
         """The test files that reach a file, by the number of imports between them."""
-        seen, mirror = {path}, self._mirror(path)
+        seen, mirror = {path}, _mirror(path)
+        folder = mirror.rpartition("/")[0]
         while reached := {file for file, of in self.imports.items() if of & seen} - seen:
             seen |= reached
-            tests = [f for f in reached if f.name.startswith("test_") and f.parent.name != "docs"]
-            yield from sorted(tests, key=lambda f: (f != mirror, f.parent != mirror.parent, f))
+            tests = [file for file in reached if re.match(r"tests/(?!docs/).*\btest_", file)]
+            yield from sorted(tests, key=lambda f: (f != mirror, f.rpartition("/")[0] != folder, f))
 
-    def _mirror(self, path: Path) -> Path:
-        folder = path.relative_to(self.root / "diffjax").parent
-        return self.root / "tests" / folder / f"test_{path.name}"
-
-    def _imports(self, path: Path) -> set[Path]:
+    def _imports(self, name: str) -> set[str]:
         """The files of the package that a file names, and the one that a test file mirrors."""
-        text = path.read_text()
+        text = (self.root / name).read_text()
         words = set(re.findall(r"diffjax(?:\.\w+)+", text))
         for package, names in re.findall(r"from (diffjax[\w.]*) import \(?([\w\s,]+)", text):
             words |= {f"{package}.{name}" for name in [*re.findall(r"\w+", names), "__init__"]}
         files = {Path(word.replace(".", "/")) for word in words}
         files = {part.with_suffix(".py") for file in files for part in (file, file.parent)}
-        name = path.relative_to(self.root).as_posix()
         files.add(Path(re.sub(r"^tests/(.*)test_", r"diffjax/\1", name)))
-        return {self.root / file for file in files if (self.root / file).exists()} - {path}
+        return {file.as_posix() for file in files if (self.root / file).exists()} - {name}
 
 
-def _processor_time() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def _mirror(path: str) -> str:
+    return re.sub(r"^diffjax/(.*?)(\w+\.py)$", r"tests/\1test_\2", path)
+
+
+def run(files: Sequence[str], root: Path, compiled: Path, limit: float) -> tuple[str | None, float]:
+    """The test that fails first, "time" if it is the limit, or None; and processor seconds."""
+    own = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    own["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with Path(folder, "out").open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, *PYTEST, f"--basetemp={folder}/tests", *files],
+                cwd=root,
+                env=os.environ | own,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
+        _, status, used = os.wait4(process.pid, 0)
+        late = not timer.is_alive()
+        timer.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        with contextlib.suppress(ProcessLookupError):  # what its tests have left running
+            os.killpg(process.pid, signal.SIGKILL)
+        text = Path(folder, "out").read_text()
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    name = "time" if late else failed[1] if failed else text[-300:]
+    return None if process.returncode == 0 else name, used.ru_utime + used.ru_stime
+
+
+def try_mutant(mutant: Mutant, suite: Suite, root: Path, options: Options) -> tuple[str, bool]:
+    """What became of a mutant, and whether it is caught."""
+    files, seconds = suite.choose(mutant.path, options.budget, root)
+    path, failed = root / mutant.path, None
+    with tempfile.TemporaryDirectory() as folder:
+        # What a mutant compiles, or half writes, is not seen by others.
+        compiled = shutil.copytree(suite.compiled, f"{folder}/own", copy_function=os.link)
+        path.write_text(mutant.new)
+        if files:
+            failed, _ = run(files, root, Path(compiled), 300 + 20 * seconds)
+        path.write_text(mutant.old)
+    how = f"caught by {failed}" if failed else f"survived {len(files)} test files"
+    return f"{mutant.describe()}\n{how}\n", bool(failed)
 
 
 def main(options: Options) -> None:
     """Run tests on each mutant and print those that survive."""
     end = time.monotonic() + 60 * options.minutes
-    drawn, done, caught = draw(options), 0, 0
+    drawn, results = draw(options), []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(drawn), unit="mutant") as bar:
-        root, compiled = Path(folder, "copy"), Path(folder, "compiled")
-        shutil.copytree(options.root, root, ignore=IGNORED)
-        compiled.mkdir()
-        suite = Suite(root, compiled)
-        for mutant in drawn:
-            if time.monotonic() > end:
-                break
-            bar.set_postfix_str(f"{caught} of {done} caught, now {mutant.path}")
-            path = root / mutant.path
-            files, seconds = suite.choose(path, options.budget)
-            path.write_text(mutant.new)
-            failed = suite.run(files, 300 + 20 * seconds) if files else None
-            path.write_text(mutant.old)
-            done, caught = done + 1, caught + bool(failed)
-            if not failed or options.caught:
-                how = f"caught by {failed}" if failed else f"survived {len(files)} test files"
-                tqdm.write(f"{mutant.describe()}\n{how}\n", file=sys.stdout)
-            bar.update()
-    print(f"{caught} of {done} mutants caught, seed {options.seed}, {len(drawn) - done} not begun")
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for i in range(options.jobs):
+            copies.put(Path(shutil.copytree(options.root, f"{folder}/copy{i}", ignore=IGNORED)))
+        compiled = Path(folder, "compiled")
+        compiled.mkdir(exist_ok=True)
+        suite = Suite(options.root, compiled)
+
+        def begin(mutant: Mutant) -> None:
+            if time.monotonic() < end:
+                root = copies.get()
+                text, caught = try_mutant(mutant, suite, root, options)
+                copies.put(root)
+                results.append(caught)
+                if options.caught or not caught:
+                    tqdm.write(text, file=sys.stdout)
+                bar.set_postfix_str(f"{sum(results)} of {len(results)} caught")
+                bar.update()
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(begin, drawn))
+    left = len(drawn) - len(results)
+    print(f"{sum(results)} of {len(results)} mutants caught, seed {options.seed}, {left} not begun")
 
 
 if __name__ == "__main__":
