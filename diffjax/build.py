@@ -76,7 +76,9 @@ def load_data(config: Config) -> Any:
     if data.source == "tfds":
         images = tfds.load_tfds(data.name, data.dir, data.size)
     elif data.source == "folder":
-        images = folder.load_folder(Path(data.path or ""), data.size or 0, grey=data.grey)
+        images = folder.load_folder(
+            Path(data.path or ""), data.size or 0, grey=data.grey, skip_damaged=data.skip_damaged
+        )
     else:
         images = arrays.load_npz(Path(data.path or ""))
     return dataset.preprocess(images, data.size, data.pad, grey=data.grey)

@@ -48,7 +48,7 @@ class Data:
     """Data set and preprocessing."""
 
     source: Literal["tfds", "folder", "npz"] = "tfds"
-    """tensorflow-datasets, a folder of PNG, JPEG or WebP files, or an .npz file of arrays."""
+    """tensorflow-datasets, a folder of image files, or an .npz file of arrays."""
     name: str = "digits"
     """Data set of tfds: digits, or any image data set of its catalogue."""
     dir: str | None = None
@@ -66,6 +66,9 @@ class Data:
     """Fields of the examples that the network is conditioned on; none for an unconditional one."""
     flip: bool = False
     """Mirror each image, left to right, with probability 1/2."""
+    skip_damaged: bool = False
+    """Read the next file of a folder for one that cannot be read, and count these; otherwise
+    training saves and ends there."""
 
     def __str__(self) -> str:
         """The short name, as in "mnist" or "photos.npz"."""
@@ -94,6 +97,11 @@ class Data:
             raise ValueError(f"data.conditions is {self.conditions}: use each field once")
         if self.source == "folder" and self.size is None:
             raise ValueError("data.size is None: set it, since files have many sizes")
+        if self.source != "folder" and self.skip_damaged:
+            raise ValueError(
+                f"data.skip_damaged is True and data.source {self.source}: use it with files of a"
+                " folder"
+            )
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,7 @@ BAD = [
     (Data(source="folder", size=8), ["data.path", "folder"]),
     (Data(source="npz"), ["data.path", "npz"]),
     (Data(path="images"), ["data.path", "folder", "npz"]),
+    (Data(skip_damaged=True), ["data.skip_damaged", "tfds", "folder"]),
     (Data(source="folder", path="images"), ["data.size"]),
     (Data(size=0), ["data.size", 0]),
     (Data(pad=-1), ["data.pad", -1]),

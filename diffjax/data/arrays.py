@@ -1,18 +1,28 @@
 """Data sets of arrays in one .npz file."""
 
+import hashlib
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffjax.data.dataset import Dataset, Example, MappedSource, label_fields, train_holdout_split
+from diffjax.data.dataset import (
+    Dataset,
+    Example,
+    MappedSource,
+    label_fields,
+    natural_order,
+    train_holdout_split,
+)
 from diffjax.nn.conditioning import Conditioning, Vector
 
 # Names of the arrays; the last ones are the fields of an example.
 IMAGES, LABELS = ("x", "images", "image"), ("y", "labels", "label")
+LABEL_KINDS = "biuUSM"  # of numpy: bool, integers, text, bytes, dates
 # What numpy raises for files that are damaged, or of another kind.
 READ_ERRORS = (
     ValueError,
@@ -28,10 +38,12 @@ READ_ERRORS = (
 def load_npz(path: Path) -> Dataset:
     """The data set of one .npz file.
 
-    Its arrays: x, uint8 [N, H, W] or [N, H, W, C], C of 1 or 3; y, integers [N] from 0, if the
-    images are labelled; or `images` and `labels`, as `diffjax sample` writes them. Every further
-    array of finite numbers, [N] or [N, width], is a vector that a network can be conditioned on, by
-    its name; others are ignored. A tenth is held out, by `train_holdout_split`.
+    Its arrays: x, uint8 [N, H, W] or [N, H, W, C], C of 1 or 3; y, integers, names or dates [N], if
+    the images are labelled; or `images` and `labels`, as `diffjax sample` writes them. The labels
+    that occur are the classes, in order and named by their values, and a note tells so unless they
+    are 0, 1, ... Every further array of finite numbers, [N] or [N, width], is a vector that a
+    network can be conditioned on, by its name; others are ignored. A tenth is held out, by
+    `train_holdout_split` of the images' bytes.
 
     Raises: ValueError, naming the path, for any other file.
     """
@@ -44,19 +56,60 @@ def load_npz(path: Path) -> Dataset:
         )
     x = _check_images(path, x)
     y = None if y is None else _check_labels(path, y, len(x))
+    classes = None if y is None else _Classes.of(y)
     vectors = {
         name: array.reshape(len(x), -1).astype(np.float32)
         for name, array in arrays.items()
         if array.ndim in (1, 2) and len(array) == len(x) and _is_finite(array)
     }
-    fields: dict[str, Conditioning] = label_fields(0 if y is None else int(y.max()) + 1)
+    fields: dict[str, Conditioning] = {}
+    columns: dict[str, np.ndarray] = {"image": x}
+    if classes is not None:
+        fields |= label_fields(len(classes.names), classes.names)
+        columns["label"] = classes.labels
     fields |= {name: Vector(vector.shape[1], name) for name, vector in vectors.items()}
-    columns = {"image": x} | ({} if y is None else {"label": y}) | vectors
+    columns |= vectors
+    labels = None if classes is None else classes.labels.tolist()
     train, held_out = (
         MappedSource(rows, partial(_example, columns))
-        for rows in train_holdout_split(range(len(x)), path)
+        for rows in train_holdout_split(_keys(x), labels, path)
     )
-    return Dataset(train, held_out, x.shape[1:], fields)
+    notes = () if classes is None or not classes.note else (f"{path}: {classes.note}",)
+    return Dataset(train, held_out, x.shape[1:], fields, notes)
+
+
+def _keys(x: np.ndarray) -> list[bytes]:
+    """A name for each image: the hash of its bytes, and how many of the same are before it."""
+    digests = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in x]
+    seen: Counter[bytes] = Counter()
+    keys = []
+    for digest in digests:
+        keys.append(digest + seen[digest].to_bytes(8, "big"))
+        seen[digest] += 1
+    return keys
+
+
+class _Classes(NamedTuple):
+    """The classes of labels of any values."""
+
+    labels: np.ndarray  # int64 [N] of 0..len(names)-1
+    names: tuple[str, ...]
+    note: str  # "" for labels that stay as they are
+
+    @staticmethod
+    def of(y: np.ndarray) -> "_Classes":
+        """The classes that occur in y [N], in natural order."""
+        values, numbers = np.unique(y, return_inverse=True)
+        names = [_name(value) for value in values]
+        order = sorted(range(len(names)), key=lambda i: natural_order(names[i]))
+        labels, names = np.argsort(order)[numbers], tuple(names[i] for i in order)
+        note = f"labels {names[0]} to {names[-1]} become {len(names):,} classes of these names"
+        is_plain = names == tuple(map(str, range(len(names))))
+        return _Classes(labels, names, "" if is_plain else note)
+
+
+def _name(value: Any) -> str:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -96,15 +149,15 @@ def _check_images(path: Path, x: np.ndarray) -> np.ndarray:
 
 
 def _check_labels(path: Path, y: np.ndarray, num: int) -> np.ndarray | None:
-    if y.shape != (num,) or not np.issubdtype(y.dtype, np.integer):
+    if y.shape != (num,) or y.dtype.kind not in LABEL_KINDS:
         raise ValueError(
-            f"labels of {path} are {y.dtype} {y.shape}: use {num} integers, one per image"
+            f"labels of {path} are {y.dtype} {y.shape}: use {num} integers or names, one per image"
         )
-    if num and (y < 0).all():  # written by `diffjax sample` for images without labels
+    if y.dtype.kind != "i" or not (y < 0).any():
+        return y
+    if (y < 0).all():  # written by `diffjax sample` for images without labels
         return None
-    if (y < 0).any():
-        raise ValueError(f"labels of {path} begin at {y.min()}: count classes from 0")
-    return y
+    raise ValueError(f"labels of {path} begin at {y.min()}: count classes from 0")
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -69,8 +69,10 @@ def first_batches(
     They are as those of `batch_stream`. If the split has fewer than `batch` examples, there is one
     batch, of the largest multiple of `multiple` that it has.
 
-    Raises: ValueError for fewer than `multiple` examples.
+    Raises: ValueError for fewer than `multiple` examples, unless `limit` is 0.
     """
+    if not limit:
+        return []
     batch = min(batch, len(source) // multiple * multiple)
     if not batch:
         raise ValueError(

@@ -3,7 +3,10 @@
 Data sets are read by `tfds`, `folder` and `arrays`. Nothing is decoded before it is indexed.
 """
 
+import hashlib
+import re
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +38,8 @@ class Dataset(NamedTuple):
     held_out: Any
     image_shape: Shape
     fields: dict[str, Conditioning]  # what a network can be conditioned on, by the example's field
+    notes: tuple[str, ...] = ()  # sentences on what was left out or changed, for the user
+    damaged: AbstractSet[str] = frozenset()  # errors of the examples that were skipped so far
 
     @property
     def classes(self) -> int:
@@ -42,10 +47,24 @@ class Dataset(NamedTuple):
         label = self.fields.get("label")
         return label.classes if isinstance(label, ClassLabel) else 0
 
+    def describe(self) -> str:
+        """Sizes and classes, as in "90 images, 10 held out, 2 classes (cat, dog)"."""
+        label = self.fields.get("label")
+        names = label.list_names() if isinstance(label, ClassLabel) else ""
+        classes = str(label) if isinstance(label, ClassLabel) else "no labels"
+        sizes = f"{len(self.train):,} images, {len(self.held_out):,} held out"
+        return f"{sizes}, {classes}" + (f" ({names})" if names else "")
 
-def label_fields(classes: int) -> dict[str, Conditioning]:
+
+def label_fields(classes: int, names: Sequence[str] = ()) -> dict[str, Conditioning]:
     """The fields of examples that have a label of so many classes; none for 0."""
-    return {"label": ClassLabel(classes)} if classes else {}
+    return {"label": ClassLabel(classes, names=tuple(names))} if classes else {}
+
+
+def natural_order(name: str) -> tuple[Any, ...]:
+    """The key that sorts names by their letters and numbers: 2 before 10."""
+    parts = re.split(r"([0-9]+)", name)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
 
 
 class MappedSource:
@@ -64,6 +83,34 @@ class MappedSource:
         return self._function(self._source[int(i)])
 
 
+class ReadableSource:
+    """A source in random access, with the next example for one that cannot be read.
+
+    What stands for an example depends on the data alone.
+    """
+
+    def __init__(self, source: Any, damaged: set[str]) -> None:
+        """Reads nothing yet. damaged: gets the errors of the examples that were skipped."""
+        self._source, self._damaged = source, damaged
+
+    def __len__(self) -> int:
+        """The number of examples, with those that cannot be read."""
+        return len(self._source)
+
+    def __getitem__(self, i: Any) -> Example:
+        """Example i, or the first after it that can be read; after the last one comes the first.
+
+        Raises: UnreadableError where none can be read.
+        """
+        for n in range(len(self)):
+            try:
+                return self._source[(int(i) + n) % len(self)]
+            except UnreadableError as error:
+                self._damaged.add(str(error))
+                last = error
+        raise last
+
+
 def preprocess(
     dataset: Dataset, size: int | None = None, pad: int = 0, *, grey: bool = False
 ) -> Dataset:
@@ -78,7 +125,7 @@ def preprocess(
         return dataset
     function = partial(_fit_and_pad, shape, pad)
     train, held_out = (MappedSource(split, function) for split in (dataset.train, dataset.held_out))
-    return Dataset(train, held_out, padded, dataset.fields)
+    return dataset._replace(train=train, held_out=held_out, image_shape=padded)
 
 
 def _fit_and_pad(shape: Shape, pad: int, example: Example) -> Example:
@@ -97,25 +144,39 @@ def preprocessed_shape(
     return (size or height) + 2 * pad, (size or width) + 2 * pad, 1 if grey else channels
 
 
-def train_holdout_split(rows: Sequence[Any], path: Path) -> tuple[list[Any], list[Any]]:
-    """Split rows at random, but always alike, and hold out a tenth of them.
+def train_holdout_split(
+    keys: Sequence[bytes], labels: Sequence[int] | None, path: Path
+) -> tuple[list[int], list[int]]:
+    """Split examples by their keys, which name them, and hold out about a tenth of them.
 
-    Returns (rows to train on, rows to hold out). The latter are shuffled, since programs look at
-    the first of them. They are not every tenth row:
-    labels that repeat with period ten would all be the same.
+    An example is held out if the hash of its key, in [0, 1), is below 0.1, so that further examples
+    move none of the others. Two exceptions: of every class the example of the largest hash is
+    trained on, and, where no hash is below 0.1, the example of the smallest is held out.
 
-    Raises: ValueError, naming the path, for fewer than ten rows.
+    Returns (numbers of the examples to train on, in order, and of those to hold out, in the order
+    of their hashes: programs look at the first of them, which should be of every class).
+
+    Raises: ValueError, naming the path, for fewer than ten examples, or one per class.
     """
-    if len(rows) < HOLDOUT_DIVISOR:
+    if len(keys) < HOLDOUT_DIVISOR:
         raise ValueError(
-            f"{path} has {len(rows)} images, of which a tenth is held out: use {HOLDOUT_DIVISOR} or"
+            f"{path} has {len(keys)} images, of which a tenth is held out: use {HOLDOUT_DIVISOR} or"
             " more"
         )
-    order = fixed_shuffle(len(rows))
-    number = len(rows) // HOLDOUT_DIVISOR
-    return [rows[i] for i in sorted(order[number:])], [rows[i] for i in order[:number]]
+    hashes = np.array([hash_of(key) for key in keys])
+    order = np.argsort(hashes, kind="stable").tolist()
+    kept = set({0 if labels is None else labels[i]: i for i in order}.values())
+    movable = [i for i in order if i not in kept]
+    if not movable:
+        raise ValueError(
+            f"{path} has one image of each class, and no class is held out whole: use two or more"
+            " images of a class"
+        )
+    held_out = [i for i in movable if hashes[i] < 1 / HOLDOUT_DIVISOR] or movable[:1]
+    return sorted(set(order).difference(held_out)), held_out
 
 
-def fixed_shuffle(number: int) -> list[int]:
-    """The permutation of 0..number-1 that data are shuffled by, always the same."""
-    return np.random.default_rng(0).permutation(number).tolist()
+def hash_of(key: bytes) -> float:
+    """A number in [0, 1) that looks random, and is the same on every machine."""
+    digest = hashlib.blake2b(key, digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48

@@ -1,15 +1,29 @@
 """Images as arrays and as files."""
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from diffjax.data.files import atomic_path
 
 LAID_OVER = "laid over white"  # the change to transparent images
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow
+# How to turn an image upright, by its orientation in EXIF data.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_COMMENTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of comments and colour profiles
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
@@ -65,21 +79,18 @@ def grid(
 def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
     """Read an image file as uint8 [H, W, C], with `fit`, and describe the changes.
 
-    The description is a sentence that names the file, or "" for an image that was as expected.
+    The description is a sentence that names the file, or "" for an image that was as expected. What
+    the file holds beside its pixels, comments and EXIF data, may be damaged or of any length.
 
     Raises: OSError for a file that cannot be read; ValueError for one that is no image, or has more
     than 8 bits.
     """
     try:
-        with Image.open(path) as file, warnings.catch_warnings():
-            # A large photograph is welcome.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(file)
-            image.load()
+        image = _open(path)
         pixels, changes = fit(image, shape)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no image that can be read: use a PNG or JPEG file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         if isinstance(error, OSError) and error.errno:  # an error of the file, which names it
             raise
         raise ValueError(
@@ -87,6 +98,49 @@ def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:
         ) from error
     was = f"{path} is {image.width}x{image.height} {image.mode}"
     return pixels, f"{was}: {', '.join(changes)}" if changes else ""
+
+
+def _open(path: Path) -> Image.Image:
+    """The image of a file, as viewers show it."""
+    try:
+        return _decode(path)
+    except IMAGE_ERRORS:
+        content = path.read_bytes()
+        pixels = _without_comments(content)
+        if pixels == content:
+            raise
+        return _decode(io.BytesIO(pixels))
+
+
+def _decode(file: Path | io.BytesIO) -> Image.Image:
+    with warnings.catch_warnings():
+        # A large photograph is welcome, and so is one with damaged EXIF data.
+        warnings.simplefilter("ignore")
+        with Image.open(file) as image:
+            image.load()
+            try:
+                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            except Exception:  # damaged EXIF data, for which libraries raise anything
+                turn = None
+            return image.copy() if turn is None else image.transpose(turn)
+
+
+def _without_comments(content: bytes) -> bytes:
+    """A PNG file without chunks that viewers pass over; other content as it is.
+
+    Pillow reads no file with a comment or colour profile that is damaged, or of a megabyte.
+    """
+    start = len(PNG_SIGNATURE)
+    if content[:start] != PNG_SIGNATURE:
+        return content
+    kept = [PNG_SIGNATURE]
+    while start < len(content):
+        length = int.from_bytes(content[start : start + 4], "big")
+        stop = start + 12 + length  # of the chunk: length, name, content, checksum
+        if content[start + 4 : start + 8] not in PNG_COMMENTS:
+            kept.append(content[start:stop])
+        start = stop
+    return b"".join(kept)
 
 
 def fit(image: Image.Image, shape: tuple[int, int, int]) -> tuple[np.ndarray, list[str]]:
@@ -118,6 +172,11 @@ def save_png(path: Path, picture: Image.Image) -> None:
     """Write a picture, whole or not at all: others may read it while it is written."""
     with atomic_path(path) as part:
         picture.save(part, "png")
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Write one image as PNG, pixel by pixel. image: uint8 [H, W, C], grey or RGB."""
+    save_png(path, Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0) -> None:

@@ -76,7 +76,8 @@ def load_tfds(name: str, data_dir: str | None = None, size: int | None = None) -
     held_out = next((split for split in ("test", "validation") if split in splits), None)
     names = ("train", held_out) if held_out else ("train[:90%]", "train[90%:]")
     train, held_out = (builder.as_data_source(split) for split in names)
-    dataset = Dataset(train, held_out, described.shape, label_fields(described.classes))
+    # Names of classes may come with the download.
+    dataset = Dataset(train, held_out, described.shape, _fields(builder))
     return dataset if size is None else preprocess(dataset, size)
 
 
@@ -89,14 +90,13 @@ def describe_tfds(
 
     Raises: ValueError as `load_tfds`.
     """
-    _, (height, width, channels), classes = _describe(name, data_dir, size)
-    return (size or height, size or width, channels), label_fields(classes)
+    builder, (height, width, channels) = _describe(name, data_dir, size)
+    return (size or height, size or width, channels), _fields(builder)
 
 
 class _Described(NamedTuple):
     builder: Any
     shape: Any  # [H, W, C]; H and W may be None if a size is given
-    classes: int
 
 
 def _describe(name: str, data_dir: str | None, size: int | None) -> _Described:
@@ -112,9 +112,18 @@ def _describe(name: str, data_dir: str | None, size: int | None) -> _Described:
         )
     if len(shape) != 3 or shape[2] not in (1, 3) or image.np_dtype != np.uint8:
         raise ValueError(f"data.name is {name!r}, with images of {shape}: use 8 bits, grey or RGB")
+    return _Described(builder, shape)
+
+
+def _fields(builder: Any) -> dict[str, Conditioning]:
+    """The field of the labels; tfds names classes by their numbers where they have no names."""
+    features = builder.info.features
     label: Any = features["label"] if "label" in features else None  # noqa: SIM401 (it has no get)
-    classes = (label.num_classes or 0) if isinstance(label, tfds.features.ClassLabel) else 0
-    return _Described(builder, shape, classes)
+    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+        return {}
+    names = tuple(label.names)
+    is_plain = names == tuple(map(str, range(len(names))))
+    return label_fields(len(names), () if is_plain else names)
 
 
 def _builder(name: str, data_dir: str | None) -> Any:

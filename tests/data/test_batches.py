@@ -108,6 +108,30 @@ def test_first_examples(digits):
             first_examples(digits.held_out, num)
 
 
+def test_held_out_examples_are_read_in_order():
+    """As they are, by both functions: neither shuffled nor mirrored."""
+    r = np.random.default_rng(0)
+    split = [
+        {"image": r.integers(0, 256, (2, 4, 3), np.uint8), "label": (7 * i) % 10} for i in range(20)
+    ]
+    found = first_batches(split, 6, 2, limit=9, conditioning=LABEL)
+    x, labels = first_examples(split, 18, LABEL)
+    assert [len(batch["x"]) for batch in found] == [6, 6, 6]
+    for images, its in (
+        (
+            np.concatenate([batch["x"] for batch in found]),
+            np.concatenate([b["condition"] for b in found]),
+        ),
+        (x, labels),
+    ):
+        expected = np.stack([example["image"] for example in split[:18]]) / 127.5 - 1
+        np.testing.assert_allclose(images, expected, atol=1e-6)
+        assert its.tolist() == [7 * i % 10 for i in range(18)]
+    assert first_batches(split[:3], 6, 8, limit=0) == []
+    with pytest.raises(ValueError, match=naming(3, 8)):
+        first_batches(split[:3], 6, 8, limit=1)
+
+
 @pytest.mark.parametrize(
     ("batch", "multiple", "sizes"), [(64, 8, [64] * 4), (512, 8, [296]), (64, 1, [64] * 4)]
 )
@@ -181,6 +205,30 @@ def test_flips_depend_on_seed_and_example():
     assert not flipped(take(stream(flip=False), 4)).any()
     pixels = take(stream(), 1)[0]["x"]
     assert (np.sort(pixels, axis=2) == np.sort(pixels[:1], axis=2)).all()
+
+
+def test_images_are_mirrored_to_the_pixel():
+    """Half of them are, left to right, and the others are as they were; no other flip."""
+    images = np.random.default_rng(0).integers(0, 256, (500, 3, 4, 3), np.uint8)
+
+    class Images(Counting):
+        def __getitem__(self, i):
+            return {"image": images[i], "label": int(i)}
+
+    def mirrored(**options):
+        stream = batch_stream(Images(500), 100, seed=2, conditioning=ClassLabel(500), **options)
+        for batch in take(stream, 20):
+            for x, label in zip(to_uint8(batch["x"]), batch["condition"], strict=True):
+                if (x == images[label][:, ::-1]).all():
+                    yield True
+                else:
+                    np.testing.assert_array_equal(x, images[label])
+                    yield False
+
+    num = sum(mirrored(flip=True))
+    assert abs(num - 1000) < 5 * np.sqrt(2000 * 0.25)  # five standard deviations of 2000 draws
+    assert not any(mirrored(flip=False))
+    assert not any(mirrored())
 
 
 def test_reading_ahead():

@@ -1,3 +1,7 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from helpers import naming
@@ -12,6 +16,12 @@ def test_eight_bits_round_trip():
     assert (floats.min(), floats.max(), floats.dtype) == (-1, 1, np.float32)
     assert (image_io.to_uint8(floats) == images).all()
     assert image_io.to_uint8(np.array([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_eight_bits_are_rounded():
+    for shift in (-0.4, 0.4):
+        levels = np.arange(256) + shift
+        assert image_io.to_uint8(levels / 127.5 - 1).tolist() == [*range(256)]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -77,14 +87,92 @@ def test_changes_are_described(tmp_path, image, name, described):
     assert name != "a.png" or image.mode != "RGBA" or found.min() == 255
 
 
-def test_exif_rotation(tmp_path):
-    image = Image.new("RGB", (4, 8))
-    image.putpixel((0, 0), (255, 255, 255))
-    exif = image.getexif()
-    exif[0x0112] = 6  # to be turned right
-    image.save(tmp_path / "a.png", exif=exif)
-    found, _ = image_io.read(tmp_path / "a.png", (4, 8, 3))
-    assert found[0, 7].tolist() == [255, 255, 255]
+# What a viewer shows of pixels [H, W, C], by their orientation (Exif 2.3, table 6).
+SHOWN = {
+    None: lambda a: a,
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+    0: lambda a: a,
+    9: lambda a: a,
+}
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", SHOWN)
+def test_exif_rotation(tmp_path, orientation, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8)
+    shown = SHOWN[orientation](pixels)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "webp" else {}
+    Image.fromarray(pixels).save(tmp_path / f"a.{kind}", exif=exif, **options)
+    found, described = image_io.read(tmp_path / f"a.{kind}", shown.shape)
+    np.testing.assert_array_equal(found, shown)
+    assert described == ""
+
+
+DAMAGED_EXIF = [
+    b"no EXIF at all",
+    b"Exif\0\0",
+    b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",  # of 65535 entries, none is there
+    b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\2\0\xff\xff\xff\xff\xff\xff\xff\xff",  # a text, far away
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED_EXIF)
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_damaged_exif(tmp_path, content, kind):
+    Image.new("RGB", (8, 4), (200, 0, 0)).save(tmp_path / f"a.{kind}", exif=content)
+    found, described = image_io.read(tmp_path / f"a.{kind}", (4, 8, 3))
+    assert np.abs(found.astype(int) - [200, 0, 0]).max() <= 4
+    assert described == ""
+
+
+def png_with(pixels, *chunks, after=False):
+    """A PNG file with chunks (name, content, checksum) before its pixels, or after them."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    content = file.getvalue()
+    place = content.index(b"IEND") - 4 if after else content.index(b"IDAT") - 4
+    added = b"".join(
+        struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", zlib.crc32(name + data) ^ bad)
+        for name, data, bad in chunks
+    )
+    return content[:place] + added + content[place:]
+
+
+LONG = zlib.compress(bytes(5_000_000))
+COMMENTS = {
+    "compressed": (b"zTXt", b"Comment\0\0" + LONG, 0),
+    "international": (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG, 0),
+    "profile": (b"iCCP", b"icc\0\0" + LONG, 0),
+    "damaged": (b"tEXt", b"Comment\0hello", 1),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", COMMENTS)
+def test_comments_of_png(tmp_path, name, after):
+    """Files that viewers show are read, whatever their comments."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8)
+    path = tmp_path / "a.png"
+    path.write_bytes(png_with(pixels, COMMENTS[name], after=after))
+    if not (after and name == "damaged"):
+        with pytest.raises((ValueError, OSError)), Image.open(path) as image:
+            image.load()
+    found, described = image_io.read(path, (4, 8, 3))
+    np.testing.assert_array_equal(found, pixels)
+    assert described == ""
 
 
 def test_files_that_are_no_images(tmp_path):

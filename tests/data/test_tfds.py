@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 
 from diffjax.build import describe_model, load_data, model_info
 from diffjax.config import Config, Data
-from diffjax.data.tfds import encode_png, load_tfds
+from diffjax.data.dataset import label_fields
+from diffjax.data.tfds import describe_tfds, encode_png, load_tfds
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def digits(tmp_path_factory):
 
 
 def test_digits(digits):
-    assert (digits.image_shape, digits.classes) == ((8, 8, 1), 10)
+    assert (digits.image_shape, digits.fields) == ((8, 8, 1), label_fields(10))
     assert (len(digits.train), len(digits.held_out)) == (1500, 297)
     real = load_digits()
 
@@ -123,6 +124,9 @@ def test_cifar10_archive(tmp_path, monkeypatch, download_site):
         20,
         4,
     )
+    # The archive has the names.
+    assert loaded.fields == label_fields(10, [f"class{i}" for i in range(10)])
+    assert describe_tfds("cifar10", str(tmp_path / "data"))[1] == loaded.fields
     expected = rows[1, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
     assert any(
         (loaded.held_out[i]["image"] == expected).all() and loaded.held_out[i]["label"] == 9
