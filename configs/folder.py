@@ -1,4 +1,4 @@
-"""A folder of PNG, JPEG or WebP files at 64x64, with one sub-folder per class.
+"""A folder of image files at 64x64, with one sub-folder per class.
 
     diffjax train folder --data.path images --workdir runs/mine
     diffjax train folder --data.path images --data.conditions --workdir runs/mine
