@@ -100,3 +100,34 @@ def test_summary_of_seeds(quality_row):
     inception = dataclasses.replace(quality_row, extractor="inception-v3-2015", class_accuracy=None)
     head = frontier.summary([inception]).splitlines()[0]
     assert [name for name in ("FID", "KID") if f"| {name}" in head] == ["FID", "KID"]
+
+
+@pytest.mark.parametrize(("number", "scale"), [(1, 1.0), (2, 3e5), (14, 1e-4), (14, 1.0)])
+def test_axes_are_readable(quality_row, number, scale):
+    """Ticks are plain numbers, and every label lies within its axes."""
+    rows = [
+        dataclasses.replace(
+            quality_row, sampler="dpm_solver_pp_2m(eta=0, trailing)", steps=i + 1, nfe=2**i,
+            ms_per_image=scale * 2**i, fd=scale * 50 / (i + 1), seed=seed,
+        )
+        for i in range(number) for seed in (0, 1)
+    ]  # fmt: skip
+    figure = frontier.draw(rows)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        area = axes.get_window_extent()
+        assert len(axes.texts) == number
+        for text in axes.texts:
+            found = text.get_window_extent()
+            corners = (found.x0, found.y0), (found.x1, found.y1)
+            assert all(area.contains(*corner) for corner in corners), text
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            inside = {
+                tick.label1.get_text()
+                for tick in axis.get_major_ticks()
+                if low <= tick.get_loc() <= high
+            }
+            assert len(inside) > 1
+            assert all(re.fullmatch(r"\d+(\.\d+)?", text) for text in inside), inside
+            # As drawn: the number of a tick is where it stands.
+            assert all(low <= float(text) <= high for text in inside)
