@@ -18,6 +18,7 @@ from diffjax.nn.conditioning import (
     WithGuidanceScale,
     conditioning_from_dict,
     conditioning_to_dict,
+    difference,
     select,
 )
 from diffjax.parameterization import Parameterization
@@ -29,6 +30,8 @@ class ModelInfo(NamedTuple):
     config: Config
     x_shape: tuple[int, ...]  # of x, without the batch axis
     conditioning: Conditioning  # what samples are conditioned on
+    # The weights of an import that was not trained since, "ema", "raw" or "unknown"; "" for others.
+    imported: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The model's description for JSON."""
@@ -36,6 +39,7 @@ class ModelInfo(NamedTuple):
             "config": config_to_dict(self.config),
             "x_shape": list(self.x_shape),
             "conditioning": conditioning_to_dict(self.conditioning),
+            "imported": self.imported,
         }
 
     @staticmethod
@@ -49,6 +53,7 @@ class ModelInfo(NamedTuple):
                 config_from_dict(values["config"]),
                 tuple(values["x_shape"]),
                 conditioning_from_dict(values["conditioning"]),
+                values["imported"],
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -98,6 +103,16 @@ def model_info(config: Config, dataset: Any) -> ModelInfo:
     Raises: ValueError for a condition that the data has not.
     """
     return ModelInfo(config, dataset.image_shape, select(dataset.fields, config.data.conditions))
+
+
+def check_conditions(info: ModelInfo, dataset: Any) -> None:
+    """Check that examples of a data set have the conditions of a model, and the same classes.
+
+    Raises: ValueError, naming a class or a field that differs.
+    """
+    clause = difference(select(dataset.fields, info.config.data.conditions), info.conditioning)
+    if clause:
+        raise ValueError(f"{clause}: use the data that the model was trained on")
 
 
 def describe_model(config: Config) -> ModelInfo:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from diffjax.build import (
     ModelInfo,
@@ -34,7 +35,7 @@ class TrainedModel(NamedTuple):
     parameterization: Parameterization
     schedule: Schedule
     codec: Codec
-    weights: str  # "ema", a decay, "raw", or "unknown" where the source does not tell
+    weights: str  # "ema", a decay, "raw", or "unknown" where an import does not tell
     step: int
     notes: tuple[str, ...] = ()  # sentences on an imported model
 
@@ -46,8 +47,8 @@ def load_model(source: str | Path, step: int | None = None, weights: str = "ema"
     step: the checkpoint's training step, None for the latest. weights: "ema", the first moving
     average; the decay of one, as "0.9999"; or "raw", the parameters as trained.
 
-    Raises: FileNotFoundError where there is none; ValueError for weights that it has not, or a
-    network that cannot be read.
+    Raises: FileNotFoundError where there is none; ValueError for weights that it has not, or that
+    are not finite, for a network that cannot be read, or makes no images.
     """
     if unet2d.is_source(source):
         return _load_imported(source, step, weights)
@@ -67,6 +68,8 @@ def load_model(source: str | Path, step: int | None = None, weights: str = "ema"
     sharding = parallel.replicated(parallel.device_mesh())
     params = checkpoints.restore_weights(step, keys[weights], like, sharding)
     checkpoints.close()
+    if info.imported:
+        weights = _imported_weights(source, info.imported, weights)
     name = workdir.resolve().name
     if info.config.distillation.method != "none":  # named by its steps, in a folder with a name
         name = f"{workdir.resolve().parent.name}/{name}"
@@ -79,30 +82,58 @@ def _load_imported(source: str | Path, step: int | None, weights: str) -> Traine
     if step is not None:
         raise ValueError(f"checkpoint is {step}, and {source} has one set of weights: leave it out")
     found = unet2d.load(unet2d.locate(source))
-    if weights == "raw" and found.weights == "ema":
-        raise ValueError(f"weights is 'raw', and {source} has only a moving average: use ema")
+    weights = _imported_weights(source, found.weights, weights)
     sharding = parallel.replicated(parallel.device_mesh())
     params = jax.device_put(jax.device_get(found.params), sharding)
     name = str(found.info.config.data)
-    return _model(name, found.info, params, found.weights, found.step, found.notes)
+    return _model(name, found.info, params, weights, found.step, found.notes)
+
+
+def _imported_weights(source: str | Path, found: str, asked: str) -> str:
+    # An import has one set of weights, which is what it is whatever is asked for.
+    if asked == "raw" and found == "ema":
+        raise ValueError(f"weights is 'raw', and {source} has only a moving average: use ema")
+    return found
 
 
 def _model(
     name: str, info: ModelInfo, params: Any, weights: str, step: int, notes: tuple[str, ...] = ()
 ) -> TrainedModel:
-    config = info.config
+    config, name = info.config, f"{network_name(info.config.network)} of {name}"
+    _check_finite(name, params)
+    codec = build_codec(config)
+    channels = _image_channels(info, codec)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"{name} has {channels} channels, and images have 1 (grey) or 3 (RGB): use it by the"
+            " library, or a model of images"
+        )
     return TrainedModel(
-        name=f"{network_name(config.network)} of {name}",
+        name=name,
         info=info,
         network=build_network(info, build_module(info)),
         params=params,
         parameterization=build_parameterization(config),
         schedule=build_schedule(config),
-        codec=build_codec(config),
+        codec=codec,
         weights=weights,
         step=step,
         notes=notes,
     )
+
+
+def _check_finite(name: str, params: Any) -> None:
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not np.isfinite(np.asarray(leaf)).all():
+            layer = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"{name} has weights that are not finite, the first ones in {layer}: use another"
+                " checkpoint, or download it again"
+            )
+
+
+def _image_channels(info: ModelInfo, codec: Codec) -> int:
+    return codec.decode(np.zeros((1, *info.x_shape), np.float32)).shape[-1]
 
 
 def output_folder(source: str | Path) -> Path:

@@ -31,6 +31,11 @@ from diffjax.parameterization import Parameterization
 from diffjax.process import check_prediction
 from diffjax.sampler import Carry, Plan
 
+
+class NotFiniteError(FloatingPointError):
+    """Samples that contain NaN or infinity."""
+
+
 # ------------------------------------------------------------------------------- denoisers
 
 
@@ -272,7 +277,7 @@ class Pipeline:
 
         Raises: ValueError for a batch that devices cannot share equally, a prediction that is not
         usable at a level of the plan, a condition that the network does not know, or arrays that
-        are not for the samples that are requested.
+        are not for the samples that are requested; NotFiniteError for samples that are not finite.
         """
         parallel.check_divisible(request.batch, len(self._mesh.devices))
         check_prediction(self._parameterization.prediction, plan.level)
@@ -284,6 +289,7 @@ class Pipeline:
         nfe, compiled, xs, seconds = self._count_nfe(job), self._compile_seconds, [], []
         for first in range(0, request.num, request.batch):
             x, batch_seconds = self._sample_batch(job, first)
+            check_finite(x, plan.steps, first)
             xs.append(x)
             seconds.append(batch_seconds)
         return Samples(
@@ -445,6 +451,19 @@ class Pipeline:
             self._programs[key] = jit().lower(*arguments).compile()
             self._compile_seconds += time.perf_counter() - began
         return self._programs[key]
+
+
+def check_finite(x: np.ndarray, steps: int, first: int) -> None:
+    """Check samples [B, ...], or estimates of them. first: the index of the first one.
+
+    Raises: NotFiniteError, with the index of one that contains NaN or infinity.
+    """
+    finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+    if not finite.all():
+        raise NotFiniteError(
+            f"sample {first + int(np.argmin(finite))} is not finite in {steps} steps: clip, or use"
+            " another number of steps"
+        )
 
 
 class _Job(NamedTuple):

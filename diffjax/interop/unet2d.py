@@ -1,7 +1,7 @@
 """UNet2DModel folders of diffusers, read and written without torch or pickle.
 
 A folder has config.json, safetensors and scheduler_config.json: all in one place, or in the folders
-unet/ and scheduler/ of a pipeline.
+unet/ and scheduler/ of a pipeline, which may have a model_index.json.
 """
 
 import dataclasses
@@ -15,21 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
-from safetensors import safe_open
-from safetensors.flax import load_file
 from safetensors.numpy import save_file
 
 from diffjax.build import ModelInfo, abstract_params, build_module
 from diffjax.config import (
-    BETAS,
     IMPORTED_PREFIX,
     Config,
     Data,
-    Diffusion,
     Distillation,
     Train,
     dataclass_from_dict,
 )
+from diffjax.interop.files import Weights, read_json, read_weights
+from diffjax.interop.schedulers import read_diffusion, scheduler_config, scheduler_notes
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Conditioning
 from diffjax.nn.unet import UNetConfig
 
@@ -78,8 +76,8 @@ ALLOWED = {
     "downsample_type": ("conv", "resnet", None),
     "upsample_type": ("conv", "resnet", None),
 }
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+# The parts of a pipeline whose network makes latents.
+AUTOENCODERS = ("vae", "vqvae", "vq_model", "vqgan", "movq", "autoencoder")
 
 
 class Imported(NamedTuple):
@@ -133,27 +131,32 @@ def load(folder: Path) -> Imported:
     OSError for files that cannot be read.
     """
     home = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
-    given = _read_json(home / "config.json")
-    tensors, metadata, file = _read_tensors(home)
-    null_label = metadata.get("null_label") == "true"
+    _check_pixels(folder, home)
+    given = read_json(home / "config.json")
+    weights = read_weights(home, WEIGHTS)
+    null_label = weights.metadata.get("null_label") == "true"
     network, x_shape, conditioning = _network(given, null_label, home / "config.json")
+    if isinstance(conditioning, ClassLabel):
+        names = tuple(json.loads(weights.metadata.get("names", "[]")))
+        conditioning = dataclasses.replace(conditioning, names=names)
     path = _scheduler_path(folder, home)
-    scheduler = _read_json(path)
+    scheduler = read_json(path)
     conditions = ("label",) if isinstance(conditioning, ClassLabel) else ()
-    distillation = json.loads(metadata.get("distillation", "{}"))
+    distillation = json.loads(weights.metadata.get("distillation", "{}"))
+    kind = _kind_of_weights(given, weights, home)
     config = Config(
         data=Data(name=f"{PREFIX}{folder.resolve().name}", conditions=conditions),
         network=network,
-        diffusion=_diffusion(scheduler, path),
+        diffusion=read_diffusion(scheduler, path),
         train=Train(condition_dropout=0.1 if null_label else 0.0),
         distillation=dataclass_from_dict(Distillation, distillation),
     )
-    info = ModelInfo(config, x_shape, conditioning)
+    info = ModelInfo(config, x_shape, conditioning, imported=kind)
     like = abstract_params(info, build_module(info))
-    params = _from_diffusers(tensors, like, len(network.multipliers), file)
-    weights = _weights(given, metadata, file, home)
-    notes = tuple(_notes(network, conditioning, weights, scheduler))
-    return Imported(info, params, weights, int(metadata.get("step", 0)), notes)
+    tensors = _with_new_names(weights.tensors)
+    params = _from_diffusers(tensors, like, len(network.multipliers), weights.file)
+    notes = *_notes(network, conditioning, kind, weights), *scheduler_notes(scheduler)
+    return Imported(info, params, kind, int(weights.metadata.get("step", 0)), notes)
 
 
 def save(folder: Path, info: ModelInfo, params: Any, weights: str, step: int) -> None:
@@ -174,17 +177,19 @@ def save(folder: Path, info: ModelInfo, params: Any, weights: str, step: int) ->
             " none"
         )
     settings = _settings(info, network)
-    scheduler = _scheduler(info.config)
+    scheduler = scheduler_config(info.config)
     tensors = {
         name: np.ascontiguousarray(value)
         for name, value in _to_diffusers(params, len(network.multipliers))
     }
     null_label = label.has_null_label if isinstance(label, ClassLabel) else True
+    names = label.names if isinstance(label, ClassLabel) else ()
     metadata = {
         "format": "pt",
         "weights": weights,
         "step": str(step),
         "null_label": str(null_label).lower(),
+        "names": json.dumps(names),
         "distillation": json.dumps(dataclasses.asdict(info.config.distillation)),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,15 +201,24 @@ def save(folder: Path, info: ModelInfo, params: Any, weights: str, step: int) ->
 # ----------------------------------------------------------------- files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(
-            f"{path.parent} has no {path.name}: use a folder of a UNet2DModel with its scheduler"
-        )
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+def _check_pixels(folder: Path, home: Path) -> None:
+    """Check that a folder is not of a pipeline with an autoencoder.
+
+    Raises: ValueError, naming its part.
+    """
+    for place in dict.fromkeys((folder, home.parent if home.name.startswith("unet") else folder)):
+        index = place / "model_index.json"
+        parts = read_json(index) if index.exists() else {}
+        found = [
+            name
+            for name in AUTOENCODERS
+            if any(parts.get(name) or ()) or (place / name / "config.json").exists()
+        ]
+        if found:
+            raise ValueError(
+                f"{place} is a pipeline with the part {found[0]}: its UNet makes latents, and only"
+                " networks of pixels can be read"
+            )
 
 
 def _scheduler_path(folder: Path, home: Path) -> Path:
@@ -215,55 +229,35 @@ def _scheduler_path(folder: Path, home: Path) -> Path:
     return next((path for path in paths if path.exists()), folder / "scheduler_config.json")
 
 
-def _read_tensors(home: Path) -> tuple[dict[str, np.ndarray], dict[str, str], Path]:
-    files = sorted(home.glob(f"{WEIGHTS}*.safetensors"))
-    if not files:
-        pickled = sorted(home.glob("*.bin")) + sorted(home.glob("*.ckpt"))
-        if pickled:
-            raise ValueError(
-                f"{home} has only pickled weights ({pickled[0].name}), which could run any code:"
-                " save it with safetensors, UNet2DModel.from_pretrained(...).save_pretrained(...)"
-            )
-        raise ValueError(f"{home} has no {WEIGHTS}.safetensors")
-    # The plain file before variants like fp16; in parts, all of them.
-    plain = [f for f in files if f.name == f"{WEIGHTS}.safetensors"]
-    parts = [f for f in files if re.fullmatch(WEIGHTS + r"-\d+-of-\d+\.safetensors", f.name)]
-    chosen = plain or parts or files[:1]
-    tensors: dict[str, np.ndarray] = {}
-    try:
-        for file in chosen:
-            tensors |= {
-                name: np.asarray(value, np.float32) for name, value in load_file(file).items()
-            }
-        with safe_open(chosen[0], framework="flax") as opened:
-            metadata = opened.metadata() or {}
-    except Exception as error:  # SafetensorError is not a ValueError
-        raise ValueError(f"{chosen[0]} cannot be read as safetensors ({error})") from error
+def _with_new_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     # The names of attention layers before 2023.
     old = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     for before, now in old.items():
         tensors = {name.replace(before, now): value for name, value in tensors.items()}
-    return tensors, metadata, chosen[0]
+    return tensors
 
 
-def _weights(given: dict[str, Any], metadata: dict[str, str], file: Path, home: Path) -> str:
-    if metadata.get("weights") in ("ema", "raw"):
-        return metadata["weights"]
-    if ".non_ema." in file.name:
+def _kind_of_weights(given: dict[str, Any], weights: Weights, home: Path) -> str:
+    if weights.metadata.get("weights") in ("ema", "raw"):
+        return weights.metadata["weights"]
+    variant = weights.variant.split(".")
+    if "non_ema" in variant:
         return "raw"
     # The fields that diffusers' EMAModel writes.
     averaged = {"optimization_step", "use_ema_warmup", "inv_gamma"} <= set(given)
-    return "ema" if averaged or home.name == "unet_ema" or ".ema." in file.name else "unknown"
+    return "ema" if averaged or home.name == "unet_ema" or "ema" in variant else "unknown"
 
 
 def _notes(
-    network: UNetConfig, conditioning: Conditioning, weights: str, scheduler: dict[str, Any]
+    network: UNetConfig, conditioning: Conditioning, kind: str, weights: Weights
 ) -> Iterator[str]:
     yield {
         "ema": "the weights are a moving average",
         "raw": "the weights are as trained, not their moving average",
         "unknown": "the source does not record whether the weights are a moving average",
-    }[weights]
+    }[kind]
+    if weights.variant:
+        yield f"the weights are of the variant {weights.variant}, in {weights.file.name}"
     if network.learned_variance:
         yield "the learned variance is dropped: plans use a fixed one"
     if isinstance(conditioning, ClassLabel) and not conditioning.has_null_label:
@@ -271,11 +265,6 @@ def _notes(
             f"all {conditioning.classes} rows of the class table are taken for labels: without a"
             " null label the network cannot be guided"
         )
-    if scheduler.get("variance_type", "fixed_small") != "fixed_small":
-        variance = scheduler["variance_type"]
-        yield f"the scheduler has the variance {variance}: the sampler ddpm has an option variance"
-    if scheduler.get("clip_sample") is False:
-        yield "the scheduler does not clip x0, which sampling does by default"
 
 
 # ----------------------------------------------------------------- config.json
@@ -310,8 +299,12 @@ def _network(
         groups = c["norm_num_groups"]
     if groups not in (None, c["norm_num_groups"]):
         c.refuse("attn_norm_num_groups", "the UNet here has as many groups in every norm")
-    widths, size = c["block_out_channels"], c["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    widths, (height, width) = c["block_out_channels"], _sides(c)
+    head = c["attention_head_dim"]
+    attending = [w for w, attend in zip(widths, attends, strict=True) if attend]
+    attending += widths[-1:] if c["add_attention"] else []
+    if head is not None and any(w % head for w in attending):
+        c.refuse("attention_head_dim", f"use a divisor of every width with attention, {attending}")
     network = UNetConfig(
         channels=widths[0],
         multipliers=tuple(w // widths[0] for w in widths),
@@ -320,7 +313,7 @@ def _network(
         middle_attention=c["add_attention"],
         middle_attention_norm=groups is not None,
         heads=1,
-        head_width=c["attention_head_dim"],
+        head_width=head,
         scale_shift=c["resnet_time_scale_shift"] == "scale_shift",
         resample_blocks=resampled == "resnet",
         symmetric_padding=c["downsample_padding"] == 1,
@@ -341,14 +334,25 @@ def _check_fields(c: _Fields) -> None:
         if c[name] not in values:
             c.refuse(name, f"the UNet here has {' or '.join(map(repr, values))}")
     widths = c["block_out_channels"]
+    groups, halvings = c["norm_num_groups"], len(widths) - 1
+    if not groups or any(width % groups for width in widths):
+        c.refuse("norm_num_groups", f"use a divisor of every width, {widths}")
     if c["sample_size"] is None:
         c.refuse("sample_size", "write the size of the images there")
+    if any(side % 2**halvings for side in _sides(c)):
+        c.refuse("sample_size", f"the UNet here halves it {halvings} times")
     if c["time_embedding_dim"] not in (None, 4 * widths[0]):
         c.refuse("time_embedding_dim", "the UNet here has four times the first width")
     if any(width % widths[0] for width in widths):
         c.refuse("block_out_channels", "the UNet here has multiples of the first width")
     if c["out_channels"] not in (c["in_channels"], 2 * c["in_channels"]):
         c.refuse("out_channels", "the UNet here has in_channels, or twice as many with a variance")
+
+
+def _sides(c: _Fields) -> tuple[int, int]:
+    size = c["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def _blocks(c: _Fields) -> tuple[list[bool], str]:
@@ -445,70 +449,6 @@ def _head_width(n: UNetConfig, height: int) -> int | None:
             " one width, so train with network.head_width to write the network for diffusers"
         )
     return None if n.heads == 1 and not n.head_width else next(iter(widths), None)
-
-
-# ----------------------------------------------------------------- scheduler_config.json
-
-
-def _diffusion(given: dict[str, Any], path: Path) -> Diffusion:
-    kind = given.get("_class_name", "the scheduler")
-    if not {"beta_schedule", "num_train_timesteps"} <= set(given) or "sigma_max" in given:
-        raise ValueError(
-            f"{path} describes {kind}, of another process than DDPM's, which has a beta_schedule"
-        )
-    if given.get("trained_betas") is not None:
-        raise ValueError(
-            f"{path} has trained_betas: only the schedules {', '.join(SCHEDULES)} can be read"
-        )
-    schedule: Any = _known(given, "beta_schedule", "linear", SCHEDULES, path)
-    prediction: Any = _known(given, "prediction_type", "epsilon", PREDICTIONS, path)
-    T = given["num_train_timesteps"]
-    betas = given.get("beta_start", 0.0001), given.get("beta_end", 0.02)
-    default = schedule not in BETAS or np.allclose(betas, _default_betas(schedule, T), rtol=1e-9)
-    return Diffusion(
-        schedule=schedule,
-        betas=None if default else betas,
-        prediction=prediction,
-        T=T,
-        zero_terminal_snr=given.get("rescale_betas_zero_snr", False),
-    )
-
-
-def _known(
-    given: dict[str, Any], name: str, default: str, known: dict[str, str], path: Path
-) -> str:
-    value = given.get(name, default)
-    if value not in known:
-        raise ValueError(f"{path} has {name} {value!r}: only {', '.join(known)} can be read")
-    return known[value]
-
-
-def _default_betas(schedule: str, T: int) -> tuple[float, float]:
-    # The meaning of betas None; for cosine, which has none, the values that diffusers writes.
-    betas = {"linear": (0.1 / T, 20 / T), "scaled_linear": (0.85 / T, 12 / T)}
-    return betas.get(schedule, (0.0001, 0.02))
-
-
-def _scheduler(config: Config) -> dict[str, Any]:
-    d = config.diffusion
-    names = {ours: name for name, ours in SCHEDULES.items()}
-    if d.schedule not in names:
-        raise ValueError(
-            f"diffusion.schedule is {d.schedule}, and diffusers has only {', '.join(names)}"
-        )
-    first, last = d.betas or _default_betas(d.schedule, d.T)
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": d.T,
-        "beta_schedule": names[d.schedule],
-        "beta_start": first,
-        "beta_end": last,
-        "rescale_betas_zero_snr": d.zero_terminal_snr,
-        "clip_sample": True,
-        "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[d.prediction],
-        "timestep_spacing": "trailing",
-        "variance_type": "fixed_small",
-    }
 
 
 # ----------------------------------------------------------------- layers

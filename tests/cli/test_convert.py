@@ -1,10 +1,16 @@
 """`diffjax convert`: run folders and Hugging Face folders, both ways."""
 
+import dataclasses
+import re
+import shlex
+
 import numpy as np
 import pytest
-from helpers import check_mistake
+from helpers import QUIET, check_mistake
 
 from diffjax.cli import main
+from diffjax.cli.convert import run_config
+from diffjax.config import Data
 from diffjax.inference.model import load_model
 
 
@@ -40,6 +46,56 @@ def test_both_ways(hub_folder, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     check_mistake(main, f"convert {source} runs/mine", "runs/mine", capsys)
     check_mistake(main, "convert runs/mine hf:again", "config.json", capsys)
+
+
+def test_the_kind_of_weights_survives(unconditional_run, tmp_path, monkeypatch):
+    """Raw weights are raw in the run made of them, and in the folder made of that."""
+    monkeypatch.chdir(tmp_path)
+    main(["convert", str(unconditional_run), "hf:raw", "--weights", "raw"])
+    main(["convert", "hf:raw", "run"])
+    main(["convert", "run", "hf:again"])
+    kinds = [load_model(name).weights for name in ("hf:raw", "run", "hf:again")]
+    assert kinds == ["raw"] * 3
+
+
+@pytest.mark.parametrize("data", ["digits", None])
+def test_a_converted_run_is_trained_further_by_the_command_that_is_printed(
+    hub_folder, tmp_path, monkeypatch, capsys, in_suite_data, data
+):
+    """As printed, but for fewer steps; its averages are averages again."""
+    monkeypatch.chdir(tmp_path)
+    main(["convert", f"hf:{hub_folder}", "run", *(["--data", data] if data else [])])
+    command = re.search(r"'diffjax (train [^']+)'", capsys.readouterr().out)[1]
+    if data is None:  # the name is the user's to give
+        assert command.endswith("--data.name NAME")
+        command = command.replace("NAME", "digits")
+    model = load_model("run")
+    assert (model.weights, model.step, model.info.imported) == ("ema", 3, "ema")
+    main([*shlex.split(command), "--train.steps", "4", "--train.batch", "8", *QUIET])
+    trained = load_model("run")
+    assert (trained.weights, trained.step, trained.info.imported) == ("ema", 4, "")
+    assert trained.info.config.data.name == "digits"
+    assert load_model("run", weights="raw").weights == "raw"
+
+
+def test_the_data_of_a_run(hub_folder, tmp_path):
+    """Those of a configuration, by name or path, or of tfds; conditions are the model's."""
+    model = load_model(f"hf:{hub_folder}")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from diffjax.config import Config, Data\n"
+        "config = Config(data=Data(source='folder', path='photos', size=8, flip=True))"
+    )
+    expected = {
+        "mnist": Data(name="mnist", pad=2),
+        "kmnist": Data(name="kmnist"),
+        str(path): Data(source="folder", path="photos", size=8, flip=True),
+    }
+    for name, data in expected.items():
+        config = run_config(model, name)
+        assert config.data == dataclasses.replace(data, conditions=())
+        assert config.train.steps > model.step
+    assert not run_config(model, None).data.known
 
 
 @pytest.mark.parametrize(

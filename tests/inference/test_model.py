@@ -76,6 +76,42 @@ def test_missing_runs_are_named(tiny_model, tmp_path):
         load_model(tmp_path / "run", 7)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_weights_that_are_not_finite_are_refused(tiny_model, tmp_path, value, weights):
+    """The layer is named, of the weights that are asked for only."""
+    model = tiny_model()
+    params = jax.tree.map(np.array, model.params)
+    params["Dense_1"]["bias"][3] = value
+    spoilt = {"raw": params, "ema": jax.tree.map(lambda leaf: leaf - 1, params)}[weights]
+    folder = write_run(tmp_path / "run", model._replace(params=spoilt))
+    with pytest.raises(ValueError, match=naming("tiny of run", "Dense_1/bias")):
+        load_model(folder, weights=weights)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_models_of_other_channels_are_refused(tiny_model, tmp_path, channels):
+    folder = write_run(tmp_path / "run", tiny_model("unconditional", shape=(4, 4, channels)))
+    with pytest.raises(ValueError, match=naming("tiny of run", channels, 1, 3)):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw", "unknown"])
+def test_a_converted_run_keeps_the_kind_of_its_weights(tiny_model, tmp_path, kind):
+    """Its averages are what was imported; of an average there are no weights as trained."""
+    model = tiny_model()
+    imported = model._replace(info=model.info._replace(imported=kind))
+    folder = write_run(tmp_path / "run", imported)
+    for asked in ("ema", "0.999"):
+        loaded = load_model(folder, weights=asked)
+        assert (loaded.weights, loaded.info.imported) == (kind, kind)
+    if kind == "ema":
+        with pytest.raises(ValueError, match=naming("weights", "raw", "ema")):
+            load_model(folder, weights="raw")
+    else:
+        assert load_model(folder, weights="raw").weights == kind
+
+
 def test_published_folders_have_one_set_of_weights(tmp_path):
     for options, names in (
         ({"weights": "0.9"}, ("weights", "0.9")),

@@ -18,6 +18,7 @@ from diffjax.inference.pipeline import (
     Clip,
     DynamicThreshold,
     Hooks,
+    NotFiniteError,
     Pipeline,
     Request,
     Stopwatch,
@@ -352,6 +353,22 @@ def test_a_prediction_that_is_not_usable_is_named(tiny_model):
         on_devices(model, 1)(
             model.params, sampler.ddim(levels, [100, 50]), Request(num=1, batch=1, seed=0)
         )
+
+
+@pytest.mark.parametrize("bound", [None, Clip()])
+def test_samples_that_are_not_finite_are_refused(tiny_model, bound):
+    """Clipping does not hide NaN; the first sample that has it is named."""
+    model = tiny_model("unconditional")
+
+    def network(params, x, t, condition, keys=None):
+        return jnp.where(x[:, :1, :1] > 5, jnp.nan, x)
+
+    x = np.zeros((14, *model.info.x_shape), np.float32)
+    x[[11, 13]] = 9
+    request = Request(num=14, batch=8, seed=0, bound=bound, x=x)
+    pipeline = on_devices(model._replace(network=network), 8)
+    with pytest.raises(NotFiniteError, match=naming("sample", 11, 1)):
+        pipeline(model.params, sampler.ddim(model.schedule, [100]), request)
 
 
 # ------------------------------------------------------------------------------- lowered

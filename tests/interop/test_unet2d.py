@@ -3,23 +3,22 @@
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import check_mistake, naming
+from helpers import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from diffjax import schedule
 from diffjax.build import ModelInfo, abstract_params, build_module, build_schedule
-from diffjax.cli import main
 from diffjax.config import Config, Diffusion, Distillation
 from diffjax.inference.model import load_model
 from diffjax.interop import unet2d
@@ -55,14 +54,19 @@ networks = st.builds(
     learned_variance=st.booleans(),
 )
 conditionings = st.one_of(
-    st.just(UNCONDITIONAL), st.builds(ClassLabel, st.just(3), has_null_label=st.booleans())
+    st.just(UNCONDITIONAL),
+    st.builds(
+        ClassLabel,
+        st.just(3),
+        has_null_label=st.booleans(),
+        names=st.sampled_from([(), ("cat", "dog", "eel")]),
+    ),
 )
 diffusions = st.builds(
-    Diffusion,
+    lambda ends, **fields: Diffusion(zero_terminal_snr=ends[0], prediction=ends[1], **fields),
+    st.sampled_from([(False, "eps"), (False, "x0"), (True, "x0"), (True, "v")]),
     schedule=st.sampled_from(["linear", "scaled_linear", "cosine"]),
-    zero_terminal_snr=st.booleans(),
     T=st.sampled_from([200, 1000]),
-    prediction=st.sampled_from(["eps", "x0", "v"]),
 )
 
 
@@ -94,11 +98,18 @@ NETWORK = UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), n
 INFO = ModelInfo(Config(network=NETWORK), SHAPE, ClassLabel(3))
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of diffusers, which tests copy."""
+    folder = tmp_path_factory.mktemp("saved") / "theirs"
+    unet2d.save(folder, INFO, make_params(INFO), "ema", 0)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(saved, tmp_path):
     """A folder of diffusers."""
-    unet2d.save(tmp_path / "theirs", INFO, make_params(INFO), "ema", 0)
-    return tmp_path / "theirs"
+    return Path(shutil.copytree(saved, tmp_path / "theirs"))
 
 
 def edit(folder, name, **fields):
@@ -119,6 +130,30 @@ MISTAKES = [
         ["time_embedding_type", "fourier", "positional"],
     ),
     ("config.json", {"out_channels": 5}, ["out_channels", 5, "in_channels"]),
+    # A super-resolution network takes the small image too.
+    ("config.json", {"in_channels": 6, "out_channels": 3}, ["out_channels", 3, "in_channels"]),
+    ("config.json", {"act_fn": "mish"}, ["act_fn", "mish", "silu"]),
+    ("config.json", {"act_fn": "gelu"}, ["act_fn", "gelu", "silu"]),
+    ("config.json", {"act_fn": "relu"}, ["act_fn", "relu", "silu"]),
+    ("config.json", {"class_embed_type": "timestep"}, ["class_embed_type", "timestep"]),
+    ("config.json", {"class_embed_type": "identity"}, ["class_embed_type", "identity"]),
+    ("config.json", {"center_input_sample": True}, ["center_input_sample", True]),
+    ("config.json", {"mid_block_scale_factor": 2}, ["mid_block_scale_factor", 2]),
+    ("config.json", {"mid_block_type": None}, ["mid_block_type", None]),
+    ("config.json", {"time_embedding_dim": 64}, ["time_embedding_dim", 64]),
+    ("config.json", {"resnet_time_scale_shift": "ada_group"}, ["resnet_time_scale_shift"]),
+    ("config.json", {"norm_num_groups": 3}, ["norm_num_groups", 3, [8, 16]]),
+    ("config.json", {"norm_num_groups": None}, ["norm_num_groups", None]),
+    ("config.json", {"attn_norm_num_groups": 2}, ["attn_norm_num_groups", 2]),
+    ("config.json", {"attention_head_dim": 6}, ["attention_head_dim", 6, [16, 16]]),
+    ("config.json", {"sample_size": 9}, ["sample_size", 9]),
+    ("config.json", {"sample_size": [8, 7]}, ["sample_size", [8, 7]]),
+    (
+        "config.json",
+        {"down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"]},
+        ["down_block_types", "ResnetDownsampleBlock2D"],
+    ),
+    ("config.json", {"upsample_type": "resnet"}, ["down_block_types"]),
     ("config.json", {"block_out_channels": [8, 12]}, ["block_out_channels", [8, 12]]),
     (
         "config.json",
@@ -129,9 +164,6 @@ MISTAKES = [
     ("config.json", {"layers_per_block": 2}, [WEIGHTS, "down_blocks.0.resnets.1"]),
     ("config.json", {"block_out_channels": [16, 32]}, [WEIGHTS, "conv_in.bias", (8,), (16,)]),
     ("config.json", {"num_class_embeds": None}, [WEIGHTS, "class_embedding.weight"]),
-    ("scheduler_config.json", {"beta_schedule": "sigmoid"}, ["beta_schedule", "sigmoid", "linear"]),
-    ("scheduler_config.json", {"prediction_type": "flow"}, ["prediction_type", "flow", "epsilon"]),
-    ("scheduler_config.json", {"trained_betas": [0.1]}, ["trained_betas"]),
     ("scheduler_config.json", {"sigma_max": 80}, ["DDPMScheduler", "beta_schedule"]),
 ]
 
@@ -187,6 +219,8 @@ def test_pipeline_with_old_names(folder, tmp_path):
             "ema",
         ),
         ({}, "diffusion_pytorch_model.non_ema.safetensors", {}, "raw"),
+        ({}, "diffusion_pytorch_model.non_ema-00001-of-00001.safetensors", {}, "raw"),
+        ({}, "diffusion_pytorch_model.ema.safetensors", {}, "ema"),
         ({}, WEIGHTS, {"weights": "raw"}, "raw"),
         ({}, WEIGHTS, {}, "unknown"),
     ],
@@ -196,7 +230,64 @@ def test_kind_of_weights(folder, fields, name, metadata, expected):
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     save_file(tensors, folder / name, metadata={"format": "pt", **metadata})
-    assert unet2d.load(folder).weights == expected
+    found = unet2d.load(folder)
+    assert (found.weights, found.info.imported) == (expected, expected)
+    variant = re.search(r"(non_ema|ema)", name)
+    assert not variant or any(re.search(naming(variant[1], name), note) for note in found.notes)
+
+
+def as_pipeline(folder, to, index):
+    """The folder as the unet and the scheduler of a pipeline."""
+    (to / "scheduler").mkdir(parents=True)
+    shutil.copytree(folder, to / "unet")
+    (to / "unet" / "scheduler_config.json").rename(to / "scheduler" / "scheduler_config.json")
+    (to / "model_index.json").write_text(json.dumps(index))
+    return to
+
+
+LATENT = [
+    {"vqvae": ["diffusers", "VQModel"]},
+    {"vae": ["diffusers", "AutoencoderKL"], "unet": ["diffusers", "UNet2DModel"]},
+]
+
+
+@pytest.mark.parametrize("index", LATENT)
+@pytest.mark.parametrize("inside", ["", "unet"])
+def test_a_latent_pipeline_is_refused(folder, tmp_path, index, inside):
+    """What its network makes are no pictures, in whichever of its folders it is named."""
+    pipeline = as_pipeline(folder, tmp_path / "pipeline", index)
+    with pytest.raises(ValueError, match=naming(pipeline, next(iter(index)))):
+        unet2d.load(pipeline / inside)
+
+
+def test_a_latent_pipeline_without_an_index_is_refused(folder):
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=naming(folder, "vae")):
+        unet2d.load(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"vqvae": [None, None], "unet": ["diffusers", "UNet"]}])
+def test_a_pipeline_of_pixels_is_read(folder, tmp_path, index):
+    """A pipeline may leave its autoencoder out."""
+    found = unet2d.load(as_pipeline(folder, tmp_path / "pipeline", index))
+    assert found.info.x_shape == SHAPE
+
+
+def test_sources_have_one_set_of_weights_of_one_kind(folder):
+    """It keeps its kind whatever is asked for, but an average is not as trained."""
+    assert load_model(f"hf:{folder}").weights == "ema"
+    with pytest.raises(ValueError, match=naming("weights", "raw", "ema")):
+        load_model(f"hf:{folder}", weights="raw")
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": "pt"})
+    for asked in ("ema", "raw"):
+        assert load_model(f"hf:{folder}", weights=asked).weights == "unknown"
+
+
+def test_notes_of_the_scheduler_are_those_of_the_model(folder):
+    edit(folder, "scheduler_config.json", clip_sample_range=3.0)
+    notes = load_model(f"hf:{folder}").notes
+    assert any(re.search(naming("clip_sample_range", 3), note) for note in notes)
 
 
 def test_repository_of_the_hub(folder, monkeypatch):
@@ -263,46 +354,6 @@ def test_distilled_model(tmp_path):
     info = INFO._replace(config=dataclasses.replace(INFO.config, distillation=distillation))
     unet2d.save(tmp_path, info, make_params(info), "ema", 0)
     assert unet2d.load(tmp_path).info.config.distillation == distillation
-
-
-def test_sampling_and_conversion_both_ways(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    source = f"hf:{folder}"
-    options = ["--steps", "3", "--num", "8", "--condition", "0,1,2", "--seed", "4"]
-    options += ["--guidance", "2"]
-    main(["sample", source, *options, "--save", "a.npz"])
-    printed = capsys.readouterr().out
-    assert all(note in printed for note in load_model(source).notes)
-    assert (tmp_path / "runs" / "theirs" / "samples").is_dir()
-    main(["convert", source, "runs/mine", "--data", "digits"])
-    main(["sample", "runs/mine", *options, "--save", "b.npz"])
-    main(["convert", "runs/mine", "hf:again"])
-    main(["sample", "hf:again", *options, "--save", "c.npz"])
-    a, b, c = (np.load(tmp_path / f"{name}.npz")["images"] for name in "abc")
-    np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(a, c)
-    assert load_model("runs/mine").info.config.data.name == "digits"
-
-
-@pytest.mark.parametrize(
-    ("command", "names"),
-    [
-        ("runs/a runs/b", "hf:"),
-        ("hf:a hf:b", "hf:"),
-        ("hf:{tmp}/nowhere runs/x", "{tmp}/nowhere"),
-        ("runs/a hf:b --data mnist", ("data", "mnist")),
-        ("{tmp} hf:b", "{tmp}"),
-        ("hf:{folder} hf:{folder}/x --checkpoint 3", "hf:"),
-        ("hf:{folder} {tmp}/new --checkpoint 3", ("hf:{folder}", "checkpoint")),
-    ],
-)
-def test_impossible_conversions(folder, tmp_path, capsys, command, names):
-    convert = partial(_run, "convert")
-    check_mistake(convert, command, names, capsys, tmp=tmp_path, folder=folder)
-
-
-def _run(command, arguments):
-    main([command, *arguments])
 
 
 # ------------------------------------------------------------------------------- live
