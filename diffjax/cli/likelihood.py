@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from diffjax.build import load_data
+from diffjax.build import check_conditions, load_data
 from diffjax.cli import common
 from diffjax.cli.options import Count, DataOptions, File, Model, WeightsOptions
 from diffjax.data.batches import first_examples
@@ -115,8 +115,9 @@ def read_examples(options: Options, model: TrainedModel) -> tuple[np.ndarray, Co
     num = options.image.num
     if num < 2:
         raise ValueError(f"num is {num}: a mean and its error need 2 images or more")
-    held_out = load_data(options.data.locate(model.info.config)).held_out
-    x, condition = first_examples(held_out, num, model.info.conditioning)
+    dataset = load_data(options.data.locate(model.info.config))
+    check_conditions(model.info, dataset)
+    x, condition = first_examples(dataset.held_out, num, model.info.conditioning)
     if not options.image.condition:
         condition = None
     bits_per_dim.likelihood_condition(model, condition, num)
