@@ -2,19 +2,20 @@
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 from tqdm import tqdm
 
-from diffjax.cli import plain_help
+from diffjax.cli import plain_help, terminal
 from diffjax.config import Config, config_names, load_config, suggest
 
 # ------------------------------------------------------------------------------- errors
@@ -39,6 +40,15 @@ def user_errors() -> Iterator[None]:
         raise UserError(error) from error
 
 
+@contextlib.contextmanager
+def sampling_errors() -> Iterator[None]:
+    """Turn the NotFiniteError of samples, a FloatingPointError, into UserError."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise UserError(error) from error
+
+
 def describe_os_error(error: OSError) -> str:
     """The reason and the file, as in "Permission denied: runs/digits"."""
     has_file = error.strerror and error.filename
@@ -47,7 +57,7 @@ def describe_os_error(error: OSError) -> str:
 
 @contextlib.contextmanager
 def exit_codes(program: str) -> Iterator[None]:
-    """Print a UserError, or numbers that are not finite, as one line and exit with code 2.
+    """Print a UserError, or a FloatingPointError, as one line and exit with code 2.
 
     Ctrl-C exits with 130, and a closed pipe with 141.
     """
@@ -194,6 +204,57 @@ def check_output(path: Path, *suffixes: str) -> Path:
     return path
 
 
+def free_path(path: Path) -> Path:
+    """The path itself, or the first of a-2.png, a-3.png, ... where a.png exists."""
+    others = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not each.exists())
+
+
+def check_output_folder(folder: Path, names: Sequence[str], *, overwrite: bool) -> Path:
+    """Check that files of these names can be written into a folder, which is created.
+
+    Raises: ValueError for a file in its place, a place that cannot be written to, names that the
+    file system does not take, or files that exist and are not to be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output folder {folder} is a file: name a folder")
+    found = [name for name in names if (folder / name).exists()]
+    if found and not overwrite:
+        raise ValueError(
+            f"output folder {folder} has {found[0]}"
+            f"{f' and {len(found) - 1} more of the files' if len(found) > 1 else ''}: use another"
+            " folder, or --overwrite"
+        )
+    for name in names:
+        check_output(folder / name, Path(name).suffix)
+    return folder
+
+
+def file_word(text: str) -> str:
+    """A text as a part of a file's name: without slashes, and at most 100 bytes long."""
+    text = re.sub(r"[/\\\x00-\x1f]", "_", text)
+    return text.encode()[:100].decode(errors="ignore")
+
+
+# ------------------------------------------------------------------------------- printing
+
+
+def print_report(markdown: str) -> None:
+    """Print a report in Markdown so that it fits into a terminal."""
+    print(terminal.narrow(markdown))
+
+
 def progress_bar(total: int, description: str = "", unit: str = "step") -> tqdm:
     """A progress bar on stderr, as wide as the terminal."""
     return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True)
+
+
+def compiling(bar: tqdm, description: str) -> Callable[[int], None]:
+    """The update of a bar, which says that programs are compiled until its first call."""
+    bar.set_description(f"{description}, compiling")
+
+    def update(steps: int) -> None:
+        bar.set_description(description, refresh=False)
+        bar.update(steps)
+
+    return update

@@ -17,6 +17,7 @@ from diffjax.cli.options import (
     DataOptions,
     File,
     Files,
+    FolderOptions,
     Model,
     Numbers,
     Text,
@@ -25,6 +26,7 @@ from diffjax.cli.options import (
 from diffjax.data import image_io
 from diffjax.data.batches import first_examples
 from diffjax.evaluation.quality import image_shape
+from diffjax.evaluation.results import cells_markdown, escape_markdown
 from diffjax.inference.defaults import check_seed
 from diffjax.inference.editing import Editor, EditRequest, Progress, check_mask, trailing_from
 from diffjax.inference.guidance import Guidance, can_be_guided, check_guidance
@@ -41,6 +43,17 @@ TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0
 
 
 @dataclass(frozen=True)
+class OutputOptions(FolderOptions):
+    """Files to write. A file that an option names is replaced, others never are."""
+
+    out: File = None
+    """Picture of the images before and after (.png); None for a new name in the run folder, or
+    for no picture with --out-dir."""
+    report: File = None
+    """What is printed, in Markdown (.md)."""
+
+
+@dataclass(frozen=True)
 class ImageOptions:
     """Images to edit."""
 
@@ -49,12 +62,10 @@ class ImageOptions:
     num: int = 10
     """Number of held-out images, 1 or more, where no files are given."""
     condition: Text = None
-    """Conditions, repeated over the images: for classes as in 3 or 0,1,2.
+    """Conditions, repeated over the images: for classes as in cat or 0,1,2.
     None for no condition."""
     seed: int = 0
     """Seed of the noise, from 0."""
-    out: File = None
-    """Picture of the images before and after (.png); None for a name in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class EditOptions:
     """Run folder, or hf:FOLDER or hf:OWNER/NAME for a published model."""
     image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    output: tyro.conf.OmitArgPrefixes[OutputOptions] = field(default_factory=OutputOptions)
     weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
 
@@ -96,6 +108,8 @@ class Vary(EditOptions):
     """Steps from level T; from lower levels in proportion."""
     eta: float = 0.0
     """Noise of DDIM, 0 (none) to 1 (that of DDPM)."""
+    variants: int = 1
+    """Variants of each image from each level, 1 or more; the next has the next seed."""
     guidance: Annotated[float, tyro.conf.arg(metavar="SCALE")] = 1.0
     """Guidance scale: 0 is unconditional, 1 conditional, and more is guided."""
 
@@ -114,6 +128,8 @@ class Inpaint(EditOptions):
     resample: int = 5
     """Times that every step is taken, 1 or more, so that the two parts fit together
     (arXiv:2201.09865)."""
+    variants: int = 1
+    """Variants of each image, 1 or more; the next has the next seed."""
     guidance: Annotated[float, tyro.conf.arg(metavar="SCALE")] = 1.0
     """Guidance scale: 0 is unconditional, 1 conditional, and more is guided."""
 
@@ -134,6 +150,7 @@ class Scene(NamedTuple):
     model: TrainedModel
     editor: Editor
     images: np.ndarray  # float32 [N, H, W, C] in [-1, 1]
+    names: list[str]  # of the images, each different, as in "00003-cat"
     condition: Condition  # a pytree [N, ...]; None for none
 
     def __str__(self) -> str:
@@ -143,14 +160,20 @@ class Scene(NamedTuple):
         return f"{len(self.images)} images of {size}, {name}"
 
 
-Rows = dict[str, np.ndarray]  # of the picture, by title: float32 [columns, H, W, C]
+class Edited(NamedTuple):
+    """The result of an edit."""
+
+    rows: dict[str, np.ndarray]  # of the picture, by title: float32 [columns, H, W, C]
+    images: list[np.ndarray]  # all edited images: float32 [H, W, C]
+    report: str  # in Markdown
 
 
 class Job(NamedTuple):
     """An edit whose options were checked."""
 
     rows: int  # rows of plans to run for each batch
-    run: Callable[[Progress], tuple[Rows, str]]  # returns the picture and the report
+    names: list[str]  # of the edited images, each different, as in "00003-cat-level-300-seed-0"
+    run: Callable[[Progress], Edited]
 
 
 def parse(program: str, arguments: list[str]) -> Any:
@@ -161,22 +184,75 @@ def parse(program: str, arguments: list[str]) -> Any:
 def run(options: Any) -> None:
     """Edit, write, print. options: one of the union `Options`."""
     name = type(options).__name__.lower()
+    sets = 2 if isinstance(options, Interpolate) else 1
     with common.user_errors():
         scene = open_scene(options)
         job = PREPARE[type(options)](scene, options)
-        out = options.image.out or output_folder(options.model) / "edits" / f"{name}.png"
-        out = common.check_output(Path(out), ".png")
-    sets = 2 if isinstance(options, Interpolate) else 1
+        outputs = check_outputs(options, name, job)
     total = job.rows * scene.editor.batches(len(scene.images) // sets)
-    with common.progress_bar(total, name) as bar:
-        rows, report = job.run(bar.update)
-    columns = max(len(row) for row in rows.values())
-    images = image_io.to_uint8(np.concatenate(list(rows.values())))
-    with common.user_errors():
-        image_io.save_png(out, image_io.grid(images, columns=columns, titles=list(rows)))
-    print(report)
-    shown = f", of the first {sets * SHOWN} images" if len(scene.images) > sets * SHOWN else ""
-    print(f"wrote {out}{shown}")
+    with common.progress_bar(total) as bar, common.sampling_errors():
+        edited = job.run(common.compiling(bar, name))
+        bar.set_description("writing")
+        with common.user_errors():
+            write(outputs, edited, job.names)
+    common.print_report(edited.report)
+    if outputs.picture:
+        shown = f", of the first {sets * SHOWN} images" if len(scene.images) > sets * SHOWN else ""
+        print(f"wrote {outputs.picture}{shown}")
+    if outputs.folder:
+        print(f"wrote {len(job.names)} images to {outputs.folder}")
+
+
+class Outputs(NamedTuple):
+    """Paths of the files to write, all of which were checked."""
+
+    picture: Path | None
+    report: Path | None
+    folder: Path | None  # of the edited images
+
+
+def check_outputs(options: EditOptions, name: str, job: Job) -> Outputs:
+    """The files to write. name: of the edit.
+
+    Raises: ValueError for one that cannot be written, or is an image to edit.
+    """
+    output = options.output
+    return Outputs(
+        picture_path(options, name),
+        common.check_output(Path(output.report), ".md") if output.report else None,
+        output.check_folder([f"{each}.png" for each in job.names]),
+    )
+
+
+def picture_path(options: EditOptions, name: str) -> Path | None:
+    """The path of the picture of all images, None for no picture.
+
+    Raises: ValueError for one that cannot be written, or is an image to edit.
+    """
+    output = options.output
+    if output.out:
+        out = common.check_output(Path(output.out), ".png")
+        if any(out.resolve() == Path(image).resolve() for image in options.image.images):
+            raise ValueError(f"output file {out} is one of the images to edit: name another file")
+        return out
+    if output.out_dir:
+        return None
+    own = output_folder(options.model) / "edits" / f"{name}.png"
+    return common.check_output(common.free_path(own), ".png")
+
+
+def write(outputs: Outputs, edited: Edited, names: list[str]) -> None:
+    """Write all files. names: of the edited images."""
+    if outputs.folder:
+        for name, image in zip(names, edited.images, strict=True):
+            image_io.save_image(outputs.folder / f"{name}.png", image_io.to_uint8(image))
+    if outputs.report:
+        outputs.report.write_text(f"{edited.report}\n")
+    if outputs.picture:
+        columns = max(len(row) for row in edited.rows.values())
+        images = image_io.to_uint8(np.concatenate(list(edited.rows.values())))
+        picture = image_io.grid(images, columns=columns, titles=list(edited.rows))
+        image_io.save_png(outputs.picture, picture)
 
 
 def open_scene(options: EditOptions) -> Scene:
@@ -190,9 +266,11 @@ def open_scene(options: EditOptions) -> Scene:
     check_seed(asked.seed)
     if asked.images:
         images = _read_images(asked.images, model)
+        words = [common.file_word(Path(name).stem) for name in asked.images]
     else:
         config = options.data.locate(model.info.config)
         images, _ = first_examples(load_data(config).held_out, asked.num)
+        words = ["held-out"] * len(images)
     condition = None
     if asked.condition is not None:
         condition = conditioning.parse(asked.condition, len(images))
@@ -201,7 +279,8 @@ def open_scene(options: EditOptions) -> Scene:
             f"condition is not given, and {model.name} was trained with train.condition_dropout"
             " 0, so it needs one"
         )
-    return Scene(model, editor, images, condition)
+    names = [f"{i:05}-{word}" for i, word in enumerate(words)]
+    return Scene(model, editor, images, names, condition)
 
 
 def _read_images(names: tuple[str, ...], model: TrainedModel) -> np.ndarray:
@@ -220,23 +299,22 @@ def prepare_reconstruct(scene: Scene, options: Reconstruct) -> Job:
     steps = common.parse_integers("steps", options.steps)
     for each in steps:
         scene.editor.levels(each)
-    return Job(2 * sum(steps), partial(_reconstruct, scene, steps))
+    names = [f"{name}-{each}-steps" for each in steps for name in scene.names]
+    return Job(2 * sum(steps), names, partial(_reconstruct, scene, steps))
 
 
-def _reconstruct(scene: Scene, steps: list[int], progress: Progress) -> tuple[Rows, str]:
-    rows = {"original": scene.images[:SHOWN]}
-    lines = [
-        f"| steps of DDIM, either way | mean squared error in [0, 1], {scene}"
-        " | DDIM, table 2: CIFAR-10 |",
-        "|---|---|---|",
-    ]
+def _reconstruct(scene: Scene, steps: list[int], progress: Progress) -> Edited:
+    rows, images = {"original": scene.images[:SHOWN]}, []
+    heads = "steps of DDIM, either way", "mean squared error in [0, 1]", "DDIM, table 2: CIFAR-10"
+    lines = [[*heads, "of"]]
     for each in steps:
         edit = EditRequest(each, scene.condition, progress)
         found = scene.editor.reconstruct(scene.images, edit)
         rows[f"{each} steps and back"] = found[:SHOWN]
+        images += list(found)
         error = np.mean((found - scene.images) ** 2) / 4
-        lines.append(f"| {each} | {error:.2g} | {TABLE_2.get(each, '')} |")
-    return rows, "\n".join(lines)
+        lines.append([str(each), f"{error:.2g}", str(TABLE_2.get(each, "")), str(scene)])
+    return Edited(rows, images, cells_markdown(lines))
 
 
 def prepare_interpolate(scene: Scene, options: Interpolate) -> Job:
@@ -253,13 +331,13 @@ def prepare_interpolate(scene: Scene, options: Interpolate) -> Job:
         raise ValueError(f"between is {options.between}: use 1 or more")
     scene.editor.levels(options.steps)
     weights = np.linspace(0, 1, options.between + 2)
+    pairs = list(zip(scene.names[::2], scene.names[1::2], strict=True))
+    names = [f"{a}-to-{b}-{weight:.3f}" for weight in weights for a, b in pairs]
     job = partial(_interpolate, scene, options.steps, weights)
-    return Job((2 + len(weights)) * options.steps, job)
+    return Job((2 + len(weights)) * options.steps, names, job)
 
 
-def _interpolate(
-    scene: Scene, steps: int, weights: np.ndarray, progress: Progress
-) -> tuple[Rows, str]:
+def _interpolate(scene: Scene, steps: int, weights: np.ndarray, progress: Progress) -> Edited:
     first, second = scene.images[::2], scene.images[1::2]
     condition = jax.tree.map(lambda leaf: leaf[::2], scene.condition)
     edit = EditRequest(steps, condition, progress)
@@ -272,80 +350,117 @@ def _interpolate(
         f"{len(first)} pairs of {scene}, encoded and decoded by DDIM in {steps} steps; the"
         " outer two of each row are the images themselves"
     )
-    return rows, report
+    return Edited(rows, [image for row in found for image in row], escape_markdown(report))
 
 
 def prepare_vary(scene: Scene, options: Vary) -> Job:
-    """Vary from each level."""
-    guidance = make_guidance(scene, options.guidance)
+    """Vary from each level, by each seed."""
+    guidance, seeds = make_guidance(scene, options.guidance), variant_seeds(options)
     sampler.check_eta(options.eta)
     levels = common.parse_integers("start", options.start)
     schedule.trailing(scene.model.schedule, options.steps)
     T = schedule.length(scene.model.schedule)
-    steps = [max(1, options.steps * level // T) for level in levels]
-    for level, n in zip(levels, steps, strict=True):
+    steps = {level: max(1, options.steps * level // T) for level in levels}
+    for level, n in steps.items():
         trailing_from(scene.model.schedule, level, n)
-    return Job(sum(steps), partial(_vary, scene, options, guidance, levels, steps))
+    names = [
+        f"{name}-level-{level}-seed-{seed}"
+        for level in levels
+        for seed in seeds
+        for name in scene.names
+    ]
+    job = partial(_vary, scene, options, guidance, steps, seeds)
+    return Job(sum(steps.values()) * len(seeds), names, job)
 
 
 def _vary(
     scene: Scene,
     options: Vary,
     guidance: Guidance,
-    levels: list[int],
-    steps: list[int],
+    steps: dict[int, int],
+    seeds: range,
     progress: Progress,
-) -> tuple[Rows, str]:
-    rows = {"original": scene.images[:SHOWN]}
-    for level, n in zip(levels, steps, strict=True):
-        edit = EditRequest(n, scene.condition, progress)
-        varied = scene.editor.vary(
-            scene.images,
-            edit,
-            level=level,
-            seed=options.image.seed,
-            eta=options.eta,
-            guidance=guidance,
-        )
-        rows[f"from level {level}"] = varied[:SHOWN]
-    report = f"{scene}, by DDIM with eta {options.eta:g} in {steps} steps, guidance {guidance}"
-    return rows, report
+) -> Edited:
+    rows, images = {"original": scene.images[:SHOWN]}, []
+    for level, n in steps.items():
+        for seed in seeds:
+            varied = scene.editor.vary(
+                scene.images,
+                EditRequest(n, scene.condition, progress),
+                level=level,
+                seed=seed,
+                eta=options.eta,
+                guidance=guidance,
+            )
+            rows[f"from level {level}{_by_seed(seed, seeds)}"] = varied[:SHOWN]
+            images += list(varied)
+    report = (
+        f"{scene}, by DDIM with eta {options.eta:g} in {list(steps.values())} steps, guidance"
+        f" {guidance}"
+    )
+    return Edited(rows, images, escape_markdown(report))
+
+
+def variant_seeds(options: Vary | Inpaint) -> range:
+    """The seeds of the variants.
+
+    Raises: ValueError for less than one variant, or seeds that are too large.
+    """
+    if options.variants < 1:
+        raise ValueError(f"variants is {options.variants}: use 1 or more")
+    first = options.image.seed
+    check_seed(first + options.variants - 1)
+    return range(first, first + options.variants)
+
+
+def _by_seed(seed: int, seeds: range) -> str:
+    return f", seed {seed}" if len(seeds) > 1 else ""
 
 
 def prepare_inpaint(scene: Scene, options: Inpaint) -> Job:
     """Inpaint the part that a mask names."""
-    guidance = make_guidance(scene, options.guidance)
+    guidance, seeds = make_guidance(scene, options.guidance), variant_seeds(options)
     sampler.check_eta(options.eta)
     if options.resample < 1:
         raise ValueError(f"resample is {options.resample}: use 1 or more")
     schedule.trailing(scene.model.schedule, options.steps)
     mask = check_mask(read_mask(options.mask, scene.images.shape[1:]), scene.images.shape)
-    rows = options.steps * options.resample
-    return Job(rows, partial(_inpaint, scene, options, guidance, mask))
+    rows = options.steps * options.resample * len(seeds)
+    names = [f"{name}-inpainted-seed-{seed}" for seed in seeds for name in scene.names]
+    return Job(rows, names, partial(_inpaint, scene, options, guidance, mask, seeds))
 
 
 def _inpaint(
-    scene: Scene, options: Inpaint, guidance: Guidance, mask: np.ndarray, progress: Progress
-) -> tuple[Rows, str]:
-    found = scene.editor.inpaint(
-        scene.images,
-        mask,
-        EditRequest(options.steps, scene.condition, progress),
-        seed=options.image.seed,
-        eta=options.eta,
-        resamples=options.resample,
-        guidance=guidance,
-    )
-    all_rows = {"original": scene.images, "known": scene.images * mask, "inpainted": found}
-    rows = {title: row[:SHOWN] for title, row in all_rows.items()}
-    known = (mask == 1).all(-1)  # pixels
-    changed = ((found != scene.images).any(-1) & known).sum()
+    scene: Scene,
+    options: Inpaint,
+    guidance: Guidance,
+    mask: np.ndarray,
+    seeds: range,
+    progress: Progress,
+) -> Edited:
+    rows = {"original": scene.images[:SHOWN], "known": (scene.images * mask)[:SHOWN]}
+    images = []
+    for seed in seeds:
+        found = scene.editor.inpaint(
+            scene.images,
+            mask,
+            EditRequest(options.steps, scene.condition, progress),
+            seed=seed,
+            eta=options.eta,
+            resamples=options.resample,
+            guidance=guidance,
+        )
+        rows[f"inpainted{_by_seed(seed, seeds)}"] = found[:SHOWN]
+        images += list(found)
+    known = np.tile((mask == 1).all(-1), (len(seeds), 1, 1))  # pixels
+    differ = (np.stack(images) != np.tile(scene.images, (len(seeds), 1, 1, 1))).any(-1)
+    changed = (differ & known).sum()
     report = (
         f"{scene}, by DDIM with eta {options.eta:g} in {options.steps} steps, each taken"
         f" {options.resample} times, guidance {guidance}; {changed} of {known.sum()} known pixels"
         " changed"
     )
-    return rows, report
+    return Edited(rows, images, escape_markdown(report))
 
 
 PREPARE: dict[type, Callable[[Scene, Any], Job]] = {

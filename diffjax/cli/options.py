@@ -1,10 +1,13 @@
 """Groups of options that several commands share: one spelling for one idea."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from diffjax.cli import common
 from diffjax.config import Config
 from diffjax.inference.defaults import default_sampler, default_steps
 from diffjax.inference.model import TrainedModel
@@ -33,6 +36,27 @@ class WeightsOptions:
     """ema (the moving average), raw (as trained), or the decay of one of several averages."""
     checkpoint: Step = None
     """Training step of the checkpoint; None for the latest."""
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """A folder of single images."""
+
+    out_dir: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of single images (.png), one file each, which may have none of them yet."""
+    overwrite: Flag = False
+    """Replace the images that are in that folder."""
+
+    def check_folder(self, names: Sequence[str]) -> Path | None:
+        """The folder, in which files of these names can be written.
+
+        Raises: ValueError for a folder that cannot be written to, or has such files.
+        """
+        if self.out_dir is None:
+            if self.overwrite:
+                raise ValueError("overwrite is for images of out_dir, which is not given")
+            return None
+        return common.check_output_folder(Path(self.out_dir), names, overwrite=self.overwrite)
 
 
 @dataclass(frozen=True)

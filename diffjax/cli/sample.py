@@ -16,6 +16,7 @@ from diffjax.cli.options import (
     Count,
     File,
     Flag,
+    FolderOptions,
     Model,
     Number,
     SamplerOptions,
@@ -40,6 +41,7 @@ from diffjax.inference.pipeline import (
     Pipeline,
     Request,
     Samples,
+    check_finite,
 )
 from diffjax.nn.conditioning import Condition, Conditioning
 from diffjax.sampler import Plan
@@ -92,7 +94,7 @@ class ImageOptions:
     """Images to sample."""
 
     condition: Text = None
-    """Conditions, repeated over the images: for classes as in 3 or 0,1,2.
+    """Conditions, repeated over the images: for classes as in cat or 0,1,2.
     None for each class in turn."""
     num: int = 64
     """Number of images, 1 or more."""
@@ -107,13 +109,14 @@ class ImageOptions:
 
 
 @dataclass(frozen=True)
-class OutputOptions:
-    """Files to write."""
+class OutputOptions(FolderOptions):
+    """Files to write. A file that an option names is replaced, others never are."""
 
     out: File = None
-    """Picture of all images (.png); None for a name in the run folder."""
+    """Picture of all images (.png); None for a new name in the run folder, or for no picture
+    with --out-dir."""
     preview: Flag = False
-    """Refresh the picture of --out with the estimates of x0 during sampling."""
+    """Refresh the picture with the estimates of x0 during sampling."""
     animate: File = None
     """Animation of the estimates of x0 of the first batch (.gif)."""
     save: File = None
@@ -138,14 +141,15 @@ class Options:
 class Outputs:
     """Paths of the files to write, all of which were checked."""
 
-    grid: Path
+    grid: Path | None
     animation: Path | None
     arrays: Path | None
     plan: Path | None
+    folder: Path | None  # of single images
 
     def __str__(self) -> str:
         """The paths, separated by commas."""
-        paths = (self.grid, self.animation, self.arrays, self.plan)
+        paths = (self.grid, self.animation, self.arrays, self.plan, self.folder)
         return ", ".join(str(path) for path in paths if path)
 
 
@@ -155,28 +159,32 @@ def run(options: Options) -> None:
         model = load_model(options.model, options.weight.checkpoint, options.weight.weights)
         plan, name = make_plan(options, model)
         request = make_request(options, model)
-        outputs = check_outputs(options, plan, name)
+        captions = model.info.conditioning.describe(request.condition)
+        names = image_names(captions, request)
+        outputs = check_outputs(options, plan, name, names)
     for note in model.notes:
         print(f"{model.name}: {note}")
     if warning := distillation_warning(model, plan):
         print(warning)
-    watch = SampleWatch(
-        model.codec, model.info.conditioning.describe(request.condition), request.num, plan.steps
-    )
-    if options.output.animate:
+    watch = SampleWatch(model.codec, captions, request.num, plan.steps)
+    if outputs.animation:
         watch.keep_frames()
-    if options.output.preview:
+    if options.output.preview and outputs.grid:
         watch.refresh(outputs.grid)
     total = plan.steps * -(-request.num // request.batch)
-    with common.progress_bar(total, name) as bar:
-        hooks = Hooks(bar.update, watch, watch.every)
+    with common.progress_bar(total) as bar, common.sampling_errors():
+        hooks = Hooks(common.compiling(bar, name), watch, watch.every)
         samples = Pipeline.for_model(model)(model.params, plan, request, hooks)
-    with common.user_errors():
-        write(outputs, samples, watch, model.info.conditioning, plan, name)
-    if request.num > LARGEST_GRID:
+        bar.set_description("writing")
+        with common.user_errors():
+            write(outputs, samples, watch, model.info.conditioning, names)
+            if outputs.plan:
+                samplers.save_plan(outputs.plan, plan, name)
+        row = sampling_row(model, samples, plan, name, request)
+    if outputs.grid and request.num > LARGEST_GRID:
         print(f"{outputs.grid} shows the first {LARGEST_GRID} of {request.num} images")
-    print(table_markdown([sampling_row(model, samples, plan, name, request)]))
-    print(f"wrote {outputs}")
+    common.print_report(table_markdown([row]))
+    print(f"\nwrote {outputs}")
 
 
 def make_plan(options: Options, model: TrainedModel) -> tuple[Plan, str]:
@@ -269,24 +277,44 @@ def make_guidance(options: Options) -> Guidance:
     )
 
 
-def check_outputs(options: Options, plan: Plan, name: str) -> Outputs:
-    """The files to write.
+def image_names(captions: list[str] | None, request: Request) -> list[str]:
+    """The names of the files of single images, as in "00003-label-7-seed-0.png"."""
+    digits = max(5, len(str(request.num - 1)))
+    words = [f"label-{common.file_word(text)}-" for text in captions or ()] or [""] * request.num
+    return [f"{i:0{digits}}-{word}seed-{request.seed}.png" for i, word in enumerate(words)]
+
+
+def check_outputs(options: Options, plan: Plan, name: str, names: list[str]) -> Outputs:
+    """The files to write. names: of the files of single images.
 
     Raises: ValueError for one that cannot be written.
     """
     output = options.output
-    own = (
-        f"{name.split('(')[0]}-{plan.steps}-guidance-{options.guidance.guidance:g}"
-        f"-seed-{options.image.seed}.png"
-    )
-    grid = Path(output.out or output_folder(options.model) / "samples" / own)
+    if output.preview and output.out_dir and not output.out:
+        raise ValueError("preview refreshes the picture of all images, and out is not given")
     return Outputs(
-        common.check_output(grid, ".png"),
+        _grid_path(options, plan, name),
         common.check_output(Path(output.animate), ".gif") if output.animate else None,
         common.check_output(Path(output.save), ".npz") if output.save else None,
         common.check_output(Path(options.plan.save_plan), ".json", ".png")
         if options.plan.save_plan
         else None,
+        output.check_folder(names),
+    )
+
+
+def _grid_path(options: Options, plan: Plan, name: str) -> Path | None:
+    output = options.output
+    if output.out:
+        return common.check_output(Path(output.out), ".png")
+    if output.out_dir:
+        return None
+    own = (
+        f"{name.split('(')[0]}-{plan.steps}-guidance-{options.guidance.guidance:g}"
+        f"-seed-{options.image.seed}.png"
+    )
+    return common.check_output(
+        common.free_path(output_folder(options.model) / "samples" / own), ".png"
     )
 
 
@@ -295,12 +323,9 @@ def write(
     samples: Samples,
     watch: "SampleWatch",
     conditioning: Conditioning,
-    plan: Plan,
-    name: str,
+    names: list[str],
 ) -> None:
-    """Write all files."""
-    if outputs.plan:
-        samplers.save_plan(outputs.plan, plan, name)
+    """Write all files of images. names: of the files of single images."""
     if outputs.arrays:
         labels = conditioning.labels(samples.condition)
         if labels is None:
@@ -308,7 +333,12 @@ def write(
         np.savez(outputs.arrays, images=samples.images, labels=np.asarray(labels, np.int32))
     if outputs.animation:
         image_io.save_gif(outputs.animation, watch.sheets())
-    image_io.save_png(outputs.grid, image_io.grid(samples.images[:LARGEST_GRID], watch.captions))
+    if outputs.folder:
+        for name, image in zip(names, samples.images, strict=True):
+            image_io.save_image(outputs.folder / name, image)
+    if outputs.grid:
+        shown = samples.images[:LARGEST_GRID]
+        image_io.save_png(outputs.grid, image_io.grid(shown, watch.captions))
 
 
 class SampleWatch:
@@ -342,7 +372,9 @@ class SampleWatch:
         count = max(0, self._num - first)
         if not (keep or refresh) or not count:
             return
-        images = image_io.to_uint8(np.asarray(self._codec.decode(jax.device_get(x0)[:count])))
+        x0 = np.asarray(jax.device_get(x0)[:count])
+        check_finite(x0, self._steps, first)
+        images = image_io.to_uint8(np.asarray(self._codec.decode(x0)))
         if self._shown is None:  # grey until they are sampled
             self._shown = np.full((self._num, *images.shape[1:]), 127, np.uint8)
         self._shown[first : first + len(images)] = images

@@ -1,10 +1,12 @@
 """`diffjax sample` of real digits."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
-from helpers import check_mistake
+from helpers import check_mistake, check_told
 from PIL import Image
 
 from diffjax import sampler, schedule
@@ -12,12 +14,19 @@ from diffjax.cli import main, sample
 from diffjax.data import image_io
 from diffjax.data.codec import PIXELS
 from diffjax.evaluation.digits import score_digits
+from tests.cli.conftest import CLASSES, COLOURS
 
 
 def cells_of(out):
-    """The cells of the row that was printed."""
-    row = next(line for line in out.splitlines()[2:] if line.startswith("|"))
-    return [cell.strip() for cell in row.split("|")[1:-1]]
+    """The fields of the row that was printed, one in a line, by their heads."""
+    lines = [re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines()]
+    return dict(line for line in lines if len(line) == 2)
+
+
+def plan_of(out):
+    """The sampler of the row that was printed, its steps and its evaluations."""
+    cells = cells_of(out)
+    return [cells["sampler"], cells["steps"], cells["NFE"]]
 
 
 def sample_to(folder, name, run, *options):
@@ -35,8 +44,11 @@ def test_guided_ddim(digits_run, run_program, tmp_path):
         "--seed", 0, "--out", tmp_path / "grid.png", "--save", tmp_path / "samples.npz",
     )  # fmt: skip
     assert code == 0, err
-    words = ("ddim(eta=0, trailing)", "| 50 ", "| 100 ", "426,961", "1 x cpu", "float32")
-    assert [word for word in (*words, "compile s", "clipped") if word not in out] == []
+    cells = cells_of(out)
+    assert plan_of(out) == ["ddim(eta=0, trailing)", "50", "100"]
+    assert [cells[name] for name in ("clipping", "dtype", "seed")] == ["clipped", "float32", "0"]
+    assert [word for word in ("426,961", "1 x cpu", "compile s") if word not in out] == []
+    assert max(map(len, out.splitlines())) <= 120
     samples = np.load(tmp_path / "samples.npz")
     assert (samples["images"].shape, samples["images"].dtype) == ((100, 8, 8, 1), np.uint8)
     assert (samples["labels"] == np.arange(100) % 10).all()
@@ -52,7 +64,7 @@ def test_ddpm(digits_run, tmp_path, capsys):
     samples = sample_to(
         tmp_path, "a", digits_run, "--sampler", "ddpm", "--num", 10, "--condition", "0,6"
     )
-    assert cells_of(capsys.readouterr().out)[:3] == ["ddpm(fixed_small, trailing)", "1000", "1000"]
+    assert plan_of(capsys.readouterr().out) == ["ddpm(fixed_small, trailing)", "1000", "1000"]
     assert samples["labels"].tolist() == [0, 6] * 5
     # By chance one in ten; unguided, few images.
     assert score_digits(samples["images"], samples["labels"]).class_accuracy >= 0.5
@@ -72,7 +84,7 @@ def test_plans(digits_run, tmp_path, capsys):
     images, rows = {}, {}
     for name, options in cases.items():
         images[name] = sample_to(tmp_path, name, digits_run, *options, *common)["images"]
-        rows[name] = cells_of(capsys.readouterr().out)[:3]
+        rows[name] = plan_of(capsys.readouterr().out)
     assert (images["a"] == images["b"]).all()
     assert (images["a"] != images["c"]).any()
     assert rows == {
@@ -97,7 +109,7 @@ def test_guidance(digits_run, tmp_path, capsys):
     for i, (guided, (options, nfe)) in enumerate(cases.items()):
         samples = sample_to(tmp_path, i, digits_run, *common, *options.split())
         cells = cells_of(capsys.readouterr().out)
-        assert cells[1:4] == ["10", str(nfe), guided]
+        assert [cells[name] for name in ("steps", "NFE", "guidance")] == ["10", str(nfe), guided]
         images[guided] = samples["images"].astype(int)
         scores = score_digits(images[guided], np.resize([0, 1, 6], 24))
         assert scores.class_accuracy >= 0.6
@@ -113,7 +125,8 @@ def test_autoguidance(digits_run, tmp_path, capsys):
     options += ["--guidance-interval", 0.3, 5, "--autoguide-with", digits_run]
     samples = sample_to(tmp_path, "a", digits_run, *options, "--autoguide-checkpoint", 200)
     cells = cells_of(capsys.readouterr().out)
-    assert cells[2:4] == ["15", "2 in 0.3..5 away from unet of digits (ema, step 200)"]
+    away = "2 in 0.3..5 away from unet of digits (ema, step 200)"
+    assert (cells["NFE"], cells["guidance"]) == ("15", away)
     # By chance one in ten; guided by no label.
     scores = score_digits(samples["images"], np.resize([0, 1, 6], 24))
     assert scores.class_accuracy >= 0.3
@@ -188,9 +201,9 @@ def test_unconditional(unconditional_run, tmp_path, capsys):
     samples = sample_to(tmp_path, "a", unconditional_run, *options, "--no-clip")
     assert (samples["labels"] == -1).all()
     assert samples["labels"].dtype.kind == "i"
-    assert "unclipped" in cells_of(capsys.readouterr().out)
+    assert cells_of(capsys.readouterr().out)["clipping"] == "unclipped"
     sample_to(tmp_path, "b", unconditional_run, *options, "--threshold", 0.995)
-    assert "thresholded 0.995" in cells_of(capsys.readouterr().out)
+    assert cells_of(capsys.readouterr().out)["clipping"] == "thresholded 0.995"
 
 
 def test_plan_picture(unconditional_run, tmp_path):
@@ -200,6 +213,52 @@ def test_plan_picture(unconditional_run, tmp_path):
         sample_to(tmp_path, "a", unconditional_run, *options)
     assert Image.open(tmp_path / "plan.png").size[0] > 400
     assert json.loads((tmp_path / "plan.json").read_text())["t"] == [1000, 500]
+
+
+def test_single_images(painter_run, tmp_path, capsys):
+    """A file for each image, with its label and its seed; those that exist are not replaced."""
+    folder = tmp_path / "new" / "images"
+    words = ["sample", str(painter_run), "--steps", "2", "--num", "4", "--condition", "1,0"]
+    words += ["--seed", "3", "--out-dir", str(folder)]
+    main(words)
+    out = capsys.readouterr().out
+    names = [f"0000{i}-label-{CLASSES[1 - i % 2]}-seed-3.png" for i in range(4)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for i, name in enumerate(names):
+        image = np.asarray(Image.open(folder / name), float)
+        assert image.shape == (8, 8, 3)
+        assert np.abs(image - COLOURS[1 - i % 2]).max() <= 30
+    assert not (painter_run / "samples").exists()
+    assert str(folder) in out
+    (folder / names[0]).unlink()
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    check_told(end.value.code, capsys.readouterr().err, (str(folder), "overwrite", "2"))
+    assert not (folder / names[0]).exists()
+    main([*words, "--overwrite"])
+    assert (folder / names[0]).exists()
+
+
+def test_single_images_without_labels(unconditional_run, tmp_path):
+    """They are the images of the arrays, in their order."""
+    options = ["--steps", 2, "--num", 3, "--out-dir", tmp_path / "images"]
+    samples = sample_to(tmp_path, "a", unconditional_run, *options)
+    for i, image in enumerate(samples["images"]):
+        found = np.asarray(Image.open(tmp_path / "images" / f"0000{i}-seed-0.png"))
+        assert (found == image[..., 0]).all()
+
+
+def test_pictures_are_kept(painter_run, capsys):
+    """A picture that no option names does not replace another one."""
+    words = ["sample", str(painter_run), "--steps", "1", "--num", "2", "--condition"]
+    main([*words, "0"])
+    main([*words, "1"])
+    folder = painter_run / "samples"
+    names = ["ddim-1-guidance-1-seed-0.png", "ddim-1-guidance-1-seed-0-2.png"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    red, blue = (np.asarray(Image.open(folder / name)).astype(int) for name in names)
+    assert (red[30, 30] - blue[30, 30])[0] > 200
+    shutil.rmtree(folder)
 
 
 BAD = {
@@ -259,6 +318,11 @@ BAD = {
     "{run} --out {tmp}/grid.jpg": ("{tmp}/grid.jpg", ".png"),
     "{run} --save {tmp}/samples.npy": ("{tmp}/samples.npy", ".npz"),
     "{run} --save {tmp}": ("{tmp}", ".npz"),
+    "{run} --out-dir {tmp}/file": "{tmp}/file",
+    "{run} --out-dir {tmp}/file/images": "{tmp}/file/images",
+    "{run} --out-dir /proc/images": "/proc/images",
+    "{run} --overwrite": ("overwrite", "out_dir"),
+    "{run} --out-dir {tmp}/images --preview": ("preview", "out"),
     "{unconditional} --guidance 2": ("unconditional", "guidance"),
     "{unconditional} --condition 1": ("unconditional", "condition"),
 }  # fmt: skip
