@@ -3,7 +3,7 @@
 import pytest
 
 from tools.faults import Source
-from tools.mutants import Options, Suite, draw, paths_of, try_mutant
+from tools.mutants import TIME, Options, Suite, draw, paths_of
 
 FAULTS = {
     "call()": {"pass"},
@@ -60,14 +60,13 @@ def test_every_file_but_the_mathematics():
 
 
 def test_a_fault_is_caught_by_the_test_of_its_name(tmp_path):
-    """And by one that reaches it through another file; one that fails already is left out."""
+    """And by one that reaches it through another file."""
     sources = {
         "diffjax/__init__.py": "",
         "diffjax/data/__init__.py": "",
         "diffjax/data/half.py": "def half(x):\n    return x / 2\n",
         "diffjax/data/user.py": "from diffjax.data.half import half\n",
         "tests/data/test_half.py": "def test_half(): pass\n",
-        "tests/test_broken.py": "import diffjax.data.half\ndef test(): assert False\n",
         "tests/test_user.py": "from diffjax.data import user\n\n\ndef test():\n"
         "    assert user.half(2) == 1\n",
     }
@@ -76,11 +75,10 @@ def test_a_fault_is_caught_by_the_test_of_its_name(tmp_path):
         (tmp_path / name).write_text(text)
     (tmp_path / "compiled").mkdir()
     suite, path = Suite(tmp_path, tmp_path / "compiled"), "diffjax/data/half.py"
-    files, seconds = suite.choose(path, 100.0, tmp_path)
-    assert files == ["tests/data/test_half.py", "tests/test_user.py"]
-    assert seconds > 0
-    (fault,) = [f for f in draw(Options(num=9, root=tmp_path, at=(path,))) if "*" in f.new]
-    told, caught = try_mutant(fault, suite, tmp_path, Options())
-    assert caught
-    assert "tests/test_user.py::test" in told
-    assert (tmp_path / path).read_text() == sources[path]
+    assert suite.near(path) == ["tests/data/test_half.py", "tests/test_user.py"]
+    for fault in draw(Options(num=9, root=tmp_path, at=(path,))):
+        assert suite.judge(tmp_path, fault, 60) == "tests/test_user.py::test"
+        assert (tmp_path / path).read_text() == sources[path]
+    assert suite.run(tmp_path, suite.near(path), 60) == ""
+    (tmp_path / "tests/test_user.py").write_text("def test():\n    while True: pass")
+    assert suite.run(tmp_path, suite.near(path), 2) == TIME

@@ -10,15 +10,14 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from tools.faults import Mutant, Source
 CONFIGURATION = {"checkpoint.py", "config.py", "build.py"}  # stand beside the mathematics
 PEERS = {"diffusers_baseline.py"}  # what make parity tests
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "site", "dist", "*.egg-info")
+NEAREST = 6  # test files that run on a mutant
+TIME = "undecided: time is up"
 PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=")
 
 
@@ -44,14 +45,16 @@ class Options:
     """Seed of the draw."""
     minutes: float = 60.0
     """Minutes after which no further mutant begins."""
-    budget: float = 30.0
-    """Seconds of tests beside the file of the same name: processor time, without a mutant."""
+    seconds: int = 60
+    """Seconds of processor time for the tests of a mutant; without a failure it is undecided."""
     at: tuple[str, ...] = ()
     """Files or FILE:LINE to plant faults at; none: the whole package."""
     caught: bool = False
     """Print the mutants that are caught too, with the test that failed."""
     jobs: int = 1
     """Mutants that are tried at once, each in a copy of its own."""
+    compiled: Path | None = None
+    """A folder of compiled programs to keep; None: a new one."""
     root: Path = Path(__file__).parent.parent
     """The checkout to copy."""
 
@@ -75,46 +78,23 @@ def draw(options: Options) -> list[Mutant]:
 
 
 class Suite:
-    """The test files of a copy: what they import, and how long they take."""
+    """The test files of a checkout, and the programs that they have compiled."""
 
     def __init__(self, root: Path, compiled: Path) -> None:
-        """Read the imports of every file; compiled: the folder of compiled programs."""
+        """Read the imports of every file; compiled: a folder."""
         self.root, self.compiled = root, compiled
-        self.seconds: dict[str, float | None] = {}
-        self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
         self.imports = {name: self._imports(name) for name in names}
 
-    def choose(self, path: str, budget: float, root: Path) -> tuple[list[str], float]:
-        """The test files to run for a file, and the seconds that they take without a mutant."""
-        files, total, others = [], 0.0, 0.0
-        for file in self._near(path):
-            if others > 0.8 * budget:
-                break
-            mine = file == _mirror(path)
-            seconds = self._measure(file, root)
-            if seconds is not None and (mine or others + seconds <= budget):
-                files.append(file)
-                total, others = total + seconds, others + seconds * (not mine)
-        return files, total
-
-    def _measure(self, file: str, root: Path) -> float | None:
-        with self.locks[file]:
-            if file not in self.seconds:
-                failed, self.seconds[file] = run([file], root, self.compiled, 1800)
-                if failed:
-                    self.seconds[file] = None
-                    tqdm.write(f"left out, fails without a mutant: {failed}", file=sys.stderr)
-        return self.seconds[file]
-
-    def _near(self, path: str) -> Iterator[str]:
-        """The test files that reach a file, by the number of imports between them."""
-        seen, mirror = {path}, _mirror(path)
+    def near(self, path: str) -> list[str]:
+        """The test files that reach a file: of its name, then by the number of imports between."""
+        order, seen, mirror = [], {path}, mirror_of(path)
         folder = mirror.rpartition("/")[0]
         while reached := {file for file, of in self.imports.items() if of & seen} - seen:
             seen |= reached
             tests = [file for file in reached if re.match(r"tests/(?!docs/).*\btest_", file)]
-            yield from sorted(tests, key=lambda f: (f != mirror, f.rpartition("/")[0] != folder, f))
+            order += sorted(tests, key=lambda f: (f != mirror, f.rpartition("/")[0] != folder, f))
+        return order
 
     def _imports(self, name: str) -> set[str]:
         """The files of the package that a file names, and the one that a test file mirrors."""
@@ -127,81 +107,93 @@ class Suite:
         files.add(Path(re.sub(r"^tests/(.*)test_", r"diffjax/\1", name)))
         return {file.as_posix() for file in files if (self.root / file).exists()} - {name}
 
+    def run(self, root: Path, words: Sequence[str], seconds: int, lasting: int = 1200) -> str:
+        """The test that fails first in a copy; "" if none does, TIME if time is up before.
 
-def _mirror(path: str) -> str:
-    return re.sub(r"^diffjax/(.*?)(\w+\.py)$", r"tests/\1test_\2", path)
+        seconds: of processor time. lasting: of the clock, which ends tests that wait for ever.
+        """
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            # What a mutant compiles is not seen by others before it is whole.
+            own = Path(shutil.copytree(self.compiled, f"{folder}/own", copy_function=os.link))
+            command = shlex.join([sys.executable, *PYTEST, f"--basetemp={folder}/tests", *words])
+            environment = {
+                "PYTHONPATH": str(root),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "JAX_COMPILATION_CACHE_DIR": str(own),
+            }
+            with Path(folder, "out").open("w") as out:
+                process = subprocess.Popen(
+                    ["bash", "-c", f"ulimit -t {seconds}; exec {command}"],
+                    cwd=root,
+                    env=os.environ | environment,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(lasting)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            code, text = process.wait(), Path(folder, "out").read_text()
+            made = sorted(own.iterdir(), key=lambda file: file.stat().st_mtime)
+            for file in made[:-1] if code < 0 else made:  # the last may not be whole
+                with contextlib.suppress(FileExistsError):
+                    os.link(file, self.compiled / file.name)
+        if code in (0, 5):  # 5: there are no tests
+            return ""
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+        return TIME if code in (-9, -24) else failed[1] if failed else text[-300:]
 
-
-def run(files: Sequence[str], root: Path, compiled: Path, limit: float) -> tuple[str | None, float]:
-    """The test that fails first, "time" if it is the limit, or None; and processor seconds."""
-    own = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    own["JAX_COMPILATION_CACHE_DIR"] = str(compiled)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        with Path(folder, "out").open("w") as out:
-            process = subprocess.Popen(
-                [sys.executable, *PYTEST, f"--basetemp={folder}/tests", *files],
-                cwd=root,
-                env=os.environ | own,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
-        timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
-        timer.start()
-        _, status, used = os.wait4(process.pid, 0)
-        late = not timer.is_alive()
-        timer.cancel()
-        process.returncode = os.waitstatus_to_exitcode(status)
-        with contextlib.suppress(ProcessLookupError):  # what its tests have left running
-            os.killpg(process.pid, signal.SIGKILL)
-        text = Path(folder, "out").read_text()
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
-    name = "time" if late else failed[1] if failed else text[-300:]
-    return None if process.returncode == 0 else name, used.ru_utime + used.ru_stime
-
-
-def try_mutant(mutant: Mutant, suite: Suite, root: Path, options: Options) -> tuple[str, bool]:
-    """What became of a mutant, and whether it is caught."""
-    files, seconds = suite.choose(mutant.path, options.budget, root)
-    path, failed = root / mutant.path, None
-    with tempfile.TemporaryDirectory() as folder:
-        # What a mutant compiles, or half writes, is not seen by others.
-        compiled = shutil.copytree(suite.compiled, f"{folder}/own", copy_function=os.link)
+    def judge(self, root: Path, mutant: Mutant, seconds: int) -> str:
+        """What `run` finds of a mutant, by the tests that are nearest to its file."""
+        path, files = root / mutant.path, self.near(mutant.path)[:NEAREST]
+        mirror = [file for file in files if file == mirror_of(mutant.path)]
         path.write_text(mutant.new)
-        if files:
-            failed, _ = run(files, root, Path(compiled), 300 + 20 * seconds)
+        found = self.run(root, [*files, "-m", "not slow"], seconds)
+        if mirror and not (found and found != TIME):
+            slow = self.run(root, [*mirror, "-m", "slow"], seconds)
+            found = slow or found
         path.write_text(mutant.old)
-    how = f"caught by {failed}" if failed else f"survived {len(files)} test files"
-    return f"{mutant.describe()}\n{how}\n", bool(failed)
+        return found
+
+
+def mirror_of(path: str) -> str:
+    """The test file of a file's name."""
+    return re.sub(r"^diffjax/(.*?)(\w+\.py)$", r"tests/\1test_\2", path)
 
 
 def main(options: Options) -> None:
     """Run tests on each mutant and print those that survive."""
     end = time.monotonic() + 60 * options.minutes
-    drawn, results = draw(options), []
+    drawn, found = draw(options), []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(drawn), unit="mutant") as bar:
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for i in range(options.jobs):
-            copies.put(Path(shutil.copytree(options.root, f"{folder}/copy{i}", ignore=IGNORED)))
-        compiled = Path(folder, "compiled")
+            copies.put(Path(shutil.copytree(options.root, f"{folder}/{i}", ignore=IGNORED)))
+        compiled = options.compiled or Path(folder, "compiled")
         compiled.mkdir(exist_ok=True)
         suite = Suite(options.root, compiled)
 
         def begin(mutant: Mutant) -> None:
             if time.monotonic() < end:
                 root = copies.get()
-                text, caught = try_mutant(mutant, suite, root, options)
+                found.append(suite.judge(root, mutant, options.seconds))
                 copies.put(root)
-                results.append(caught)
-                if options.caught or not caught:
-                    tqdm.write(text, file=sys.stdout)
-                bar.set_postfix_str(f"{sum(results)} of {len(results)} caught")
+                if options.caught or found[-1] in ("", TIME):
+                    tqdm.write(f"{mutant.describe()}\n{found[-1] or 'survived'}\n", file=sys.stdout)
+                bar.set_postfix_str(f"{found.count('')} survived, {found.count(TIME)} undecided")
                 bar.update()
 
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(begin, drawn))
-    left = len(drawn) - len(results)
-    print(f"{sum(results)} of {len(results)} mutants caught, seed {options.seed}, {left} not begun")
+        tests = sorted({test for test in found if "::" in test})
+        if tests and (broken := suite.run(copies.get(), tests, 10 * options.seconds)):
+            print(f"{broken}: fails without a mutant too")
+    undecided, survived = found.count(TIME), found.count("")
+    print(
+        f"{len(found) - undecided - survived} caught, {survived} survived, {undecided} undecided,"
+        f" {len(drawn) - len(found)} not begun; seed {options.seed}"
+    )
 
 
 if __name__ == "__main__":
