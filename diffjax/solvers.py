@@ -107,7 +107,8 @@ def heun(schedule: Schedule, t: Any) -> Plan:
     With r the `sqrt_snr_ratio` of a step, the correction adds the change of the estimate of x0
     times alpha_s*(1 - r)/(2*r), and at most alpha_s. The bound is reached by steps that shrink
     sigma/alpha by 3x or more, as few levels do, where x becomes the new estimate with the old
-    noise. In the paper's algorithm the weight grows with the step without bound: Gaussian data come out up to 1/(5*r) times too wide.
+    noise. In the paper's algorithm the weight has no bound: Gaussian data come out up to 1/(5*r)
+    times too wide.
     """
     return _heun(*level_pairs(schedule, t))
 

@@ -70,12 +70,16 @@ class GroupNorm(nn.Module):
             )
         # Over space first and over the channels of a group after: the large sums run along
         # contiguous channels. What follows is one multiplication and one addition per number of x.
-        wide = x.astype(jnp.float32)
-        moments = jnp.stack([jnp.mean(wide, (1, 2)), jnp.mean(wide**2, (1, 2))]).reshape(
-            2, batch, groups, -1
+        mean, variance = _moments(x.astype(jnp.float32))  # [B, C]
+        of_groups = mean.reshape(batch, groups, -1)
+        group_mean = jnp.mean(of_groups, -1, keepdims=True)
+        between = (of_groups - group_mean) ** 2
+        group_variance = jnp.mean(variance.reshape(batch, groups, -1) + between, -1)
+        mean, variance = (
+            jnp.repeat(leaf.reshape(batch, groups), channels // groups, axis=-1)
+            for leaf in (group_mean, group_variance)
         )
-        mean, square = jnp.repeat(jnp.mean(moments, -1), channels // groups, axis=-1)
-        a = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon)
+        a = jax.lax.rsqrt(variance + self.epsilon)
         a *= self.param("scale", nn.initializers.ones, (channels,))
         b = self.param("bias", nn.initializers.zeros, (channels,)) - mean * a
         a, b = a[:, None, None, :], b[:, None, None, :]
@@ -88,6 +92,18 @@ class GroupNorm(nn.Module):
             return self.activation(x.astype(jnp.float32) * a + b).astype(x.dtype)
 
         return apply(x, a, b)
+
+
+def _moments(x: Array) -> tuple[Array, Array]:
+    """Mean and variance of each channel of x [B, H, W, C] over its pixels, [B, C].
+
+    Where the mean is large beside the spread, E[x**2] - E[x]**2 has none of the variance's digits
+    left. The mean is taken off first, as a constant: its gradient is in the last term, which is 0.
+    """
+    mean = jnp.mean(x, (1, 2))
+    pivot = jax.lax.stop_gradient(mean)
+    variance = jnp.mean((x - pivot[:, None, None, :]) ** 2, (1, 2)) - (mean - pivot) ** 2
+    return mean, variance
 
 
 class Conv(nn.Module):

@@ -34,8 +34,44 @@ def test_norm_is_its_definition(batch, side, of_a_group, seed, mean):
         grouped.var((1, 3), keepdims=True) + 1e-3
     )
     expected = np.tanh((grouped.reshape(x.shape) * gain + bias) * (1 + scale) + shift)
-    # E[x^2] - E[x]^2 in float32, of a mean ten times the std.
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("ratio", "largest"), [(10, 1e-5), (100, 1e-4), (1000, 1e-3)])
+def test_norm_of_a_large_mean(ratio, largest):
+    """Of each channel another, as after a convolution's bias; beside two passes in float64."""
+    r = np.random.default_rng(0)
+    means = ratio * (1 + 1e-3 * r.normal(size=32))
+    x = (means + r.normal(size=(2, 16, 16, 32))).astype(np.float32)
+    norm = GroupNorm(8)
+    found = norm.apply(norm.init(jax.random.key(0), x), x)
+    grouped = x.astype(np.float64).reshape(2, -1, 8, 4)
+    grouped = (grouped - grouped.mean((1, 3), keepdims=True)) / np.sqrt(
+        grouped.var((1, 3), keepdims=True) + 1e-6
+    )
+    assert np.abs(found - grouped.reshape(x.shape)).max() < largest
+
+
+def test_second_derivative_of_the_norm(x64):
+    """Right, though the mean is taken off as a constant."""
+    r = np.random.default_rng(0)
+    x, direction = r.normal(size=(2, 1, 2, 2, 4))
+    norm, ones = GroupNorm(2), {"params": {"scale": np.ones(4), "bias": np.zeros(4)}}
+
+    def definition(x):
+        grouped = x.reshape(1, -1, 2, 2)
+        mean = grouped.mean((1, 3), keepdims=True)
+        variance = jnp.mean((grouped - mean) ** 2, (1, 3), keepdims=True)
+        return ((grouped - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
+
+    def curvature(function):  # of a sum of the outputs, along the direction
+        def slope(x):
+            return jax.jvp(lambda x: jnp.sum(jnp.sin(function(x))), (x,), (direction,))[1]
+
+        return jax.jit(jax.grad(slope))(x)
+
+    found, expected = curvature(lambda x: norm.apply(ones, x)), curvature(definition)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)  # the layer is in float32
 
 
 def test_norm_agrees_with_flax():
