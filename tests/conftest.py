@@ -23,6 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 from hypothesis import settings
+from tqdm import tqdm
 
 settings.register_profile(
     "diffjax", deadline=None, derandomize=True, max_examples=60, print_blob=True
@@ -39,6 +40,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if SLOW & set(item.fixturenames):
             item.add_marker("slow")
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """Progress bars of this process end at their totals; (n, total) of each that has ended.
+
+    But for those that an error ends. Tests take interrupted ones out of the list.
+    """
+    ends, leave = [], tqdm.__exit__
+
+    def note(bar, kind, *error):
+        if kind is None and bar.total is not None and not bar.disable:
+            ends.append((bar.n, bar.total))
+        return leave(bar, kind, *error)
+
+    monkeypatch.setattr(tqdm, "__exit__", note)
+    yield ends
+    assert [end for end in ends if end[0] != end[1]] == []
 
 
 @pytest.fixture

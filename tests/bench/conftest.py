@@ -15,3 +15,9 @@ def tiny(monkeypatch):
     """Configurations of any name have a tiny network."""
     monkeypatch.setattr("diffjax.bench.models.load_config", lambda name: TINY)
     return TINY
+
+
+@pytest.fixture(autouse=True)
+def ends_of_bars(bars):
+    """Every bar ends at its total."""
+    return bars

@@ -41,6 +41,25 @@ def test_grid_places_every_image(channels):
         assert found[0][0] // 70 == i // 3
 
 
+def test_grid_writes_titles_and_captions():
+    """Dark on white: titles at the left of their rows, captions above their images."""
+    images = np.full((4, 50, 50, 1), 255, np.uint8)
+    plain = np.asarray(image_io.grid(images, columns=2))
+    assert (plain == 255).all()
+    for row, titles in enumerate((["title", ""], ["", "title"])):
+        dark = np.argwhere((np.asarray(image_io.grid(images, None, 2, titles)) < 64).all(-1))
+        assert len(dark)
+        assert (dark[:, 0] // 54 == row).all()
+        assert dark[:, 1].max() < image_io.grid(images, None, 2, titles).width - 2 * 54
+    for i in range(4):
+        captions = ["word" if i == j else "" for j in range(4)]
+        dark = np.argwhere((np.asarray(image_io.grid(images, captions, 2)) < 64).all(-1))
+        assert len(dark)
+        assert (dark[:, 0] // 68 == i // 2).all()
+        assert (dark[:, 0] % 68 < 18).all()
+        assert ((dark[:, 1] - 4) // 54 == i % 2).all()
+
+
 def test_grid_of_two_channels():
     with pytest.raises(ValueError, match=naming("channels", "2", "1", "3")):
         image_io.grid(np.zeros((1, 4, 4, 2), np.uint8))
