@@ -23,6 +23,7 @@ from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import Bound, Clip, Hooks, Pipeline, Request, Samples
 from diffjax.inference.samplers import SamplerRequest, make_plan, parse_samplers
 from diffjax.sampler import Plan
+from diffjax.schedule import length
 
 SAMPLERS = "ddim,dpm_solver_pp_2m,heun,ddpm:1000"
 STEPS = (2, 4, 5, 8, 10, 20, 50)
@@ -83,7 +84,9 @@ def default_samplers(model: TrainedModel) -> list[SamplerRequest]:
     """The default samplers: for a model of few steps what it was distilled for."""
     distillation = model.info.config.distillation
     if not distillation.steps:
-        return parse_samplers(SAMPLERS)
+        T = length(model.schedule)
+        requests = parse_samplers(SAMPLERS)
+        return [r._replace(steps=min(r.steps, T)) if r.steps else r for r in requests]
     name, steps = default_sampler(distillation, model.schedule)
     return [SamplerRequest(name, steps=steps)]
 

@@ -174,6 +174,8 @@ def test_rows_of_others_are_measured(tmp_path):
     reference = read_reference(write_data(tmp_path / "a" / "x.npz", labels))
     # A file of the same name, with as many images.
     others = read_reference(write_data(tmp_path / "b" / "x.npz", labels, TURNED))
+    names = (each.name.rpartition(",")[0] for each in (reference, others))
+    assert len(set(names)) == 1
     options = SweepOptions(NUM, BATCH)
 
     def combine(model, steps=2, scale=1.0, seed=0, name="ddim"):

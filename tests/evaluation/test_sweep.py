@@ -87,7 +87,9 @@ def test_combine_defaults(digits_model):
     assert default(digits_model("unconditional")) == plain
     assert default(digits_model(distillation=PROGRESSIVE)) == [(ddim, 4, 1.0)]
     assert sweep.default_scales(digits_model(distillation=GUIDED)) == [1.0, 3.0]
-    assert sweep.default_samplers(digits_model()) == parse_samplers(sweep.SAMPLERS)
+    *others, ddpm = sweep.default_samplers(digits_model())
+    assert others == parse_samplers(sweep.SAMPLERS)[:-1]
+    assert (ddpm.name, ddpm.steps) == ("ddpm", 100)  # as many as the model has
 
 
 @pytest.mark.parametrize(
