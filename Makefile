@@ -30,8 +30,9 @@ demo: .venv/installed
 
 # What a demo leaves is right; two edits beside it.
 demo-check: demo .venv/installed-test
-	$(BIN)/diffjax edit reconstruct $(RUN) --steps 10,50 --out $(RUN)/reconstruct.png | tee $(RUN)/edit.txt
-	$(BIN)/diffjax edit inpaint $(RUN) --steps 20 --out $(RUN)/inpaint.png | tee -a $(RUN)/edit.txt
+	$(BIN)/diffjax edit reconstruct $(RUN) --steps 10,50 --out $(RUN)/reconstruct.png --report $(RUN)/reconstruct.md
+	$(BIN)/diffjax edit inpaint $(RUN) --steps 20 --out $(RUN)/inpaint.png --report $(RUN)/inpaint.md
+	cat $(RUN)/reconstruct.md $(RUN)/inpaint.md > $(RUN)/edit.txt
 	DEMO_RUN=$(abspath $(RUN)) $(BIN)/python -m pytest tests/cli/test_demo.py -k "not mistakes"
 
 frontier: demo
@@ -66,7 +67,7 @@ mnist: .venv/installed
 	mkdir -p $(IMAGES) && cp runs/mnist-small/curve.png $(IMAGES)/mnist-curve.png
 	$(BIN)/diffjax sample runs/mnist-small --guidance 2 --num 30 --out $(IMAGES)/mnist.png
 	$(BIN)/diffjax evaluate runs/mnist-small --sampler ddim:50 --guidance 2 --num 500 \
-		| grep '^|' > runs/mnist-small/quality.md
+		--report runs/mnist-small/quality.md
 	$(BIN)/diffjax frontier runs/mnist-small --sampler ddim,dpm_solver_pp_2m --steps 4,10,50 --guidance 1,2 \
 		--num 250 --out runs/mnist-small/frontier
 	cp runs/mnist-small/frontier/frontier.png $(IMAGES)/mnist-frontier.png
@@ -95,13 +96,13 @@ results: demo .venv/installed-test
 	mkdir -p $(IMAGES) && cp $(RUN)/overview.png $(IMAGES)/
 	$(BIN)/diffjax sample $(RUN) --guidance 2 --num 10 --animate $(IMAGES)/ddim.gif --out $(RUN)/ddim.png
 	$(BIN)/diffjax edit reconstruct $(RUN) --num 32 --steps 10,20,50,100,200,500,1000 \
-		--out $(IMAGES)/reconstruct.png | grep '^|' > $(RUN)/reconstruct.md
+		--out $(IMAGES)/reconstruct.png --report $(RUN)/reconstruct.md
 	$(BIN)/diffjax edit interpolate $(RUN) --num 8 --out $(IMAGES)/interpolate.png
 	$(BIN)/diffjax edit vary $(RUN) --condition 8 --guidance 2 --out $(IMAGES)/vary.png
 	$(BIN)/diffjax edit inpaint $(RUN) --out $(IMAGES)/inpaint.png
-	$(BIN)/diffjax likelihood $(RUN) | grep '^|' > $(RUN)/bits.md
-	$(BIN)/diffjax bench sampler > $(RUN)/bench.md
-	$(BIN)/diffjax bench training > $(RUN)/training.md
+	$(BIN)/diffjax likelihood $(RUN) --report $(RUN)/bits.md
+	$(BIN)/diffjax bench sampler --report $(RUN)/bench.md
+	$(BIN)/diffjax bench training --report $(RUN)/training.md
 	$(call insert,demo,$(RUN)/demo.md,digits)
 	$(call insert,reconstruct,$(RUN)/reconstruct.md,digits)
 	$(call insert,bits,$(RUN)/bits.md,digits)

@@ -11,7 +11,7 @@ from diffjax.bench.networks import bench_networks
 from diffjax.bench.sampling import bench_sampler
 from diffjax.bench.training import bench_training, trainers
 from diffjax.cli import common
-from diffjax.cli.options import File, Flag, Folder
+from diffjax.cli.options import File, Flag, Folder, ReportOptions
 
 DESCRIPTION = "Measure what networks, sampling, guidance or training cost on this machine."
 QUICK_REPEATS = 3
@@ -44,17 +44,17 @@ class Networks(BenchOptions):
 
 
 @dataclass(frozen=True)
-class Sampler(BenchOptions):
+class Sampler(BenchOptions, ReportOptions):
     """The compiled sampling loop, beside its network."""
 
 
 @dataclass(frozen=True)
-class Guidance(BenchOptions):
+class Guidance(BenchOptions, ReportOptions):
     """Every kind of guidance, beside none."""
 
 
 @dataclass(frozen=True)
-class Training(BenchOptions):
+class Training(BenchOptions, ReportOptions):
     """Several steps in one dispatch, real data and saves, beside bare training steps."""
 
     npz: File = None
@@ -84,7 +84,9 @@ def run(options: Any) -> None:
         run_training(options)
     else:
         bench = bench_sampler if isinstance(options, Sampler) else bench_guidance
-        print(bench(options.pairs))
+        with common.user_errors():
+            report = options.check_report()
+        common.print_report(bench(options.pairs), report)
 
 
 def run_networks(options: Networks) -> None:
@@ -92,11 +94,12 @@ def run_networks(options: Networks) -> None:
     with common.user_errors():
         out = common.check_output(Path(options.out) / "bench.json", ".json")
     repeats = min(options.pairs, QUICK_REPEATS) if options.quick else options.pairs
-    print(bench_networks(out, options.quick, repeats))
+    common.print_report(bench_networks(out, options.quick, repeats))
 
 
 def run_training(options: Training) -> None:
     """Measure training, print the table."""
     with common.user_errors():
+        report = options.check_report()
         made = trainers(None if options.npz is None else Path(options.npz))
-    print(bench_training(made, options.pairs))
+    common.print_report(bench_training(made, options.pairs), report)

@@ -40,15 +40,6 @@ def user_errors() -> Iterator[None]:
         raise UserError(error) from error
 
 
-@contextlib.contextmanager
-def sampling_errors() -> Iterator[None]:
-    """Turn the NotFiniteError of samples, a FloatingPointError, into UserError."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise UserError(error) from error
-
-
 def describe_os_error(error: OSError) -> str:
     """The reason and the file, as in "Permission denied: runs/digits"."""
     has_file = error.strerror and error.filename
@@ -239,9 +230,16 @@ def file_word(text: str) -> str:
 # ------------------------------------------------------------------------------- printing
 
 
-def print_report(markdown: str) -> None:
-    """Print a report in Markdown so that it fits into a terminal."""
+def print_report(markdown: str, file: Path | None = None) -> None:
+    """Print a report in Markdown so that it fits into a terminal, and write it to a file as it is.
+
+    Raises: UserError for a file that cannot be written.
+    """
     print(terminal.narrow(markdown))
+    if file is not None:
+        with user_errors():
+            file.write_text(f"{markdown}\n")
+        print(f"wrote {file}")
 
 
 def progress_bar(total: int, description: str = "", unit: str = "step") -> tqdm:
@@ -249,12 +247,17 @@ def progress_bar(total: int, description: str = "", unit: str = "step") -> tqdm:
     return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True)
 
 
-def compiling(bar: tqdm, description: str) -> Callable[[int], None]:
-    """The update of a bar, which says that programs are compiled until its first call."""
+def compiling(bar: tqdm, description: str, after: str = "") -> Callable[[int], None]:
+    """The update of a bar, which says that programs are compiled until its first call.
+
+    after: what follows the last step, which the bar says then.
+    """
     bar.set_description(f"{description}, compiling")
 
     def update(steps: int) -> None:
         bar.set_description(description, refresh=False)
         bar.update(steps)
+        if after and bar.n >= bar.total:
+            bar.set_description(after)
 
     return update

@@ -83,7 +83,7 @@ def run(options: Options) -> None:
         with common.user_errors():
             write_grid(folder, results[-1])
     with common.user_errors():
-        print(write(folder, results))
+        common.print_report(write(folder, results))
     print(f"wrote {folder}/overview.png, a picture per row, demo.md and demo.json")
 
 
@@ -121,8 +121,8 @@ def sample(model: TrainedModel, pipeline: Pipeline, job: Job, options: Options) 
         guidance=Guidance(job.scale),
     )
     total, title = job.plan.steps * job.repeats, f"{job.name} guidance {job.scale:g}"
-    with common.progress_bar(total, title) as bar:
-        hooks = Hooks(bar.update)
+    with common.progress_bar(total) as bar:
+        hooks = Hooks(common.compiling(bar, title))
         timed = [pipeline(model.params, job.plan, request, hooks) for _ in range(job.repeats)]
     median = sorted(timed, key=lambda samples: samples.run_seconds)[job.repeats // 2]
     samples = replace(median, compile_seconds=sum(each.compile_seconds for each in timed))

@@ -20,6 +20,7 @@ from diffjax.cli.options import (
     FolderOptions,
     Model,
     Numbers,
+    ReportOptions,
     Text,
     WeightsOptions,
 )
@@ -43,14 +44,12 @@ TABLE_2 = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0
 
 
 @dataclass(frozen=True)
-class OutputOptions(FolderOptions):
+class OutputOptions(FolderOptions, ReportOptions):
     """Files to write. A file that an option names is replaced, others never are."""
 
     out: File = None
     """Picture of the images before and after (.png); None for a new name in the run folder, or
     for no picture with --out-dir."""
-    report: File = None
-    """What is printed, in Markdown (.md)."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +189,12 @@ def run(options: Any) -> None:
         job = PREPARE[type(options)](scene, options)
         outputs = check_outputs(options, name, job)
     total = job.rows * scene.editor.batches(len(scene.images) // sets)
-    with common.progress_bar(total) as bar, common.sampling_errors():
+    with common.progress_bar(total) as bar:
         edited = job.run(common.compiling(bar, name))
         bar.set_description("writing")
         with common.user_errors():
             write(outputs, edited, job.names)
-    common.print_report(edited.report)
+    common.print_report(edited.report, outputs.report)
     if outputs.picture:
         shown = f", of the first {sets * SHOWN} images" if len(scene.images) > sets * SHOWN else ""
         print(f"wrote {outputs.picture}{shown}")
@@ -219,7 +218,7 @@ def check_outputs(options: EditOptions, name: str, job: Job) -> Outputs:
     output = options.output
     return Outputs(
         picture_path(options, name),
-        common.check_output(Path(output.report), ".md") if output.report else None,
+        output.check_report(),
         output.check_folder([f"{each}.png" for each in job.names]),
     )
 
@@ -246,8 +245,6 @@ def write(outputs: Outputs, edited: Edited, names: list[str]) -> None:
     if outputs.folder:
         for name, image in zip(names, edited.images, strict=True):
             image_io.save_image(outputs.folder / f"{name}.png", image_io.to_uint8(image))
-    if outputs.report:
-        outputs.report.write_text(f"{edited.report}\n")
     if outputs.picture:
         columns = max(len(row) for row in edited.rows.values())
         images = image_io.to_uint8(np.concatenate(list(edited.rows.values())))

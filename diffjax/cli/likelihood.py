@@ -10,7 +10,14 @@ import tyro
 
 from diffjax.build import check_conditions, load_data
 from diffjax.cli import common
-from diffjax.cli.options import Count, DataOptions, File, Model, WeightsOptions
+from diffjax.cli.options import (
+    Count,
+    DataOptions,
+    File,
+    Model,
+    ReportOptions,
+    WeightsOptions,
+)
 from diffjax.data.batches import first_examples
 from diffjax.evaluation import bits_per_dim
 from diffjax.evaluation.bits_per_dim import LikelihoodOptions
@@ -70,6 +77,7 @@ class Options:
     flow: tyro.conf.OmitArgPrefixes[FlowOptions] = field(default_factory=FlowOptions)
     bound: tyro.conf.OmitArgPrefixes[BoundOptions] = field(default_factory=BoundOptions)
     weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
+    report: tyro.conf.OmitArgPrefixes[ReportOptions] = field(default_factory=ReportOptions)
 
 
 def run(options: Options) -> None:
@@ -83,15 +91,17 @@ def run(options: Options) -> None:
         x, condition = read_examples(options, model)
         out = Path(options.out or output_folder(options.model) / "likelihood.json")
         common.check_output(out, ".json")
+        report = options.report.check_report()
     total = bits_per_dim.num_batches(len(x), measured.repeats)
-    with common.progress_bar(total, "bits per dim", "batch") as bar:
+    with common.progress_bar(total, unit="batch") as bar:
+        update = common.compiling(bar, "bits per dim")
         try:
-            rows = bits_per_dim.measure_bits_per_dim(model, x, condition, measured, bar.update)
+            rows = bits_per_dim.measure_bits_per_dim(model, x, condition, measured, update)
         except bits_per_dim.UnsolvedError as error:
             raise common.UserError(error) from error
     with common.user_errors():
         out.write_text(json.dumps([as_dict(row) for row in rows], indent=1) + "\n")
-    print(table_markdown(rows))
+    common.print_report(table_markdown(rows), report)
     print(f"wrote {out}")
 
 

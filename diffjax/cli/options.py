@@ -39,6 +39,21 @@ class WeightsOptions:
 
 
 @dataclass(frozen=True)
+class ReportOptions:
+    """A file for what is printed."""
+
+    report: File = None
+    """What is printed, in Markdown (.md), with its tables as wide as they are."""
+
+    def check_report(self) -> Path | None:
+        """The file, None for none.
+
+        Raises: ValueError for one that cannot be written.
+        """
+        return common.check_output(Path(self.report), ".md") if self.report else None
+
+
+@dataclass(frozen=True)
 class FolderOptions:
     """A folder of single images."""
 

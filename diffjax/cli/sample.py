@@ -172,7 +172,7 @@ def run(options: Options) -> None:
     if options.output.preview and outputs.grid:
         watch.refresh(outputs.grid)
     total = plan.steps * -(-request.num // request.batch)
-    with common.progress_bar(total) as bar, common.sampling_errors():
+    with common.progress_bar(total) as bar:
         hooks = Hooks(common.compiling(bar, name), watch, watch.every)
         samples = Pipeline.for_model(model)(model.params, plan, request, hooks)
         bar.set_description("writing")

@@ -13,6 +13,17 @@ def test_prints_the_report(name, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{name} in 2 pairs\n"
 
 
+def test_report(tmp_path, monkeypatch, capsys):
+    """It is printed as wide as a terminal, and written as it is."""
+    table = f"| a | b |\n|---|---|\n| {'x ' * 70}| 1 |\n| y | 2 |"
+    monkeypatch.setattr(bench, "bench_sampler", lambda pairs: table)
+    main(["bench", "sampler", "--report", str(tmp_path / "a.md")])
+    assert (tmp_path / "a.md").read_text() == f"{table}\n"
+    out = capsys.readouterr().out
+    assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 120
+    assert (out.count("x"), out.count("|")) == (70, 0)
+
+
 @pytest.mark.parametrize(("options", "repeats"), [([], 15), (["--quick"], 3)])
 def test_networks(options, repeats, tmp_path, monkeypatch, capsys):
     calls = []
@@ -34,6 +45,8 @@ BAD = {
     "sampler --npz x.npz": "npz",
     "training --npz {tmp}/gone.npz": "{tmp}/gone.npz",
     "networks --out {tmp}/file": "{tmp}/file",
+    "guidance --report {tmp}/file/a.md": "{tmp}/file/a.md",
+    "training --report {tmp}/a.csv": ("{tmp}/a.csv", ".md"),
     "sampling": ("sampling", "sampler"),
 }
 

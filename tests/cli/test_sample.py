@@ -221,7 +221,8 @@ def test_single_images(painter_run, tmp_path, capsys):
     words = ["sample", str(painter_run), "--steps", "2", "--num", "4", "--condition", "1,0"]
     words += ["--seed", "3", "--out-dir", str(folder)]
     main(words)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.index("compiling") < err.index("writing")
     names = [f"0000{i}-label-{CLASSES[1 - i % 2]}-seed-3.png" for i in range(4)]
     assert sorted(path.name for path in folder.iterdir()) == names
     for i, name in enumerate(names):
