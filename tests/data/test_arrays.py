@@ -36,7 +36,7 @@ LABELS = [
     (np.array([2**63, 2**63 + 1], np.uint64), (str(2**63), str(2**63 + 1))),
     (np.array([20_251_231, 20_260_101], np.int32), ("20251231", "20260101")),
     (np.array(["2026-01-31", "2025-12-31"], "M8[D]"), ("2025-12-31", "2026-01-31")),
-    (["owl", "cat", "cat10", "cat9"], ("cat", "cat9", "cat10", "owl")),
+    (["owl", "11", "cat", "9", "10"], ("9", "10", "11", "cat", "owl")),
     ([b"owl", b"cat"], ("cat", "owl")),
     ([True, False], ("False", "True")),
 ]
@@ -70,6 +70,13 @@ def test_plain_labels_stay(tmp_path):
     loaded = load_npz(tmp_path / "a.npz")
     assert loaded.notes == ()
     assert loaded.fields == {"label": ClassLabel(3, names=("0", "1", "2"))}
+
+
+def test_one_image_of_a_class_is_trained_on(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (100, 4, 4), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=np.maximum(np.arange(100), 50))
+    loaded = load_npz(tmp_path / "a.npz")
+    assert {loaded.train[i]["label"] for i in range(len(loaded.train))} == {*range(50)}
 
 
 def test_images_are_held_out_by_content(tmp_path):

@@ -1,5 +1,6 @@
 import re
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -68,6 +69,13 @@ def test_no_sub_folders_no_labels(tmp_path):
         paint(tmp_path / f"{i}.png", "white")
     loaded = load_folder(tmp_path, 4, grey=True)
     assert (loaded.image_shape, loaded.classes, loaded.train[0].keys()) == ((4, 4, 1), 0, {"image"})
+
+
+def test_files_are_held_out_by_name(tmp_path):
+    """By the path below the folder; see `test_dataset.test_about_a_tenth_is_held_out`."""
+    for i in range(40):
+        paint(tmp_path / f"{i}.png", "white")
+    assert [path.name for path in files(load_folder(tmp_path, 4).held_out)] == ["26.png", "11.png"]
 
 
 def test_images_are_cropped_rotated_and_opaque(tmp_path):
@@ -179,6 +187,19 @@ def test_a_new_file_moves_no_other(photos):
     after = load_folder(photos, 8)
     for old, new in zip(before[:2], after[:2], strict=True):
         assert set(files(old)) <= set(files(new))
+
+
+def test_names_are_the_same_on_every_system(tmp_path):
+    """Those of macOS have accents apart from their letters."""
+    held_out = []
+    for form in ("NFC", "NFD"):
+        for i in range(100):
+            paint(tmp_path / form / unicodedata.normalize(form, f"é{i:02}.png"), "red", (1, 1))
+        held_out.append(
+            [path.name[-6:] for path in files(load_folder(tmp_path / form, 1).held_out)]
+        )
+    assert held_out[0] == held_out[1]
+    assert len(held_out[0]) > 3
 
 
 def test_one_image_of_a_class_is_trained_on(tmp_path):
