@@ -21,13 +21,12 @@ from diffjax.nn.conditioning import ClassLabel
 from diffjax.training.state import init_state, state_to_trees
 
 SHAPE, T = (8, 8, 3), 100
-# Names that HTML, SVG and Markdown take for something else.
-NAMES = ("red<", "lime&", 'blue"', "gold|", "pink>", "$cy$'")
+# Names that HTML, SVG, Markdown and mathematics take for something else, in natural order.
+NAMES = ("$cy$'", 'blue"', "gold|", "lime&", "pink>", "red<")
 COLOURS = np.array(
-    [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1), (1, -1, 1), (-1, 1, 1)], np.float32
+    [(-1, 1, 1), (-1, -1, 1), (1, 1, -1), (-1, 1, -1), (1, -1, 1), (1, -1, -1)], np.float32
 )
 CLASSES, NONE = len(NAMES), -1
-CONDITIONING = ClassLabel(CLASSES, names=NAMES)
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,14 @@ def palette(order=range(CLASSES), strength=1.0):
     return {"palette": jnp.asarray(table, jnp.float32)}
 
 
-def model_info(data="colours.npz", *, fade=False):
+def model_info(data="colours.npz", names=NAMES, *, fade=False):
     """The description of the network, which predicts x0."""
     config = Config(
         data=Data(source="npz", path=str(data)),
         network=ColoursConfig(fade=fade),
         diffusion=Diffusion(T=T, prediction="x0"),
     )
-    return ModelInfo(config, SHAPE, CONDITIONING)
+    return ModelInfo(config, SHAPE, ClassLabel(len(names), names=tuple(names)))
 
 
 def colour_model(params=None, *, fade=False, name="colours of x"):
@@ -90,9 +89,9 @@ def colour_model(params=None, *, fade=False, name="colours of x"):
     )
 
 
-def write_run(folder, data, params=None, *, fade=False):
+def write_run(folder, data, params=None, names=NAMES, *, fade=False):
     """A run folder of the network, which nobody trained; data: the path of its images."""
-    info = model_info(data, fade=fade)
+    info = model_info(data, names, fade=fade)
     state = init_state(palette() if params is None else params, build_optimizer(info.config)[0])
     checkpoints = Checkpoints(folder)
     checkpoints.save(7, state_to_trees(jax.tree.map(np.asarray, state)), info.to_dict())
@@ -106,10 +105,10 @@ def paint(labels, order=range(CLASSES), strength=1.0):
     return image_io.to_uint8(np.broadcast_to(colours[:, None, None], (len(labels), *SHAPE)))
 
 
-def write_data(path, labels, order=range(CLASSES), strength=1.0):
-    """A file of such images with their labels."""
+def write_data(path, labels, order=range(CLASSES), strength=1.0, names=NAMES):
+    """A file of such images with the names of their classes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, x=paint(labels, order, strength), y=np.asarray(labels))
+    np.savez(path, x=paint(labels, order, strength), y=np.array(names)[labels])
     return path
 
 

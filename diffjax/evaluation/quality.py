@@ -1,7 +1,7 @@
 """The quality of generated images: how far they are from real ones, as one row."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffjax.build import load_data
+from diffjax.build import ModelInfo, check_conditions, load_data
 from diffjax.config import Config
 from diffjax.data.batches import first_examples
 from diffjax.data.dataset import Dataset
@@ -61,11 +61,15 @@ class Reference(NamedTuple):
 
 
 def read_reference(
-    config: Config, image_shape: tuple[int, ...], options: ReferenceOptions
+    config: Config,
+    image_shape: tuple[int, ...],
+    options: ReferenceOptions,
+    trained: Sequence[ModelInfo] = (),
 ) -> Reference:
     """Read the real images of a configuration and extract their features.
 
-    image_shape: the shape [H, W, C] that they must have.
+    image_shape: the shape [H, W, C] that they must have. trained: models that were trained on them,
+    whose classes they must have.
 
     Raises: ValueError or OSError for data or features that cannot be used.
     """
@@ -81,6 +85,8 @@ def read_reference(
             f"data {config.data} has images of {real}, and the model's are {generated}: use data of"
             " the same size"
         )
+    for info in trained:
+        check_conditions(info, dataset)
     source = {"train": dataset.train, "held_out": dataset.held_out}[options.split]
     extractor = _build_extractor(dataset, str(config.data), options)
     if len(source) < LEAST_IMAGES:

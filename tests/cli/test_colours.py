@@ -151,6 +151,8 @@ def test_read_only_run(data, tmp_path, in_suite_data):
 
 
 BAD = {
+    "evaluate {other} --features pixels": ("green", "lime&"),
+    "frontier {other} --features pixels": ("green", "lime&"),
     "evaluate {run} --out {tmp}/rows.json": ("{tmp}/rows.json", ".jsonl"),
     "evaluate {run} --data.path {tmp}/none.npz": "{tmp}/none.npz",
     "evaluate {run} --features cnn": ("features", "cnn", "one.npz", "pixels"),
@@ -160,9 +162,13 @@ BAD = {
 
 @pytest.mark.parametrize("command", BAD)
 def test_mistakes(command, tmp_path, capsys, in_suite_data):
-    """Among them the features cnn of one class."""
-    run = write_run(tmp_path / "one", write_data(tmp_path / "one.npz", np.zeros(40, int)))
-    check_mistake(main, command, BAD[command], capsys, run=run, tmp=tmp_path)
+    """Among them the features cnn of one class, and a class that has another name now."""
+    one = write_data(tmp_path / "one.npz", np.zeros(40, int))
+    run = write_run(tmp_path / "one", one, names=NAMES[:1])
+    names = [name.replace("lime&", "green") for name in NAMES]
+    renamed = write_data(tmp_path / "renamed.npz", LABELS, names=names)
+    places = {"run": run, "other": write_run(tmp_path / "other", renamed), "tmp": tmp_path}
+    check_mistake(main, command, BAD[command], capsys, **places)
 
 
 # ------------------------------------------------------------------------------- frontier
