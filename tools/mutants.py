@@ -141,7 +141,7 @@ class Suite:
                     os.link(file, self.compiled / file.name)
         if code in (0, 5):  # 5: there are no tests
             return ""
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
         return TIME if code in (-9, -24) else failed[1] if failed else text[-300:]
 
     def judge(self, root: Path, mutant: Mutant, seconds: int) -> str:

@@ -160,6 +160,13 @@ def test_an_error_message_has_the_memory(message, needs, has):
     np.testing.assert_allclose(np.array(dry_run.parse_oom(message)) / dry_run.GIB, [needs, has])
 
 
+def test_units_of_memory():
+    """A message may count in bytes or in any binary multiple of them."""
+    for power, unit in enumerate(("", "K", "M", "G", "T")):
+        needed, limit = dry_run.parse_oom(f"Used 1.50{unit} of 3.00{unit} hbm")
+        assert (needed, limit) == (1.5 * 1024**power, 3 * 1024**power)
+
+
 class Refused:
     """A program that the compiler fails to compile."""
 

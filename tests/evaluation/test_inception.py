@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from helpers import naming
@@ -41,3 +43,29 @@ def test_batch_norms_are_folded():
     del tensors["fc.weight"]
     with pytest.raises(ValueError, match=naming("fc.weight")):
         inception.from_tensors(tensors)
+
+
+def test_widths_are_those_of_the_paper():
+    """The channels into each block, the widths inside the 17x17 ones, and the parameters in all.
+
+    arXiv:1512.00567, table 1, as released: 35x35 blocks of 256, 288 and 288 channels, 17x17 of 768,
+    8x8 of 1280, 2048 and 2048.
+    """
+    shapes = {name: leaves["kernel"].shape for name, leaves in inception.shapes().items()}
+    into = {
+        name.split(".")[0]: shape[2]
+        for name, shape in shapes.items()
+        if re.search(r"\.(branch1x1|branch3x3|branch3x3_1)$", name)
+    }
+    blocks = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+    assert into == dict(
+        zip(
+            (f"Mixed_{block}" for block in blocks),
+            (192, 256, 288, 288, 768, 768, 768, 768, 768, 1280, 2048),
+            strict=True,
+        )
+    )
+    inside = [shapes[f"Mixed_6{letter}.branch7x7_1"][-1] for letter in "bcde"]
+    assert inside == [128, 160, 160, 192]
+    assert shapes["fc"] == (2048, 1008)
+    assert len(shapes) == 95
