@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedIma
 
 from diffjax.data.files import atomic_path
 
+CAPTION_WIDTH = 120  # pixels, of a picture in a grid
 LAID_OVER = "laid over white"  # the change to transparent images
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow
 # How to turn an image upright, by its orientation in EXIF data.
@@ -49,7 +50,8 @@ def grid(
 
     images: uint8 [N, H, W, C]. captions: N strings. columns: None for a grid as square as possible.
     titles: one string per row, at its left. Small images are enlarged by an integer factor to 48
-    pixels or more, without smoothing.
+    pixels or more, without smoothing. Columns are as wide as the longest caption, up to 120 pixels;
+    longer ones are cut.
 
     Raises: ValueError unless C is 1 or 3.
     """
@@ -58,8 +60,10 @@ def grid(
         raise ValueError(f"images have {channels} channels, expected 1 (grey) or 3 (RGB)")
     columns = columns or int(np.ceil(np.sqrt(n)))
     zoom, gap, header = max(1, -(-48 // max(height, width))), 4, 14 if captions else 0
-    cell_w, cell_h = width * zoom + gap, height * zoom + header + gap
     font = ImageFont.load_default(12)
+    captions = [_cut(caption, font) for caption in captions or ()]
+    inside = max(width * zoom, *(int(np.ceil(font.getlength(text))) for text in captions), 0)
+    cell_w, cell_h = inside + gap, height * zoom + header + gap
     margin = gap + int(max((font.getlength(title) + gap for title in titles or ()), default=0))
     sheet = Image.new("RGB", (margin + columns * cell_w, -(-n // columns) * cell_h + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -69,11 +73,19 @@ def grid(
     for i, image in enumerate(images):
         x, y = margin + i % columns * cell_w, gap + i // columns * cell_h
         if captions:
-            draw.text((x + width * zoom / 2, y), captions[i], fill="black", font=font, anchor="ma")
+            draw.text((x + inside / 2, y), captions[i], fill="black", font=font, anchor="ma")
         tile = Image.fromarray(image[..., 0] if channels == 1 else image)
         tile = tile.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        sheet.paste(tile, (x, y + header))
+        sheet.paste(tile, (x + (inside - tile.width) // 2, y + header))
     return sheet
+
+
+def _cut(caption: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The caption, or as much of it as has room, and an ellipsis."""
+    if font.getlength(caption) <= CAPTION_WIDTH:
+        return caption
+    cut = (f"{caption[:n]}…" for n in range(len(caption), 0, -1))
+    return next((text for text in cut if font.getlength(text) <= CAPTION_WIDTH), "…")
 
 
 def read(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, str]:

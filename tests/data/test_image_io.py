@@ -60,6 +60,29 @@ def test_grid_writes_titles_and_captions():
         assert ((dark[:, 1] - 4) // 54 == i % 2).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [("0", 52, 52), ("automobile", 60, 80), ("a very long name of a class indeed", 110, 124)],
+)
+def test_captions_have_room(text, least, most):
+    """They touch no other, and images stand below the middle of theirs."""
+    images = np.full((6, 8, 8, 1), 90, np.uint8)
+    sheet = np.asarray(image_io.grid(images, [text] * 6, columns=3).convert("L"))
+    header, row = sheet[4:18], sheet[24:66]
+    is_written, is_image = ((part < 200).any(0) for part in (header, row))
+    starts = np.flatnonzero(np.diff(is_image.astype(int)) == 1) + 1
+    stops = np.flatnonzero(np.diff(is_image.astype(int)) == -1) + 1
+    assert (stops - starts).tolist() == [48] * 3
+    (pitch,) = {*np.diff(starts)}
+    assert least <= pitch <= most
+    cells = [is_written[start - (pitch - 48) // 2 :][: pitch - 1] for start in starts]
+    for cell in cells:
+        np.testing.assert_array_equal(cell, cells[0])
+        written = np.flatnonzero(cell)
+        assert written[0] + written[-1] == pytest.approx(pitch - 4, abs=6)
+        assert written[-1] - written[0] < pitch - 2
+
+
 def test_grid_of_two_channels():
     with pytest.raises(ValueError, match=naming("channels", "2", "1", "3")):
         image_io.grid(np.zeros((1, 4, 4, 2), np.uint8))
