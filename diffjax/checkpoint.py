@@ -27,6 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 FOLDER = "checkpoints"
 QUARANTINE_DIR = "damaged"  # beside FOLDER
+PROBE = ".probe-"  # of a file that is written and removed before a save
 
 # Errors that say nothing about the checkpoint, which may be intact: raised as they are.
 TRANSIENT_ERRORS = (
@@ -71,15 +72,21 @@ class Checkpoints:
     Saves run in the background; `close` waits for them.
     """
 
-    def __init__(self, workdir: Path, keep: int = 3, *, clean: bool = False) -> None:
+    def __init__(
+        self, workdir: Path, keep: int = 3, *, clean: bool = False, read_only: bool = False
+    ) -> None:
         """Open the checkpoints of a run folder, which is created if need be.
 
         keep: number of latest checkpoints to keep. clean: remove what killed saves have left; only
         for the one program that writes, since a save under way in another looks the same.
+        read_only: write nothing, for a folder that exists.
         """
         self._workdir = workdir.resolve()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.LatestN(keep), cleanup_tmp_directories=clean
+            preservation_policy=preservation_policy.LatestN(keep),
+            cleanup_tmp_directories=clean,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
         # Orbax would ask the processes about a SIGTERM by the training step, where
@@ -89,6 +96,12 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The training steps of the checkpoints on disk, in order."""
         return sorted(self._manager.all_steps())
+
+    def strays(self) -> list[str]:
+        """The names of entries beside the checkpoints that are none, and are never touched."""
+        steps = [str(step) for step in self.steps()]
+        names = (path.name for path in (self._workdir / FOLDER).iterdir())
+        return sorted(name for name in names if name not in steps and not _is_temporary(name))
 
     def save(self, step: int, trees: dict[str, Any], config: dict[str, Any]) -> None:
         """Copy the named trees of arrays, and write them in the background.
@@ -183,7 +196,7 @@ class Checkpoints:
     def _probe(self) -> None:
         # Orbax finds a missing folder or a full disk too, but then a thread of it keeps the process
         # alive for five minutes.
-        probe = self._workdir / FOLDER / f".probe-{jax.process_index()}"
+        probe = self._workdir / FOLDER / f"{PROBE}{jax.process_index()}"
         try:
             probe.write_bytes(bytes(4096))
         finally:
@@ -199,6 +212,11 @@ class Checkpoints:
             raise SaveError(
                 f"a checkpoint could not be written to {self._workdir / FOLDER} ({_reason(error)})"
             ) from error
+
+
+def _is_temporary(name: str) -> bool:
+    # Orbax writes a checkpoint under such a name before it renames it.
+    return ".orbax-checkpoint-tmp" in name or name.startswith(PROBE)
 
 
 def _damaged(folder: Path) -> ValueError:
@@ -235,7 +253,8 @@ def open_checkpoint(workdir: Path, step: int | None = None) -> tuple[Checkpoints
     """
     if not workdir.is_dir():
         raise FileNotFoundError(f"run folder {workdir} does not exist: train a model there first")
-    checkpoints = Checkpoints(workdir) if (workdir / FOLDER).is_dir() else None
+    has_folder = (workdir / FOLDER).is_dir()
+    checkpoints = Checkpoints(workdir, read_only=True) if has_folder else None
     steps = checkpoints.steps() if checkpoints else []
     if not checkpoints or not steps:
         raise FileNotFoundError(f"{workdir} has no checkpoint: train a model there first")

@@ -14,6 +14,7 @@ from diffjax.checkpoint import (
     Checkpoints,
     SaveError,
     ema_key,
+    latest_config,
     open_checkpoint,
     silence_orbax,
     tree_sha256,
@@ -114,6 +115,43 @@ def test_missing_checkpoints(tmp_path):
     save_one(tmp_path, 4)
     with pytest.raises(FileNotFoundError, match=naming(tmp_path, 5, 4)):
         open_checkpoint(tmp_path, 5)
+
+
+def test_reading_writes_nothing(tmp_path):
+    """What is there stays as it is, also what looks like a save under way."""
+
+    def entries():
+        return {path: path.lstat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+
+    save_one(tmp_path, 4, CONFIG)
+    shutil.copytree(
+        tmp_path / "checkpoints" / "4", tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp-0"
+    )
+    (tmp_path / "checkpoints" / "4 (copy)").mkdir()
+    before = entries()
+    checkpoints, _ = open_checkpoint(tmp_path)
+    assert checkpoints.strays() == ["4 (copy)"]
+    assert checkpoints.config(4) == latest_config(tmp_path) == CONFIG
+    checkpoints.restore(4, trees(0), replicated(device_mesh()))
+    checkpoints.close()
+    assert entries() == before
+
+
+def test_the_latest_readable_configuration(tmp_path):
+    """It is found without a damaged one after it."""
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "none")):
+        latest_config(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path)):
+        latest_config(tmp_path)
+    save_one(tmp_path, 4, CONFIG)
+    save_one(tmp_path, 5, {"b": 1})
+    assert latest_config(tmp_path) == {"b": 1}
+    metadata = tmp_path / "checkpoints" / "5" / "config" / "metadata"
+    metadata.write_text(metadata.read_text().replace('"b"', '"c"'))
+    assert latest_config(tmp_path) == CONFIG
+    (tmp_path / "checkpoints" / "4" / "config" / "metadata").unlink()
+    with pytest.raises(ValueError, match=naming(tmp_path / "checkpoints" / "5")):
+        latest_config(tmp_path)
 
 
 def test_another_structure(tmp_path):

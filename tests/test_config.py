@@ -21,6 +21,7 @@ from diffjax.build import (
     build_optimizer,
     build_schedule,
     build_times,
+    count_parameters,
     describe_model,
 )
 from diffjax.cli import train as train_command
@@ -37,6 +38,7 @@ from diffjax.config import (
     config_names,
     config_to_dict,
     flat_fields,
+    forgotten_changes,
     load_config,
 )
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
@@ -68,16 +70,23 @@ def test_docstring(name):
     assert "Expected:" in doc
 
 
-@pytest.mark.parametrize("name", [*EXPECTED, "folder"])
+FOLDERS = {"folder": 64, "folder_small": 32}
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, *FOLDERS])
 def test_every_config_builds(name, data_dir):
     config = load_config(name)
     config.check()
-    if name == "folder":
-        info = ModelInfo(config, (64, 64, 3), ClassLabel(7))
+    if name in FOLDERS:
+        assert config.data.size == FOLDERS[name]
+        info = ModelInfo(config, (FOLDERS[name], FOLDERS[name], 3), ClassLabel(7))
     else:
         data = dataclasses.replace(config.data, dir=str(data_dir))
         info = describe_model(dataclasses.replace(config, data=data))
-        assert (info.x_shape, info.conditioning) == EXPECTED[name]
+        found = info.conditioning
+        if isinstance(found, ClassLabel):  # in the catalogue some data sets name their classes
+            found = dataclasses.replace(found, names=())
+        assert (info.x_shape, found) == EXPECTED[name]
     params = abstract_params(info, build_module(info))
     assert ("label" in params) == isinstance(info.conditioning, ClassLabel)
     build_schedule(config)
@@ -85,7 +94,17 @@ def test_every_config_builds(name, data_dir):
 
 
 def test_every_name_is_tested():
-    assert {*EXPECTED, "folder"} == set(config_names())
+    assert {*EXPECTED, *FOLDERS} == set(config_names())
+
+
+def test_small_recipes_are_small():
+    """Those for CPUs have fewer than a million parameters, and no warm-up that takes long."""
+    for name in ("folder_small", "mnist_small", "digits"):
+        config = load_config(name)
+        x_shape = EXPECTED.get(name, ((32, 32, 3), None))[0]
+        info = ModelInfo(config, x_shape, ClassLabel(10))
+        assert count_parameters(abstract_params(info, build_module(info))) < 1_000_000
+        assert 10 * config.train.warmup <= config.train.steps <= 5000
 
 
 def test_recipes_of_papers():
@@ -158,6 +177,10 @@ BAD = [
     (Data(pad=-1), ["data.pad", -1]),
     (Data(conditions=("label", "label")), ["data.conditions", "label"]),
     (Diffusion(T=0), ["diffusion.T", 0]),
+    (
+        Diffusion(zero_terminal_snr=True),
+        ["diffusion.zero_terminal_snr", True, "diffusion.prediction", "eps", 1000, "v"],
+    ),
     (Diffusion(schedule="cosine", betas=(0.1, 0.2)), ["diffusion.betas", "cosine", "linear"]),
     (Train(steps=0), ["train.steps", 0]),
     (Train(batch=-3), ["train.batch", -3]),
@@ -237,6 +260,68 @@ def test_resume():
     assert check_resume(stored, Config(train=Train(steps=9))) == ["train.steps: 1000 -> 9"]
     assert check_resume(stored, stored) == []
     assert check_resume(stored, Config(network=UNetConfig(dropout=0.1)))
+
+
+def test_the_data_of_an_import_may_be_named_on_resume():
+    """They were not known; those of another run are bound."""
+    stored = Config(data=Data(name="hf:theirs"))
+    (change,) = check_resume(stored, Config(data=Data(name="digits")))
+    assert change == "data.name: hf:theirs -> digits"
+    with pytest.raises(ValueError, match=naming("data.name", "mnist", "digits")):
+        check_resume(Config(), Config(data=Data(name="mnist")))
+
+
+# All others are bound to the arrays of a checkpoint, or to what they mean.
+FREE = {
+    "data.dir", "data.path", "data.flip", "data.skip_damaged",
+    "network.dropout", "network.dtype", "network.remat",
+}  # fmt: skip
+
+
+def another(value):
+    """A value of the same type."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, tuple):
+        return (*value[:-1], *map(another, value[-1:] or (0,)))
+    return value + ("x" if isinstance(value, str) else 1)
+
+
+def with_field(config, name, value):
+    """The configuration with another value of a field, as in "train.steps"."""
+    part, field = name.split(".")
+    changed = dataclasses.replace(getattr(config, part), **{field: value})
+    return dataclasses.replace(config, **{part: changed})
+
+
+@pytest.mark.parametrize("name", flat_fields(Config()))
+def test_each_field_by_itself(name):
+    """A field that is bound is refused by name; another is told, and told as forgotten."""
+    stored = Config()
+    old = flat_fields(stored)[name]
+    changed = with_field(stored, name, another(old))
+    if name in FREE or name.startswith("train."):
+        assert check_resume(stored, changed) == [f"{name}: {old} -> {another(old)}"]
+        assert check_resume(changed, stored) == [f"{name}: {another(old)} -> {old}"]
+    else:
+        for pair in ((stored, changed), (changed, stored)):
+            with pytest.raises(ValueError, match=naming(name)):
+                check_resume(*pair)
+    forgotten = forgotten_changes(stored, changed, {"train", f"{name}x", "network", "data"})
+    assert [text.split()[0] for text in forgotten] == [name] * (not name.startswith("distillation"))
+    assert forgotten_changes(stored, changed, {name}) == []
+    assert forgotten_changes(stored, stored, ()) == []
+
+
+def test_data_of_an_imported_network():
+    """They are not known, and may be named; then they are bound like those of any other."""
+    imported = Config(data=Data(name="hf:ddpm"))
+    known = dataclasses.replace(imported, data=Data(name="cifar10", pad=2))
+    assert len(check_resume(imported, known)) == 2
+    with pytest.raises(ValueError, match=naming("diffusion.T")):
+        check_resume(imported, with_field(known, "diffusion.T", 500))
+    with pytest.raises(ValueError, match=naming("data.name", "hf:ddpm", "cifar10")):
+        check_resume(known, imported)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple
@@ -18,12 +18,15 @@ from tqdm import tqdm
 
 from diffjax.training.state import TrainState
 
+COMPILING, TRAINING = "compiling", "train"  # what the progress bar shows
+
 
 class PeriodicAction(NamedTuple):
     """Call action(state) every `steps` steps and after the last one; never if 0."""
 
     steps: int
     action: Callable[[TrainState], None]
+    name: str = ""  # what the progress bar shows meanwhile
 
     def is_due(self, step: int, last: int) -> bool:
         """Return whether to call it after this step of a run that ends with `last`."""
@@ -123,8 +126,9 @@ def fit(
     """Train until options.steps steps are done, or stop() is not 0 after a dispatch.
 
     step: compiled, (state, batches [K, ...]) -> (state, metrics [K]), for K of options.per_dispatch
-    steps, or fewer where an action is due before; it may reuse the memory of its state. log(step,
-    **metrics) gets the metrics of a step, every options.log_every steps and at the end.
+    steps, or fewer where an action is due before; it may reuse the memory of its state. batches:
+    where they end, training does. log(step, **metrics) gets the metrics of a step, every
+    options.log_every steps and at the end.
 
     Raises: FloatingPointError after options.max_skipped skipped steps in a row.
     """
@@ -133,16 +137,21 @@ def fit(
         buffer = MetricsBuffer(state, log, options, bar)
         while done < options.steps:
             count = _dispatch_length(done, options, actions)
-            state, metrics = step(state, _stack(next(batches) for _ in range(count)))
+            read = list(itertools.islice(batches, count))
+            if len(read) < count:
+                break
+            state, metrics = step(state, _stack(read))
             buffer.push(done + 1, metrics)
             is_first, done = done == start, done + count
-            due = [each.action for each in actions if each.is_due(done, options.steps)]
+            due = [each for each in actions if each.is_due(done, options.steps)]
             if due:
                 buffer.flush()
-            for action in due:
-                action(state)
+            for each in due:
+                bar.set_description(each.name or TRAINING)
+                each.action(state)
             if due or is_first:  # the rate counts neither compiling nor actions
                 jax.block_until_ready(state)
+                bar.set_description(TRAINING)
                 buffer.restart_clock(done)
             if stop():
                 break
@@ -161,14 +170,14 @@ def _progress_bar(start: int, options: LoopOptions) -> tqdm:
     return tqdm(
         total=options.steps,
         initial=start,
-        desc="train",
+        desc=COMPILING,
         unit="step",
         dynamic_ncols=True,
         disable=hidden,
     )
 
 
-def _stack(batches: Iterator[Any]) -> Any:
+def _stack(batches: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,10 @@ from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import NotFiniteError, describe_devices
-from diffjax.nn.conditioning import difference
+from diffjax.nn.conditioning import ClassLabel, difference, with_names
 from diffjax.nn.registry import network_name
 from diffjax.training.distill import build_distillation, student_info
+from diffjax.training.lock import take_lock
 from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
 from diffjax.training.metrics import JsonlWriter, TensorBoard, plot_curve
 from diffjax.training.preview import Preview, make_preview
@@ -31,6 +33,7 @@ from diffjax.training.state import TrainState, state_from_trees, state_to_trees
 
 METRICS, CURVE, PREVIEWS, TENSORBOARD = "metrics.jsonl", "curve.png", "previews", "tensorboard"
 HELD_OUT_BATCHES = 10  # at most, per evaluation
+NAMES = 20  # of classes that are told, at most
 Report = Callable[[str], Any]  # called with sentences on the progress of a run
 
 
@@ -86,18 +89,23 @@ class Session:
     # Of a run that has done all of its steps, the rest is empty.
     batches: Iterator[Any] = field(default_factory=partial(iter, ()))
     held_out: Sequence[Any] = ()  # batches, placed
+    damaged: AbstractSet[str] = frozenset()  # grows by what is wrong with each skipped example
     preview: Preview | None = None
     metrics: JsonlWriter | None = None  # on process 0
     board: TensorBoard | None = None  # on process 0, where asked for
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of the run folder
+    error: Exception | None = None  # that ended the batches
 
     @property
     def actions(self) -> tuple[PeriodicAction, ...]:
-        """The periodic actions, in the order of their calls."""
+        """The periodic actions, in the order of their calls; those after the last step end it."""
         train = self.info.config.train
         return (
-            PeriodicAction(train.eval_every, self.evaluate),
-            PeriodicAction(train.preview_every, self.draw_preview),
-            PeriodicAction(train.save_every, self.save),
+            PeriodicAction(train.eval_every, self.evaluate, "held-out loss"),
+            PeriodicAction(train.preview_every, self.draw_preview, "preview"),
+            PeriodicAction(train.save_every, self.save, "saving"),
+            PeriodicAction(train.steps, lambda state: self.checkpoints.wait(), "saving"),
+            PeriodicAction(train.steps, lambda state: self.draw_curve(), "loss curve"),
         )
 
     @property
@@ -107,6 +115,18 @@ class Session:
         return LoopOptions(
             train.steps, train.log_every, train.steps_per_dispatch, train.max_skipped
         )
+
+    def readable_batches(self) -> Iterator[Any]:
+        """The batches up to one that cannot be read, whose error is kept.
+
+        Of several processes the others would go on, and wait for this one: here it is raised.
+        """
+        try:
+            yield from self.batches
+        except (UnreadableError, OSError) as error:
+            if jax.process_count() > 1:
+                raise
+            self.error = error
 
     def step(self, state: TrainState, batches: Any) -> Any:
         """Train on this process's shares of batches [K, B, ...]: (state, metrics [K])."""
@@ -168,40 +188,51 @@ def run(session: Session) -> TrainResult:
     """Train a session to its last step, or to the first Ctrl-C or SIGTERM.
 
     Raises: FloatingPointError where too many steps in a row are skipped; ValueError for an example
-    that cannot be read; OSError for files that cannot be written. The run can then be resumed from
-    its last checkpoint.
+    that cannot be read, after a save of the steps before it; OSError for files that cannot be read
+    or written. The run can then be resumed from its last checkpoint.
     """
-    steps, start = session.info.config.train.steps, int(session.state.step)
-    if start >= steps:
+    with session.lock:
+        start = int(session.state.step)
+        if start < session.info.config.train.steps:
+            session.report(session.describe())
+            return _train(session, start)
         if not (session.workdir / CURVE).exists():  # the folder may be read-only
             session.draw_curve()
         return TrainResult("already_done", start)
-    session.report(session.describe())
+
+
+def _train(session: Session, start: int) -> TrainResult:
     try:
         with catch_signals(jax.process_count()) as received:
             state = fit(
                 session.step,
                 session.state,
-                session.batches,
+                session.readable_batches(),
                 session.log,
                 session.options,
                 session.actions,
                 received,
             )
-            if int(state.step) < steps:
+            step = int(state.step)
+            if start < step < session.options.steps:
+                session.report(f"saving a checkpoint of step {step}")
                 session.save(state)
             session.checkpoints.close()
-    except (FloatingPointError, UnreadableError):
+    except (FloatingPointError, UnreadableError, SaveError):
         with contextlib.suppress(SaveError):
             session.checkpoints.close()
         raise
     finally:
         if session.board is not None:
             session.board.close()
-    if int(state.step) < steps:
-        return TrainResult("interrupted", int(state.step), received())
-    session.draw_curve()
-    return TrainResult("done", steps)
+    if session.damaged:
+        example = min(session.damaged)
+        session.report(f"{len(session.damaged)} damaged examples were skipped, as {example}")
+    if session.error is not None:
+        raise session.error
+    if step < session.options.steps:
+        return TrainResult("interrupted", step, received())
+    return TrainResult("done", step)
 
 
 def open_session(
@@ -218,8 +249,24 @@ def open_session(
     """
     report = report if jax.process_index() == 0 else _ignore
     check_run(config, workdir)
-    checkpoints = _open_checkpoints(workdir, config) if (workdir / FOLDER).is_dir() else None
-    resumed = None if checkpoints is None else resume(checkpoints, config, teacher, report)
+    with contextlib.ExitStack() as lock:
+        session = _open(config, workdir, teacher, tensorboard, report, lock)
+        session.lock = lock.pop_all()
+    return session
+
+
+def _open(
+    config: Config,
+    workdir: Path,
+    teacher: TrainedModel | None,
+    tensorboard: bool,
+    report: Report,
+    lock: contextlib.ExitStack,
+) -> Session:
+    checkpoints = resumed = None
+    if (workdir / FOLDER).is_dir():
+        checkpoints = _open_checkpoints(workdir, config, report, lock)
+        resumed = resume(checkpoints, config, teacher, report)
     start = 0 if resumed is None else int(resumed.state.step)
     if resumed is not None and checkpoints is not None and start >= config.train.steps:
         training = _parallel(resumed.training, config, teacher)
@@ -227,9 +274,12 @@ def open_session(
         return Session(info, workdir, resumed.state, training, checkpoints, report)
     dataset = _load_data(config)
     info = _model_info(config, dataset, teacher)
+    for sentence in (_describe_data(info, dataset), *dataset.notes, *_warm_up(config, start)):
+        report(sentence)
     if resumed is not None:
         _check_same_data(workdir, resumed.info, info)
-        info = info._replace(conditioning=resumed.info.conditioning)
+        conditioning = with_names(resumed.info.conditioning, info.conditioning)
+        info = info._replace(conditioning=conditioning)
     batches, held_out = _batches(info, dataset, start), _held_out_batches(info, dataset)
     functions = _build(info, teacher) if resumed is None else resumed.training
     training = _parallel(functions, config, teacher)
@@ -239,8 +289,9 @@ def open_session(
         state = training.place_state(resumed.state)
     if checkpoints is None:
         workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = _open_checkpoints(workdir, config)
+        checkpoints = _open_checkpoints(workdir, config, report, lock)
     session = Session(info, workdir, state, training, checkpoints, report, batches)
+    session.damaged = dataset.damaged
     session.held_out = [training.place_batch(batch) for batch in held_out]
     preview = None
     if config.train.preview_every:  # on all processes, so that an error ends all of them
@@ -355,8 +406,33 @@ def _parallel(training: Training, config: Config, teacher: TrainedModel | None) 
     return ParallelTraining(training, config.train, None if teacher is None else teacher.params)
 
 
-def _open_checkpoints(workdir: Path, config: Config) -> Checkpoints:
-    return Checkpoints(workdir, config.train.keep, clean=True)
+def _open_checkpoints(
+    workdir: Path, config: Config, report: Report, lock: contextlib.ExitStack
+) -> Checkpoints:
+    """The checkpoints of a run folder that is locked first."""
+    _lock(workdir, report, lock)
+    checkpoints = Checkpoints(workdir, config.train.keep, clean=True)
+    if strays := checkpoints.strays():
+        names = ", ".join(map(repr, strays))
+        report(f"{workdir / FOLDER} has entries that are no checkpoints and are ignored: {names}")
+    return checkpoints
+
+
+def _lock(workdir: Path, report: Report, lock: contextlib.ExitStack) -> None:
+    """Lock a run folder, on process 0; all processes learn how that ended."""
+    error: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            if taken := take_lock(workdir, report):
+                lock.callback(taken.release)
+        except (ValueError, OSError) as refused:
+            error = refused
+    if jax.process_count() > 1:
+        is_refused = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+        if is_refused and error is None:
+            error = ValueError(f"workdir is {workdir}, which process 0 could not lock")
+    if error is not None:
+        raise error
 
 
 def _load_data(config: Config) -> Dataset:
@@ -373,6 +449,30 @@ def _load_data(config: Config) -> Dataset:
 def _model_info(config: Config, dataset: Dataset, teacher: TrainedModel | None) -> ModelInfo:
     info = model_info(config, dataset)
     return info if teacher is None else student_info(info, teacher)
+
+
+def _describe_data(info: ModelInfo, dataset: Dataset) -> str:
+    """A sentence on the data: images, how many are held out, classes with their names."""
+    label, classes = info.conditioning, str(info.conditioning)
+    if isinstance(label, ClassLabel) and label.names:
+        more = ", ..." if len(label.names) > NAMES else ""
+        classes += f" ({', '.join(label.names[:NAMES])}{more})"
+    return (
+        f"{info.config.data}: {len(dataset.train)} images of {info.describe_x()} to train on,"
+        f" {len(dataset.held_out)} held out, {classes}"
+    )
+
+
+def _warm_up(config: Config, start: int) -> list[str]:
+    """A sentence on a warm-up that takes a quarter of the steps or more; else none."""
+    warmup, steps = config.train.warmup, config.train.steps
+    if 4 * warmup < steps or start >= warmup:
+        return []
+    share = "all" if warmup >= steps else f"{warmup}"
+    return [
+        f"train.warmup is {warmup}: the learning rate rises for {share} of the {steps} steps, and"
+        f" a short run wants fewer, as {steps // 10}"
+    ]
 
 
 def _batches(info: ModelInfo, dataset: Dataset, start: int) -> Iterator[Any]:
@@ -393,11 +493,18 @@ def _batches(info: ModelInfo, dataset: Dataset, start: int) -> Iterator[Any]:
 def _held_out_batches(info: ModelInfo, dataset: Dataset) -> list[Any]:
     """The held-out batches, none without evaluation: the shares of this process."""
     train = info.config.train
+    if not train.eval_every:
+        return []
+    if len(dataset.held_out) < jax.device_count():
+        raise ValueError(
+            f"train.eval_every is {train.eval_every}, and {len(dataset.held_out)} images are held"
+            f" out for {jax.device_count()} devices: use 0, or fewer devices"
+        )
     batches = first_batches(
         dataset.held_out,
         train.batch,
         jax.device_count(),
-        HELD_OUT_BATCHES if train.eval_every else 0,
+        HELD_OUT_BATCHES,
         conditioning=info.conditioning,
     )
     place = jax.process_index(), jax.process_count()

@@ -42,7 +42,15 @@ def test_training_learns(digits_run):
 def test_finished(digits_run, capsys, in_suite_data):
     """The same command again says so, and changes nothing."""
     before = (digits_run / "metrics.jsonl").read_bytes()
-    main(["train", "digits", "--workdir", str(digits_run), *"--train.steps 220 --train.keep 9".split()])
+    main(
+        [
+            "train",
+            "digits",
+            "--workdir",
+            str(digits_run),
+            *"--train.steps 220 --train.keep 9".split(),
+        ]
+    )
     assert re.search(rf"{re.escape(str(digits_run))}\D+\b220\b", capsys.readouterr().out)
     assert (digits_run / "metrics.jsonl").read_bytes() == before
 
@@ -272,6 +280,9 @@ RESUME_MISTAKES = {
     "digits --resume {unconditional}": ("CONFIG", "digits", "--resume"),
     "--resume {unconditional} --workdir {tmp}/x": ("--workdir", "{tmp}/x"),
     "--resume {unconditional} --network.channels 8": ("network.channels", "8", "4"),
+    "--resume {unconditional} --diffusion.prediction v": ("diffusion.prediction", "v", "eps"),
+    "--resume {unconditional} --data.pad 2": ("data.pad", "2", "0"),
+    "--resume {unconditional} --data.conditions label": ("data.conditions", "label"),
     "--resume {unconditional} --train.stepz 8": ("train.stepz", "train.steps"),
     "--resume {unconditional} --train.ema 0.9": ("train.ema", "0.9", "0.1"),
 }

@@ -90,6 +90,9 @@ def killed(uninterrupted, program, run_program, arguments):
         process.send_signal(signal.SIGKILL)
         out, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err  # it was still training
+        with contextlib.suppress(FileNotFoundError):  # what it leaves is taken over
+            holder = json.loads((folder / "lock").read_text())
+            assert holder["process"] == process.pid
         if out:
             assert re.search(of_steps(folder, before, STEPS), out)  # no checkpoint was lost
         assert not (folder / "damaged").exists()

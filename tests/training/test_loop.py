@@ -104,6 +104,30 @@ def test_stop_is_asked_once_a_dispatch():
     assert int(end.step) == 15
 
 
+def test_the_bar_says_what_runs(capsys):
+    """Compiling is shown until the first dispatch has returned; actions by their names."""
+    shown = []
+
+    def step(state, batches):
+        shown.append(capsys.readouterr().err)
+        return count(state, batches)
+
+    def act(state):
+        shown.append(capsys.readouterr().err)
+
+    actions = (PeriodicAction(2, act, "saving"), PeriodicAction(3, act, "loss curve"))
+    fit(step, state(), itertools.count(1), ignore, LoopOptions(3, 1), actions)
+    names = ["compiling", "train", "saving", "train", "saving", "loss curve"]
+    assert [text.split("\r")[-1].split(":")[0] for text in shown] == names
+
+
+@pytest.mark.parametrize("per_dispatch", [1, 2])
+def test_training_ends_with_its_batches(per_dispatch):
+    """Of a dispatch that is not whole nothing is trained."""
+    end = fit(count, state(), iter([1.0] * 5), ignore, LoopOptions(10, 1, per_dispatch))
+    assert int(end.step) == 5 // per_dispatch * per_dispatch
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted(number):
     """The second one has its usual effect."""

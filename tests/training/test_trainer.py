@@ -1,8 +1,12 @@
 import dataclasses
+import itertools
 import json
+import os
 import re
 import shutil
 import signal
+import socket
+import types
 
 import jax
 import numpy as np
@@ -10,10 +14,12 @@ import pytest
 from helpers import naming
 from PIL import Image
 
-from diffjax.build import describe_model
+from diffjax.build import ModelInfo, describe_model
 from diffjax.config import Data
+from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.inference.model import load_model
-from diffjax.nn.conditioning import UNCONDITIONAL, Fields, Vector
+from diffjax.inference.pipeline import NotFiniteError
+from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
 from diffjax.training import trainer
 from diffjax.training.preview import COLUMNS, NUM, preview_conditions
 from diffjax.training.trainer import TrainResult, open_session, resume, run, train
@@ -51,8 +57,10 @@ def test_a_run_folder(trained):
     lines = metrics(folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "held_out_loss" in line] == [2, 3]
-    (sentence,) = reported
-    assert all(word in sentence for word in (str(folder), "step 0 of 3", "digits", "batch 8"))
+    data, warmup, run = reported
+    assert re.search(naming("digits", 1500, "8x8x1", 297, "10 classes"), data)
+    assert re.search(naming("train.warmup", 100, 3), warmup)
+    assert all(word in run for word in (str(folder), "step 0 of 3", "digits", "batch 8"))
 
 
 def test_previews_have_their_captions(trained):
@@ -60,6 +68,21 @@ def test_previews_have_their_captions(trained):
     picture = Image.open(folder / "previews" / "0000003.png")
     width, height = picture.size
     assert (width // COLUMNS, height // (NUM // COLUMNS)) >= (48, 48 + 14)
+
+
+def test_a_preview_that_is_not_finite_does_not_end_a_run(tmp_path):
+    """It is told, and left out."""
+
+    def preview(params):
+        raise NotFiniteError("sample 3 is not finite")
+
+    reported, state = [], types.SimpleNamespace(step=7, ema=[None])
+    parts: tuple = None, tmp_path, state, None, None, reported.append
+    session = trainer.Session(*parts, preview=preview)
+    session.draw_preview(state)
+    (text,) = reported
+    assert re.search(naming("step", 7, 3), text)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_done_stays(trained):
@@ -113,6 +136,100 @@ def test_damaged_checkpoints_are_quarantined(tmp_path):
         assert re.search(naming(step, folder / "damaged" / str(step), 1), text)
 
 
+def test_strays_are_ignored_and_named(trained, tmp_path):
+    """Copies, notes and files of a desktop beside the checkpoints stay as they are."""
+    folder, reported = tmp_path / "run", []
+    shutil.copytree(trained[0], folder)
+    places = [folder / "checkpoints" / name for name in ("backup", "3 (copy)", "007", "3.old")]
+    for place in places:
+        shutil.copytree(folder / "checkpoints" / "3", place)
+    files = [folder / "checkpoints" / name for name in (".DS_Store", "9")]
+    for file in files:
+        file.write_text("")
+    more = with_train(SHORT, steps=4, keep=1, eval_every=0, preview_every=0)
+    assert train(more, folder, report=reported.append) == TrainResult("done", 4)
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == sorted(["4", *(path.name for path in (*places, *files))])
+    assert (load_model(folder).step, trainer.stored_config(folder)) == (4, more)
+    (told,) = [text for text in reported if "backup" in text]
+    assert re.search(naming(folder / "checkpoints", *(p.name for p in (*places, *files))), told)
+
+
+def test_a_second_training_is_told_of_the_first(trained, tmp_path):
+    """It changes nothing; a training that fails to start holds no lock."""
+    folder, more = tmp_path / "run", with_train(SHORT, steps=4, eval_every=0, preview_every=0)
+    shutil.copytree(trained[0], folder)
+    with pytest.raises(ValueError, match=naming("train.steps", 0)):
+        open_session(with_train(more, steps=0), folder, report=lambda text: None)
+    other = dataclasses.replace(more, data=dataclasses.replace(more.data, name="lfw"))
+    with pytest.raises(ValueError, match=naming("data.name", "lfw")):
+        open_session(other, folder, report=lambda text: None)
+    session = open_session(more, folder, report=lambda text: None)
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=naming(folder, socket.gethostname(), os.getpid())):
+        open_session(more, folder, report=lambda text: None)
+    assert sorted(folder.rglob("*")) == before
+    assert folder / "lock" in before
+    assert run(session) == TrainResult("done", 4)
+    assert not (folder / "lock").exists()
+    assert train(more, folder, report=lambda text: None) == TrainResult("already_done", 4)
+    assert not (folder / "lock").exists()
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_what_was_trained_before_a_damaged_image_is_saved(done, tmp_path):
+    """Nothing is saved where it is the first one."""
+    reported, config = [], with_train(CONFIG, steps=50, save_every=40, steps_per_dispatch=2)
+    session = open_session(config, tmp_path, report=reported.append)
+    batches = session.batches
+
+    def cut():
+        yield from itertools.islice(batches, done + 1)
+        raise UnreadableError("5.png is damaged")
+
+    session.batches, session.damaged = cut(), {"b.png", "a.png"}
+    with pytest.raises(UnreadableError, match=naming("5.png")):
+        run(session)
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert saved == ([str(done)] if done else [])
+    assert not (tmp_path / "lock").exists()
+    assert re.search(naming(2, "a.png"), reported[-1])  # that were skipped
+
+
+def test_few_images_are_trained_on(tmp_path):
+    """Held-out images are needed where an evaluation is asked for, and not elsewhere."""
+    np.savez(tmp_path / "few.npz", x=np.zeros((20, 8, 8, 1), np.uint8), y=np.arange(20) % 10)
+    data = Data(source="npz", path=str(tmp_path / "few.npz"))
+    config = dataclasses.replace(CONFIG, data=data)
+    session = open_session(config, tmp_path / "run", report=lambda text: None)
+    assert session.held_out == []
+    assert next(session.batches)["x"].shape == (8, 8, 8, 1)
+    session.lock.close()
+    with pytest.raises(ValueError, match=naming("train.eval_every", 5, 8)):
+        open_session(with_train(config, eval_every=5), tmp_path / "new", report=lambda text: None)
+
+
+def test_classes_are_told_by_their_names():
+    data = Dataset(range(70), range(8), (8, 8, 1), {})
+    for names, told in (("cat", "dog"), True), (tuple(f"c{i}" for i in range(21)), False):
+        info = ModelInfo(CONFIG, (8, 8, 1), ClassLabel(len(names), names=names))
+        sentence = trainer._describe_data(info, data)
+        found = [name for name in names if re.search(naming(name), sentence)]
+        assert found == list(names[: trainer.NAMES])
+        assert re.search(naming(70, 8, f"{len(names)} classes"), sentence)
+        assert sentence.endswith(", ...)") != told
+
+
+def test_warm_up_that_swallows_a_run_is_told():
+    for warmup, steps, start, told in ((100, 3, 0, "all"), (25, 100, 0, "25"), (24, 100, 0, "")):
+        config = with_train(CONFIG, warmup=warmup, steps=steps)
+        sentences = trainer._warm_up(config, start)
+        assert [re.search(naming(told, steps), text) is not None for text in sentences] == (
+            [True] if told else []
+        )
+        assert trainer._warm_up(config, warmup) == []
+
+
 def test_without_a_whole_checkpoint_nothing_is_touched(tmp_path):
     folder = write_run(tmp_path / "run", CONFIG)
     shutil.rmtree(folder / "checkpoints" / "3" / "ema")
@@ -152,7 +269,7 @@ def test_mistakes_are_named(tmp_path, data_dir):
         (with_train(CONFIG, batch=12), "new", ("train.batch", 12, 8)),
         (with_train(CONFIG, accumulate=2), "new", ("train.batch", 8, 16)),
         (CONFIG, "file", ("workdir", tmp_path / "file")),
-        (with_train(dataclasses.replace(CONFIG, data=other), batch=48), "new", (48, 36)),
+        (with_train(dataclasses.replace(CONFIG, data=other), batch=48), "new", (48, 38)),
     ):
         with pytest.raises(ValueError, match=naming(*names)):
             train(config, tmp_path / folder, report=lambda text: None)
@@ -166,7 +283,7 @@ def test_other_data_are_named(tmp_path):
     config = dataclasses.replace(CONFIG, data=Data(source="npz", path=str(path)))
     train(with_train(config, steps=1), tmp_path / "run", report=lambda text: None)
     np.savez(path, x=np.zeros((100, 8, 8, 1), np.uint8), y=np.arange(100) % 5)
-    with pytest.raises(ValueError, match=naming(tmp_path / "run", "4 classes", "5 classes")):
+    with pytest.raises(ValueError, match=naming(tmp_path / "run", "class '4'")):
         train(with_train(config, steps=2), tmp_path / "run", report=lambda text: None)
 
 
