@@ -431,6 +431,20 @@ def difference(data: Conditioning, model: Conditioning) -> str:
     return "" if plain[0] == plain[1] else f"the data has {data}, and the model has {model}"
 
 
+def with_names(model: Conditioning, data: Conditioning) -> Conditioning:
+    """A model's conditioning, whose classes have the names of data where it has none.
+
+    data: without a `difference`.
+    """
+    if isinstance(model, Fields):
+        pairs = zip(model.parts, _parts(data), strict=True)
+        parts: Any = tuple(with_names(*pair) for pair in pairs)
+        return Fields(parts)
+    if isinstance(model, ClassLabel) and isinstance(data, ClassLabel) and not model.names:
+        return dataclasses.replace(model, names=data.names)
+    return model
+
+
 def _name_difference(data: tuple[str, ...], model: tuple[str, ...]) -> str:
     if not data or not model or data == model:
         return ""

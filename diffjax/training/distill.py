@@ -43,7 +43,7 @@ from diffjax.guidance import classifier_free_guidance
 from diffjax.inference import guidance
 from diffjax.inference.model import TrainedModel, describe_weights
 from diffjax.loss import Objective, TimeSampling
-from diffjax.nn.conditioning import difference
+from diffjax.nn.conditioning import difference, with_names
 from diffjax.parameterization import Parameterization
 from diffjax.schedule import Schedule, length
 from diffjax.training.setup import Training
@@ -340,7 +340,7 @@ def student_info(info: ModelInfo, teacher: TrainedModel) -> ModelInfo:
             f" on {teacher.info.x_shape} and {teacher.info.conditioning}: use its data"
             + (f" ({clause})" if clause else "")
         )
-    return info._replace(conditioning=teacher.info.conditioning)
+    return info._replace(conditioning=with_names(teacher.info.conditioning, info.conditioning))
 
 
 def build_distillation(info: ModelInfo, teacher: TrainedModel) -> Training:

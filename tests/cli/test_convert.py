@@ -4,14 +4,20 @@ import dataclasses
 import re
 import shlex
 
+import jax
 import numpy as np
 import pytest
 from helpers import QUIET, check_mistake
 
+from diffjax.build import ModelInfo, build_module, init_params
 from diffjax.cli import main
 from diffjax.cli.convert import run_config
-from diffjax.config import Data
+from diffjax.cli.train import parse
+from diffjax.config import Config, Data, check_resume
 from diffjax.inference.model import load_model
+from diffjax.interop import unet2d
+from diffjax.nn.conditioning import ClassLabel
+from diffjax.nn.unet import UNetConfig
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +64,65 @@ def test_the_kind_of_weights_survives(unconditional_run, tmp_path, monkeypatch):
     assert kinds == ["raw"] * 3
 
 
-@pytest.mark.parametrize("data", ["digits", None])
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder of a network of ten classes without a null label, whose weights are of no kind."""
+    network = UNetConfig(channels=4, multipliers=(1,), norm_groups=1, middle_attention=False)
+    label = ClassLabel(10, has_null_label=False)
+    info = ModelInfo(Config(network=network), (8, 8, 1), label)
+    params = init_params(info, build_module(info), jax.random.key(0))
+    folder = tmp_path_factory.mktemp("published") / "theirs"
+    unet2d.save(folder, info, params, "unknown", 0)
+    return folder
+
+
+NAMES = tuple("abcdefghij")
+
+
+def write_letters(folder):
+    """A configuration of data whose ten classes have names; returns its path."""
+    np.savez(folder / "letters.npz", x=np.zeros((40, 8, 8, 1), np.uint8), y=np.tile(NAMES, 4))
+    path = folder / "letters.py"
+    path.write_text(
+        "from diffjax.config import Config, Data\n"
+        f"config = Config(data=Data(source='npz', path='{folder / 'letters.npz'}'))"
+    )
+    return str(path)
+
+
+def printed_command(out):
+    """The words of the training command that `diffjax convert` prints."""
+    return shlex.split(re.search(r"'diffjax (train [^']+)'", out)[1])
+
+
 def test_a_converted_run_is_trained_further_by_the_command_that_is_printed(
-    hub_folder, tmp_path, monkeypatch, capsys, in_suite_data, data
+    published, tmp_path, monkeypatch, capsys
 ):
-    """As printed, but for fewer steps; its averages are averages again."""
+    """As printed, but for fewer steps; its averages are averages again, and its classes named."""
     monkeypatch.chdir(tmp_path)
-    main(["convert", f"hf:{hub_folder}", "run", *(["--data", data] if data else [])])
-    command = re.search(r"'diffjax (train [^']+)'", capsys.readouterr().out)[1]
-    if data is None:  # the name is the user's to give
-        assert command.endswith("--data.name NAME")
-        command = command.replace("NAME", "digits")
+    main(["convert", f"hf:{published}", "run", "--data", write_letters(tmp_path)])
+    words = printed_command(capsys.readouterr().out)
     model = load_model("run")
-    assert (model.weights, model.step, model.info.imported) == ("ema", 3, "ema")
-    main([*shlex.split(command), "--train.steps", "4", "--train.batch", "8", *QUIET])
+    assert (model.weights, model.step, model.info.imported) == ("unknown", 0, "unknown")
+    main([*words, "--train.steps", "1", "--train.batch", "8", *QUIET])
     trained = load_model("run")
-    assert (trained.weights, trained.step, trained.info.imported) == ("ema", 4, "")
-    assert trained.info.config.data.name == "digits"
+    assert (trained.weights, trained.step, trained.info.imported) == ("ema", 1, "")
+    assert trained.info.conditioning == ClassLabel(10, has_null_label=False, names=NAMES)
     assert load_model("run", weights="raw").weights == "raw"
+
+
+def test_unknown_data_are_named_in_the_command_that_is_printed(
+    published, tmp_path, monkeypatch, capsys
+):
+    """The name is the user's to give, and no other data are bound."""
+    monkeypatch.chdir(tmp_path)
+    main(["convert", f"hf:{published}", "run"])
+    words = printed_command(capsys.readouterr().out)
+    assert words[-2:] == ["--data.name", "NAME"]
+    options = parse("diffjax train", [*words[1:-1], "digits"])
+    stored = load_model("run").info.config
+    (change,) = check_resume(stored, options.experiment)
+    assert change == "data.name: hf:theirs -> digits"
 
 
 def test_the_data_of_a_run(hub_folder, tmp_path):

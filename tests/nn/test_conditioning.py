@@ -20,6 +20,7 @@ from diffjax.nn.conditioning import (
     conditioning_to_dict,
     difference,
     select,
+    with_names,
 )
 
 
@@ -234,6 +235,19 @@ def test_names_and_nulls_may_be_unknown():
             assert difference(data, model) == ""
     both = Fields((PETS, Vector(2)))
     assert difference(both, Fields((ClassLabel(3, has_null_label=False), Vector(2)))) == ""
+
+
+def test_a_model_without_names_takes_those_of_its_data():
+    """It keeps its own names, and whether it has a null label."""
+    imported, vector = ClassLabel(3, has_null_label=False), Vector(2)
+    taken = named(*PETS.names, has_null_label=False)
+    assert with_names(imported, PETS) == taken
+    assert with_names(PETS, ClassLabel(3)) == PETS
+    assert with_names(PETS, named("a", "b", "c")) == PETS
+    both = with_names(Fields((imported, vector)), Fields((PETS, vector)))
+    assert both == Fields((taken, vector))
+    for same in (UNCONDITIONAL, vector):
+        assert with_names(same, same) == same
 
 
 def test_captions():
