@@ -32,7 +32,11 @@ PEERS = {"diffusers_baseline.py"}  # what make parity tests
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "site", "dist", "*.egg-info")
 NEAREST = 6  # test files that run on a mutant
 TIME = "undecided: time is up"
-PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=")
+HERE = Path(__file__).parent.parent
+PYTEST = (
+    "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "tools.quick_first",
+    "-o", "addopts=",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Options:
     """Number of mutants, drawn from all."""
     seed: int = 0
     """Seed of the draw."""
+    skip: int = 0
+    """Mutants of the draw to leave out, from the first, as those of an earlier run."""
     minutes: float = 60.0
     """Minutes after which no further mutant begins."""
     seconds: int = 60
@@ -55,7 +61,7 @@ class Options:
     """Mutants that are tried at once, each in a copy of its own."""
     compiled: Path | None = None
     """A folder of compiled programs to keep; None: a new one."""
-    root: Path = Path(__file__).parent.parent
+    root: Path = HERE
     """The checkout to copy."""
 
 
@@ -117,7 +123,8 @@ class Suite:
             own = Path(shutil.copytree(self.compiled, f"{folder}/own", copy_function=os.link))
             command = shlex.join([sys.executable, *PYTEST, f"--basetemp={folder}/tests", *words])
             environment = {
-                "PYTHONPATH": str(root),
+                "PYTHONPATH": f"{root}{os.pathsep}{HERE}",
+                "QUICK_FIRST": str(self.compiled / "seconds"),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "JAX_COMPILATION_CACHE_DIR": str(own),
             }
@@ -165,7 +172,7 @@ def mirror_of(path: str) -> str:
 def main(options: Options) -> None:
     """Run tests on each mutant and print those that survive."""
     end = time.monotonic() + 60 * options.minutes
-    drawn, found = draw(options), []
+    drawn, found = draw(options)[options.skip :], []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(drawn), unit="mutant") as bar:
         copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for i in range(options.jobs):
