@@ -80,7 +80,7 @@ def load_npz(path: Path) -> Dataset:
 
 def _keys(x: np.ndarray) -> list[bytes]:
     """A name for each image: the hash of its bytes, and how many of the same are before it."""
-    digests = [hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest() for image in x]
+    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in x]
     seen: Counter[bytes] = Counter()
     keys = []
     for digest in digests:

@@ -3,6 +3,7 @@
 Data sets are read by `tfds`, `folder` and `arrays`. Nothing is decoded before it is indexed.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -102,13 +103,17 @@ class ReadableSource:
 
         Raises: UnreadableError where none can be read.
         """
-        for n in range(len(self)):
-            try:
-                return self._source[(int(i) + n) % len(self)]
-            except UnreadableError as error:
-                self._damaged.add(str(error))
-                last = error
-        raise last
+        for n in range(len(self) - 1):
+            with contextlib.suppress(UnreadableError):
+                return self._read(int(i) + n)
+        return self._read(int(i) - 1)
+
+    def _read(self, i: int) -> Example:
+        try:
+            return self._source[i % len(self)]
+        except UnreadableError as error:
+            self._damaged.add(str(error))
+            raise
 
 
 def preprocess(

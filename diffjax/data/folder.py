@@ -68,7 +68,8 @@ def load_folder(
     for source in sources:
         source[0]  # a folder of other files fails now rather than during training
     notes = tuple(_describe(path, left_out))
-    return Dataset(*sources, shape, label_fields(len(classes), classes), notes, damaged)
+    fields = label_fields(len(classes), classes)
+    return Dataset(sources[0], sources[1], shape, fields, notes, damaged)
 
 
 def _key(path: Path) -> bytes:

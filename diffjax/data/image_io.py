@@ -131,7 +131,7 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
         with Image.open(file) as image:
             image.load()
             try:
-                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             except Exception:  # damaged EXIF data, for which libraries raise anything
                 turn = None
             return image.copy() if turn is None else image.transpose(turn)
