@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -142,3 +143,9 @@ def test_likelihood_condition(digits_model):
     assert not jax.tree.leaves(null["pose"])[0].any()
     unconditional = digits_model("unconditional", dropout=0.0)
     assert bits_per_dim.likelihood_condition(unconditional, None, 3) is None
+
+
+def test_error_of_a_mean():
+    """The deviation of the values, of one degree of freedom less, over the root of their number."""
+    assert bits_per_dim._standard_error(np.array([1.0, 3.0])) == pytest.approx(1.0)
+    assert bits_per_dim._standard_error(np.arange(4.0)) == pytest.approx(math.sqrt(5 / 3 / 4))
