@@ -30,7 +30,7 @@ from tools.faults import Mutant, Source
 CONFIGURATION = {"checkpoint.py", "config.py", "build.py"}  # stand beside the mathematics
 PEERS = {"diffusers_baseline.py"}  # what make parity tests
 IGNORED = shutil.ignore_patterns(".*", "__pycache__", "runs", "site", "dist", "*.egg-info")
-NEAREST = 6  # test files that run on a mutant
+NEAREST = 8  # test files that run on a mutant
 TIME = "undecided: time is up"
 HERE = Path(__file__).parent.parent
 PYTEST = (
@@ -89,27 +89,35 @@ class Suite:
     def __init__(self, root: Path, compiled: Path) -> None:
         """Read the imports of every file; compiled: a folder."""
         self.root, self.compiled = root, compiled
-        names = [path.relative_to(root).as_posix() for path in root.rglob("*.py")]
+        paths = [path for folder in ("diffjax", "tests") for path in (root / folder).rglob("*.py")]
+        names = [path.relative_to(root).as_posix() for path in paths]
         self.imports = {name: self._imports(name) for name in names}
 
     def near(self, path: str) -> list[str]:
         """The test files that reach a file: of its name, then by the number of imports between."""
         order, seen, mirror = [], {path}, mirror_of(path)
-        folder = mirror.rpartition("/")[0]
+        folders = {mirror.rpartition("/")[0], "tests/options"}
         while reached := {file for file, of in self.imports.items() if of & seen} - seen:
             seen |= reached
             tests = [file for file in reached if re.match(r"tests/(?!docs/).*\btest_", file)]
-            order += sorted(tests, key=lambda f: (f != mirror, f.rpartition("/")[0] != folder, f))
+            tests.sort(key=lambda f: (f != mirror, f.rpartition("/")[0] not in folders, f))
+            order += tests
         return order
 
     def _imports(self, name: str) -> set[str]:
-        """The files of the package that a file names, and the one that a test file mirrors."""
+        """The files of the package that a file names, and the one that a test file mirrors.
+
+        A test names commands too: "sample", or "train --steps".
+        """
         text = (self.root / name).read_text()
         words = set(re.findall(r"diffjax(?:\.\w+)+", text))
         for package, names in re.findall(r"from (diffjax[\w.]*) import \(?([\w\s,]+)", text):
             words |= {f"{package}.{name}" for name in [*re.findall(r"\w+", names), "__init__"]}
         files = {Path(word.replace(".", "/")) for word in words}
         files = {part.with_suffix(".py") for file in files for part in (file, file.parent)}
+        if name.startswith("tests/"):
+            words = re.findall(r"[\"']([a-z][a-z-]*)[ \"']", text)
+            files |= {Path("diffjax/cli", f"{word.replace('-', '_')}.py") for word in words}
         files.add(Path(re.sub(r"^tests/(.*)test_", r"diffjax/\1", name)))
         return {file.as_posix() for file in files if (self.root / file).exists()} - {name}
 
