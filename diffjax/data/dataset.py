@@ -48,14 +48,6 @@ class Dataset(NamedTuple):
         label = self.fields.get("label")
         return label.classes if isinstance(label, ClassLabel) else 0
 
-    def describe(self) -> str:
-        """Sizes and classes, as in "90 images, 10 held out, 2 classes (cat, dog)"."""
-        label = self.fields.get("label")
-        names = label.list_names() if isinstance(label, ClassLabel) else ""
-        classes = str(label) if isinstance(label, ClassLabel) else "no labels"
-        sizes = f"{len(self.train):,} images, {len(self.held_out):,} held out"
-        return f"{sizes}, {classes}" + (f" ({names})" if names else "")
-
 
 def label_fields(classes: int, names: Sequence[str] = ()) -> dict[str, Conditioning]:
     """The fields of examples that have a label of so many classes; none for 0."""

@@ -215,9 +215,9 @@ def test_images_are_mirrored_to_the_pixel():
         def __getitem__(self, i):
             return {"image": images[i], "label": int(i)}
 
-    def mirrored(**options):
+    def mirrored(batches, **options):
         stream = batch_stream(Images(500), 100, seed=2, conditioning=ClassLabel(500), **options)
-        for batch in take(stream, 20):
+        for batch in take(stream, batches):
             for x, label in zip(to_uint8(batch["x"]), batch["condition"], strict=True):
                 if (x == images[label][:, ::-1]).all():
                     yield True
@@ -225,10 +225,10 @@ def test_images_are_mirrored_to_the_pixel():
                     np.testing.assert_array_equal(x, images[label])
                     yield False
 
-    num = sum(mirrored(flip=True))
+    num = sum(mirrored(20, flip=True))
     assert abs(num - 1000) < 5 * np.sqrt(2000 * 0.25)  # five standard deviations of 2000 draws
-    assert not any(mirrored(flip=False))
-    assert not any(mirrored())
+    assert not any(mirrored(2, flip=False))
+    assert not any(mirrored(2))
 
 
 def test_reading_ahead():
