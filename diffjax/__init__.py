@@ -1,16 +1,26 @@
 """Diffusion models in JAX and Flax as pure functions."""
 
-import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING
+
+from diffjax._lazy import modules_of
 
 if TYPE_CHECKING:
     from diffjax import (
+        bench,
+        build,
+        checkpoint,
+        config,
+        data,
         denoiser,
+        devices,
         distillation,
+        evaluation,
         guidance,
+        inference,
+        interop,
         likelihood,
         loss,
+        nn,
         parameterization,
         process,
         sampler,
@@ -18,15 +28,26 @@ if TYPE_CHECKING:
         sde,
         solvers,
         testing,
+        training,
     )
 
 __version__ = "0.1.0"
 __all__ = [
+    "bench",
+    "build",
+    "checkpoint",
+    "config",
+    "data",
     "denoiser",
+    "devices",
     "distillation",
+    "evaluation",
     "guidance",
+    "inference",
+    "interop",
     "likelihood",
     "loss",
+    "nn",
     "parameterization",
     "process",
     "sampler",
@@ -34,15 +55,7 @@ __all__ = [
     "sde",
     "solvers",
     "testing",
+    "training",
 ]
-
-
-def __getattr__(name: str) -> ModuleType:
-    # Imported when first used, so that the command's --help does not wait for JAX.
-    if name in __all__:
-        return importlib.import_module(f"diffjax.{name}")
-    raise AttributeError(f"module 'diffjax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+# Modules are imported when first used, so that the command's --help does not wait for JAX.
+__getattr__, __dir__ = modules_of(__name__, __path__)

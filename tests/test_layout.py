@@ -63,8 +63,8 @@ def imports(path):
                 ours |= set(rest[:1])
             else:
                 foreign.add(package)
-    # The package itself holds its version.
-    return ours - {"__version__"}, foreign
+    # The package itself holds its version, and how its modules are found.
+    return ours - {"__version__", "_lazy"}, foreign
 
 
 def test_every_file_belongs_to_a_layer():

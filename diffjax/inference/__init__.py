@@ -1,1 +1,5 @@
 """Images from a trained model."""
+
+from diffjax._lazy import modules_of
+
+__getattr__, __dir__ = modules_of(__name__, __path__)

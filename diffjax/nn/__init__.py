@@ -3,6 +3,9 @@
 Importing this package registers the networks that come with diffjax.
 """
 
+from diffjax._lazy import modules_of
 from diffjax.nn import unet
 
 __all__ = ["unet"]
+
+__getattr__, __dir__ = modules_of(__name__, __path__)

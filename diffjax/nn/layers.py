@@ -83,7 +83,7 @@ class GroupNorm(nn.Module):
         a *= self.param("scale", nn.initializers.ones, (channels,))
         b = self.param("bias", nn.initializers.zeros, (channels,)) - mean * a
         a, b = a[:, None, None, :], b[:, None, None, :]
-        if scale is not None:
+        if scale is not None and shift is not None:
             a, b = a * (1 + scale), b * (1 + scale) + shift
 
         # Cheap, so it is recomputed for the gradient: memory is the bottleneck on all devices.
