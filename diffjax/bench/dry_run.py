@@ -39,8 +39,6 @@ from diffjax.inference.pipeline import Pipeline
 from diffjax.training.setup import build_training
 
 GIB = 2**30
-# GiB of a device, by its maker.
-MEMORY = {"TPU v3": 16, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
 STEPS = 50  # of DDIM
 # Without these libtpu asks the machine which TPU it has; and another process may use it meanwhile.
 ENVIRONMENT = {
@@ -52,6 +50,28 @@ ENVIRONMENT = {
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 BITS = {"pred": 8, "bf16": 16} | {f"{kind}{n}": n for kind in "suf" for n in (8, 16, 32, 64)}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Chip(NamedTuple):
+    """A generation of TPUs, as its maker describes it (cloud.google.com/tpu/docs).
+
+    The two cores of v2, v3 and v4 are devices of their own, and share the memory of the chip.
+    """
+
+    kind: str  # of its devices in JAX
+    memory: int  # GiB of a chip
+    dimensions: int  # of a topology
+    largest: int  # chips of a pod
+
+
+CHIPS = {
+    "v2": Chip("TPU v2", 16, 2, 256),
+    "v3": Chip("TPU v3", 32, 2, 1024),
+    "v4": Chip("TPU v4", 32, 3, 4096),
+    "v5e": Chip("TPU v5 lite", 16, 2, 256),
+    "v5p": Chip("TPU v5", 95, 3, 8960),
+    "v6e": Chip("TPU v6 lite", 32, 2, 256),
+}
 
 
 class Collective(NamedTuple):
@@ -74,12 +94,48 @@ class Cost(NamedTuple):
     out_of_memory: bool = False  # the compiler refused it: the rest but peak and limit is unknown
 
     @property
-    def fits(self) -> bool:
-        """True if it fits into the memory of a device, as far as that is known."""
-        return not self.out_of_memory and not self.peak > self.memory_limit
+    def fits(self) -> bool | None:
+        """Whether it fits into the memory of a device; None where that is not known."""
+        if self.out_of_memory:
+            return False
+        if math.isnan(self.peak) or math.isnan(self.memory_limit):
+            return None
+        return self.peak <= self.memory_limit
 
 
 # ------------------------------------------------------------------------------- devices
+
+
+def check_target(target: str) -> None:
+    """Check a target before the compiler sees it, which some topologies abort.
+
+    Raises: ValueError for a topology that chips of this kind have not, or where there is no libtpu.
+    """
+    if target == "cpu":
+        return
+    example = "use cpu, or TPUs as in v5e:2x2"
+    if not target.strip():
+        raise ValueError(f"target is {target!r}: {example}")
+    name, _, shape = target.partition(":")
+    sizes = re.fullmatch(r"(\d+(?:x\d+)*)(?:_twisted|_untwisted)?", shape)
+    lengths = [int(size) for size in sizes[1].split("x")] if sizes else []
+    if name in CHIPS:
+        chip, count = CHIPS[name], math.prod(lengths)
+        if not 2 <= len(lengths) <= chip.dimensions:
+            shape = "x".join(["2"] * chip.dimensions)
+            raise ValueError(
+                f"target is {target!r}: use cpu, or {name} with {chip.dimensions} dimensions, as in"
+                f" {name}:{shape}"
+            )
+        if not 1 <= count <= chip.largest:
+            raise ValueError(
+                f"target is {target!r}, which has {count} chips: {name} has 1 to {chip.largest}"
+            )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            f"target is {target}, which needs libtpu, Google's compiler for TPUs: use cpu, or"
+            " install 'diffjax[pod]' into an environment of its own"
+        )
 
 
 def find_devices(target: str) -> list[jax.Device]:
@@ -89,13 +145,9 @@ def find_devices(target: str) -> list[jax.Device]:
 
     Raises: ValueError for a topology that libtpu does not know, or where there is no libtpu.
     """
+    check_target(target)
     if target == "cpu":
         return jax.devices("cpu")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            f"target is {target}, which needs libtpu, Google's compiler for TPUs: use cpu, or"
-            " install 'diffjax[pod]' into an environment of its own"
-        )
     os.environ.update(ENVIRONMENT)
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
@@ -110,11 +162,19 @@ def find_devices(target: str) -> list[jax.Device]:
 def memory_limit(device: jax.Device, count: int) -> float:
     """Bytes of memory of a device; NaN where it is not known.
 
-    For `count` devices that are one CPU, its share of the machine's memory.
+    count: devices that share a memory, as `sharing` counts them.
     """
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
-    return GIB * MEMORY.get(device.device_kind, math.nan)
+    memories = {chip.kind: chip.memory for chip in CHIPS.values()}
+    return GIB * memories.get(device.device_kind, math.nan) / count
+
+
+def sharing(devices: Sequence[Any]) -> int:
+    """The number of devices that share a memory: all of a machine's CPU, or a chip's cores."""
+    if devices[0].platform == "cpu":
+        return len(devices)
+    return sum(device.coords == devices[0].coords for device in devices)
 
 
 # ------------------------------------------------------------------------------- programs
@@ -242,7 +302,7 @@ def report(info: ModelInfo, target: str) -> tuple[str, str]:
     Raises: ValueError for a target that does not exist, or that cannot share the batch.
     """
     devices, config = find_devices(target), info.config
-    mesh, limit = parallel.device_mesh(devices), memory_limit(devices[0], len(devices))
+    mesh, limit = parallel.device_mesh(devices), memory_limit(devices[0], sharing(devices))
     step = compile_cost(lower_step(info, mesh), limit, config.train.accumulate)
     sampling = compile_cost(lower_sampler(info, mesh), limit)
     name = "guided DDIM" if can_be_guided(info) else "DDIM"
@@ -257,7 +317,7 @@ def _describe(info: ModelInfo, target: str, devices: Sequence[jax.Device], limit
     parameters = count_parameters(abstract_params(info, build_module(info)))
     return (
         f"{target}: {len(devices)} x {devices[0].device_kind} of {hosts} host{'s' * (hosts > 1)},"
-        f" {_gib(limit)} each; {parameters:,} parameters, images {info.describe_x()}, batch {batch}"
+        f" {_gib(limit)} each\n{parameters:,} parameters, images {info.describe_x()}, batch {batch}"
         f" ({batch // len(devices)} a device), {config.network.dtype}, {config.train.parallel}"
     )
 
@@ -280,7 +340,7 @@ def _cells(cost: Cost) -> tuple[str, ...]:
         f"{_gib(cost.peak)} of {_gib(cost.memory_limit)}",
         "?" if unknown else collectives,
         f"{cost.seconds:.0f} s",
-        "yes" if cost.fits else "no",
+        {True: "yes", False: "no", None: "unknown"}[cost.fits],
     )
 
 
@@ -300,7 +360,7 @@ def _too_large(config: Config, devices: int, name: str, step: Cost, sampling: Co
         f"{what} does not fit: it needs {_gib(cost.peak)} of the {_gib(cost.memory_limit)} of a"
         f" device, {_gib(cost.peak - cost.memory_limit)} too much; {remedies} would help"
         for what, (cost, remedies) in programs.items()
-        if not cost.fits
+        if cost.fits is False
     )
 
 
@@ -324,4 +384,4 @@ def _fits_divided(step: Cost, parts: int) -> bool:
 
 
 def _gib(size: float) -> str:
-    return "? GiB" if math.isnan(size) else f"{size / GIB:.2f} GiB"
+    return "unknown" if math.isnan(size) else f"{size / GIB:.2f} GiB"

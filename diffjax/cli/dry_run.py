@@ -1,15 +1,24 @@
 """Compile training and sampling without running them, and print what they cost."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import tyro
 
+import diffjax
 from diffjax.bench import dry_run
 from diffjax.build import describe_model
 from diffjax.cli import common
 from diffjax.cli.options import ConfigName
 from diffjax.config import Config
+
+CHILD = "DIFFJAX_DRY_RUN_CHILD"  # a variable of the environment of the process that compiles
+PROGRAM = (sys.executable, "-m", "diffjax", "dry-run")
 
 
 @dataclass(frozen=True)
@@ -26,17 +35,62 @@ class Options:
     experiment: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
-def parse(program: str, arguments: list[str]) -> Options:
+class Request(NamedTuple):
+    """Options with their words, for the process that compiles."""
+
+    options: Options
+    arguments: list[str]
+
+
+def parse(program: str, arguments: list[str]) -> Request:
     """Parse the options, whose defaults are those of the named configuration."""
-    return common.parse_with_config(Options, program, arguments)
+    return Request(common.parse_with_config(Options, program, arguments), arguments)
 
 
-def run(options: Options) -> None:
+def run(request: Request) -> None:
     """Print the table, or what does not fit."""
+    options = request.options
     with common.user_errors():
         options.experiment.check()
+        dry_run.check_target(options.target)
+    if options.target != "cpu" and CHILD not in os.environ:
+        run_child(request)
+        return
+    with common.user_errors():
         info = describe_model(options.experiment)
         table, too_large = dry_run.report(info, options.target)
     print(table)
     if too_large:
         raise common.UserError(too_large)
+
+
+def run_child(request: Request) -> None:
+    """Run the same command in a process of its own, since libtpu may abort the one it is in.
+
+    Raises: UserError with the child's sentence, or if it was aborted.
+    """
+    package = str(Path(diffjax.__file__).parents[1])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*PROGRAM, *request.arguments],
+        env=os.environ | {CHILD: "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout, end="")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode == 2 and lines:
+        raise common.UserError(lines[-1].removeprefix("diffjax dry-run: "))
+    if done.returncode:
+        reason = f": {lines[-1]}" if lines and done.returncode > 0 else ""
+        raise common.UserError(
+            f"target is {request.options.target!r}, and the compiler"
+            f" {_describe_end(done.returncode)}{reason}; use another topology"
+        )
+
+
+def _describe_end(code: int) -> str:
+    number = -code if code < 0 else code - 128  # a shell in between adds 128
+    names = {each.value: each.name for each in signal.Signals}
+    return f"aborted ({names[number]})" if number in names else f"ended with code {code}"

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,53 @@ def test_a_program_that_is_refused_for_its_memory_does_not_fit():
     assert not dry_run.compile_cost(Refused("RESOURCE_EXHAUSTED: no more"), math.inf).fits
     with pytest.raises(jax.errors.JaxRuntimeError, match="another reason"):
         dry_run.compile_cost(Refused("INTERNAL: another reason"), math.inf)
+
+
+class Device(NamedTuple):
+    """A device of a topology."""
+
+    device_kind: str
+    coords: tuple[int, ...]
+    platform: str = "tpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "cores", "gib"),
+    [
+        ("TPU v2", 2, 8),
+        ("TPU v3", 2, 16),
+        ("TPU v4", 2, 16),
+        ("TPU v4", 1, 32),
+        ("TPU v5 lite", 1, 16),
+        ("TPU v5", 1, 95),
+        ("TPU v6 lite", 1, 32),
+    ],
+)
+def test_memory_of_a_device(kind, cores, gib):
+    """That of a chip, which its cores share."""
+    devices = [Device(kind, (x, 0, 0)) for x in range(3) for _ in range(cores)]
+    assert dry_run.sharing(devices) == cores
+    assert dry_run.memory_limit(devices[0], cores) == gib * dry_run.GIB
+
+
+def test_memory_that_is_not_known():
+    """Nobody can tell then whether a program fits."""
+    assert math.isnan(dry_run.memory_limit(Device("TPU v99", (0, 0, 0)), 1))
+    cost = dry_run.Cost(1.0, 1.0, 2.0 * dry_run.GIB, math.nan, (), 0.0)
+    assert cost.fits is None
+    assert cost._replace(memory_limit=math.inf, peak=math.nan).fits is None
+    assert cost._replace(out_of_memory=True).fits is False
+    assert cost._replace(memory_limit=2.0 * dry_run.GIB).fits is True
+
+
+def test_unknown_is_no_yes(monkeypatch):
+    monkeypatch.setattr(dry_run, "memory_limit", lambda device, count: math.nan)
+    cost = dry_run.Cost(1.0, 1.0, 2.0 * dry_run.GIB, math.nan, (), 0.0)
+    monkeypatch.setattr(dry_run, "compile_cost", lambda *arguments: cost)
+    table, too_large = dry_run.report(info_of(batch=8), "cpu")
+    line = next(line for line in table.splitlines() if line.startswith("| fits"))
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["unknown", "unknown"]
+    assert too_large == ""
 
 
 # ------------------------------------------------------------------------------- report

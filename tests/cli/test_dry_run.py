@@ -1,12 +1,14 @@
 """`diffjax dry-run`: tables, what does not fit, and mistakes."""
 
 import importlib.util
+import sys
 
 import pytest
 from helpers import check_mistake, check_told
 from PIL import Image
 
 from diffjax.bench import dry_run
+from diffjax.cli import dry_run as cli_dry_run
 from diffjax.cli import main
 
 SMALL = "--network.channels=8 --network.multipliers=1 --network.attention --train.batch=16"
@@ -34,7 +36,59 @@ def test_does_not_fit(monkeypatch, capsys):
     assert "| no" in out
 
 
+ABORT = (
+    "import os, sys; sys.stderr.write('F0000 Check failed: topology\\n*** stack ***\\n');"
+    " sys.stderr.flush(); os.abort()"
+)
+ENDS = {
+    "aborts": (ABORT, ("v5e:2x2", "SIGABRT")),
+    "divides by zero": ("import os; os.kill(os.getpid(), 8)", ("v5e:2x2", "SIGFPE")),
+    "fails": (
+        "raise RuntimeError('no such chip')",
+        ("v5e:2x2", "1", "RuntimeError", "no such chip"),
+    ),
+    "refuses": (
+        "import sys; sys.stderr.write('WARNING: x\\ndiffjax dry-run: batch is 7\\n'); sys.exit(2)",
+        ("batch", "7"),
+    ),
+}
+
+
+@pytest.fixture
+def with_libtpu(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: "here" if name == "libtpu" else find(name)
+    )
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_ends_of_the_compiler(end, with_libtpu, monkeypatch, capsys):
+    """It runs in a process of its own: whatever ends it is one sentence."""
+    script, names = ENDS[end]
+    monkeypatch.setattr(cli_dry_run, "PROGRAM", (sys.executable, "-c", script))
+    check_mistake(main, "dry-run digits --target v5e:2x2", names, capsys)
+
+
+def test_what_the_compiler_prints(with_libtpu, monkeypatch, capsys):
+    """It gets the words of the command, and its output is that of the command."""
+    script = "import os, sys; print(*sys.argv[1:], os.environ['DIFFJAX_DRY_RUN_CHILD'])"
+    monkeypatch.setattr(cli_dry_run, "PROGRAM", (sys.executable, "-c", script))
+    main(["dry-run", "digits", "--target", "v5e:2x2", "--train.batch", "8"])
+    assert capsys.readouterr().out == "digits --target v5e:2x2 --train.batch 8 1\n"
+
+
 BAD = {
+    "digits --target=": ("target", "cpu", "v5e:2x2"),
+    "digits --target v5e:64x64": ("v5e:64x64", "4096", "256"),
+    "digits --target v5e:32x16": ("v5e:32x16", "512", "256"),
+    "digits --target v5e:0x4": ("v5e:0x4", "0", "256"),
+    "digits --target v5e:2x2x2": ("v5e:2x2x2", "2", "v5e:2x2"),
+    "digits --target v4:2x2x2x2": ("v4:2x2x2x2", "3", "v4:2x2x2"),
+    "digits --target v4:32x32x32": ("v4:32x32x32", "32768", "4096"),
+    "digits --target v2": ("v2", "2", "v2:2x2"),
+    "digits --target v5e:4": ("v5e:4", "2", "v5e:2x2"),
+    "digits --target v5e:axb": ("v5e:axb", "2", "v5e:2x2"),
     "digits --target v5e:2x2": ("v5e:2x2", "libtpu", "diffjax[pod]"),
     "digits --target gpu": ("gpu", "libtpu"),
     "digits": "target",
