@@ -149,7 +149,7 @@ def _run(session: trainer.Session) -> TrainResult:
         return trainer.run(session)
     except FloatingPointError as error:
         raise common.UserError(
-            f"{error}: resume from the last checkpoint with a lower --train.learning-rate"
+            f"{error}: resume from the last checkpoint, with a lower --train.learning-rate"
         ) from error
     except UnreadableError as error:
         raise common.UserError(error) from error

@@ -290,6 +290,8 @@ def _open(
     if checkpoints is None:
         workdir.mkdir(parents=True, exist_ok=True)
         checkpoints = _open_checkpoints(workdir, config, report, lock)
+        if checkpoints.steps():  # since this session looked for some
+            raise ValueError(f"workdir is {workdir}, where another training has begun: start again")
     session = Session(info, workdir, state, training, checkpoints, report, batches)
     session.damaged = dataset.damaged
     session.held_out = [training.place_batch(batch) for batch in held_out]

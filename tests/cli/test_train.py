@@ -42,15 +42,8 @@ def test_training_learns(digits_run):
 def test_finished(digits_run, capsys, in_suite_data):
     """The same command again says so, and changes nothing."""
     before = (digits_run / "metrics.jsonl").read_bytes()
-    main(
-        [
-            "train",
-            "digits",
-            "--workdir",
-            str(digits_run),
-            *"--train.steps 220 --train.keep 9".split(),
-        ]
-    )
+    options = ["--train.steps", "220", "--train.keep", "9"]
+    main(["train", "digits", "--workdir", str(digits_run), *options])
     assert re.search(rf"{re.escape(str(digits_run))}\D+\b220\b", capsys.readouterr().out)
     assert (digits_run / "metrics.jsonl").read_bytes() == before
 

@@ -16,7 +16,7 @@ from diffjax.data.batches import batch_stream
 from diffjax.inference.model import load_model
 from diffjax.nn import registry
 
-BATCH, WARMUP, RATE, DECAY, CLIP, AVERAGES = 8, 3, 0.05, 0.2, 0.1, (0.9, 0.3)
+BATCH, WARMUP, RATE, DECAY, CLIP, AVERAGES = 8, 6, 0.05, 0.2, 0.1, (0.9, 0.3)
 
 
 class Halves(nn.Module):

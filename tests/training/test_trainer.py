@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import types
+from contextlib import ExitStack, nullcontext
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from diffjax.inference.model import load_model
 from diffjax.inference.pipeline import NotFiniteError
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
 from diffjax.training import trainer
+from diffjax.training.lock import RunLock
 from diffjax.training.preview import COLUMNS, NUM, preview_conditions
 from diffjax.training.trainer import TrainResult, open_session, resume, run, train
 
@@ -174,6 +176,41 @@ def test_a_second_training_is_told_of_the_first(trained, tmp_path):
     assert not (folder / "lock").exists()
     assert train(more, folder, report=lambda text: None) == TrainResult("already_done", 4)
     assert not (folder / "lock").exists()
+
+
+def test_a_folder_that_another_training_has_begun_in(tmp_path, monkeypatch):
+    """Between the look for checkpoints and the lock."""
+    folder = tmp_path / "run"
+    prepare = trainer.ParallelTraining.init_state
+
+    def init_state(*args):
+        write_run(folder, CONFIG)
+        return prepare(*args)
+
+    monkeypatch.setattr(trainer.ParallelTraining, "init_state", init_state)
+    with pytest.raises(ValueError, match=naming(folder)):
+        train(CONFIG, folder, report=lambda text: None)
+    assert not (folder / "metrics.jsonl").exists()
+    assert not (folder / "lock").exists()
+
+
+@pytest.mark.parametrize(("index", "refused"), [(0, True), (1, True), (1, False)])
+def test_one_process_locks_and_all_learn_of_it(index, refused, tmp_path, monkeypatch):
+    asked = []
+
+    def broadcast(value):
+        asked.append(bool(value))
+        return np.array(refused)
+
+    monkeypatch.setattr(trainer.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(trainer.jax, "process_index", lambda: index)
+    monkeypatch.setattr(trainer.multihost_utils, "broadcast_one_to_all", broadcast)
+    first = RunLock(tmp_path, print) if refused else None
+    told = pytest.raises(ValueError, match=naming(tmp_path)) if refused else nullcontext()
+    with told, ExitStack() as lock:
+        trainer._lock(tmp_path, print, lock)
+    assert asked == [refused and index == 0]
+    assert (tmp_path / "lock").exists() == (first is not None)
 
 
 @pytest.mark.parametrize("done", [0, 2])
