@@ -67,7 +67,8 @@ def test_parts_are_joined(tmp_path, pattern, index, variant):
 def test_a_missing_part_is_named(tmp_path, pattern, index, part):
     index = (FP16_INDEX if "fp16" in pattern else INDEX) if index else None
     write_parts(tmp_path, pattern, left_out=[part], index=index)
-    with pytest.raises(ValueError, match=naming(tmp_path, pattern.format(i=part, n=3))):
+    names = [tmp_path, pattern.format(i=part, n=3), *([index] if index else [3])]
+    with pytest.raises(ValueError, match=naming(*names)):
         read_weights(tmp_path, W)
 
 
