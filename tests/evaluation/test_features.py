@@ -243,3 +243,24 @@ def test_bad_weights(tmp_path):
     other.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=naming(other)):
         features.inception(other)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_inception_sees_rgb(channels, bars):
+    """Grey images three times, RGB images as they are; the bar counts batches."""
+    seen = []
+
+    class Mapper:
+        def num_batches(self, num):
+            return 2
+
+        def __call__(self, arrays, progress):
+            seen.extend(arrays)
+            progress(1)
+            progress(1)
+            return np.zeros((5, 2)), np.ones((5, 1))
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, channels), np.uint8)
+    features._extract_by_inception(Mapper(), images)
+    np.testing.assert_array_equal(seen, [np.broadcast_to(images, (5, 4, 4, 3))])
+    assert bars == [(2, 2)]
