@@ -96,6 +96,12 @@ def test_summary_of_seeds(quality_row):
     cells = dict(zip(head.split("|"), line.split("|"), strict=True))
     cells = {name.strip(): cell.strip() for name, cell in cells.items()}
     assert (cells["FD"], cells["KD"], cells["class accuracy"]) == ("4 ± 1", "0.01 ± 0", "0.991 ± 0")
+    assert (cells["precision"], cells["recall"]) == ("0.750 ± 0", "0.500 ± 0")
+    assert (cells["real class accuracy"], cells["ms/image"], cells["NFE"]) == (
+        "0.976",
+        "1.5",
+        "100",
+    )
     assert "0, 1, 2" in shared
     inception = dataclasses.replace(quality_row, extractor="inception-v3-2015", class_accuracy=None)
     head = frontier.summary([inception]).splitlines()[0]

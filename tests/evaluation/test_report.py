@@ -17,7 +17,7 @@ from diffjax.evaluation import frontier, report, sweep
 from diffjax.evaluation.results import cells
 from tests.colours import class_of, paint
 
-ODD = "<&\"'|$x$ \\"  # marks of HTML, SVG, Markdown and mathematics
+ODD = "<b>&lt;\"'|$\\frac$"  # marks of HTML, SVG, Markdown and mathematics
 
 
 def test_page_is_complete_and_alone(quality_row, tmp_path):
