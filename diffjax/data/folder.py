@@ -79,8 +79,9 @@ def _key(path: Path) -> bytes:
 
 def _describe(path: Path, left_out: LeftOut) -> Iterator[str]:
     for reason, files in left_out.items():
-        first = min(files, key=str).relative_to(path)
-        yield f"{path}: {len(files):,} {reason} left out, {first}{' and others' * (len(files) > 1)}"
+        first, others = min(files, key=str).relative_to(path), len(files) > 1
+        number = f"{len(files):,} file{'s' * others}"
+        yield f"{path}: {number} left out ({reason}): {first}{', ...' * others}"
 
 
 def _stored_splits(path: Path, left_out: LeftOut) -> tuple[list[str], list[File], list[File]]:
@@ -162,12 +163,12 @@ def _reason_to_leave_out(entry: os.DirEntry[str]) -> str:
     try:
         status = entry.stat()
     except OSError:
-        return "broken links"
+        return "broken link"
     if stat.S_ISDIR(status.st_mode):
         return ""
     if not stat.S_ISREG(status.st_mode) or Path(entry.name).suffix.lower() not in SUFFIXES:
-        return "files of other kinds"
-    return "" if status.st_size else "empty files"
+        return "of another kind"
+    return "" if status.st_size else "empty"
 
 
 def _is_hidden(name: str) -> bool:

@@ -179,10 +179,12 @@ class ClassLabel(Conditioning):
         numbers = f"0 to {self.classes - 1}"
         if not self.names:
             return f"use labels of {numbers}, separated by commas"
+        if self._has_numbers_as_names:
+            return f"use names of classes ({self.list_names()}), separated by commas"
         near = difflib.get_close_matches(word, self.names, n=1)
         hint = f"did you mean {near[0]!r}? Use" if near else "use"
-        others = "" if self._has_numbers_as_names else f", or their numbers {numbers}"
-        return f"{hint} names of classes ({self.list_names()}){others}, separated by commas"
+        names = f"names of classes ({self.list_names()}), or their numbers {numbers}"
+        return f"{hint} {names}, separated by commas"
 
     def list_names(self) -> str:
         """The names in order, as in "ant, bee, cat"; of many, some and the last."""

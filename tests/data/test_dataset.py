@@ -189,5 +189,6 @@ def test_the_next_example_is_read():
     assert [source[np.int64(i)]["label"] for i in range(10)] == [1, 1, 2, 5, 5, 5, 6, 7, 8, 1]
     assert damaged == {"file 0", "file 3", "file 4", "file 9"}
     assert len(source) == 10
+    assert ReadableSource(Sparse({*range(10)} - {3}), set())[4] == {"label": 3}
     with pytest.raises(UnreadableError):
         ReadableSource(Sparse(range(10)), set())[3]

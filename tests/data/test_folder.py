@@ -174,7 +174,11 @@ def test_what_is_left_out_is_noted(photos):
     (photos / "zebra" / "raw.cr2").write_text("")
     loaded = load_folder(photos, 8)
     assert len(loaded.train) + len(loaded.held_out) == 30
-    for words in ((2, "notes.txt"), (2, "empty", "ant/empty.gif"), (1, "links", "zebra/gone.png")):
+    for words in (
+        (2, "notes.txt"),
+        (2, "empty", "ant/empty.gif"),
+        (1, "broken link", "zebra/gone.png"),
+    ):
         found = [note for note in loaded.notes if re.search(naming(photos, *words), note)]
         assert len(found) == 1, loaded.notes
     assert len(loaded.notes) == 3
