@@ -21,7 +21,6 @@ COMMANDS = {
     "preview": "sample {model} --num 8 --steps 2 --out {tmp}/o.png --preview",
     "edit": "edit vary {model} --images {tmp}/image.png --start 500 --steps 2 --out {tmp}/o.png",
     "convert": "convert {model} {tmp}/run",
-    "export": "convert {model} {tmp}/run --data digits",
     "evaluate": "evaluate {model} --features pixels --num 8 --steps 2",
     "frontier": "frontier {model} --out {tmp}/report --features pixels",
     "distill": "distill {model} --workdir {tmp}/students --data.name digits",
