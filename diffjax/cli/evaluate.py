@@ -13,6 +13,7 @@ from diffjax.cli.options import (
     DataOptions,
     File,
     Model,
+    ReportOptions,
     SamplerOptions,
     WeightsOptions,
     choose_plan,
@@ -112,6 +113,7 @@ class Options:
     batch: tyro.conf.OmitArgPrefixes[BatchOptions] = field(default_factory=BatchOptions)
     feature: tyro.conf.OmitArgPrefixes[FeatureOptions] = field(default_factory=FeatureOptions)
     weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
+    report: tyro.conf.OmitArgPrefixes[ReportOptions] = field(default_factory=ReportOptions)
 
 
 def run(options: Options) -> None:
@@ -121,10 +123,12 @@ def run(options: Options) -> None:
         plan, name = choose_plan(options.sampling, model)
         request = make_request(options.image, options.batch, model)
         out = common.check_output(output_file(options), ".jsonl")
+        report = options.report.check_report()
         reference = quality.read_reference(
             options.data.read_config(model),
             quality.image_shape(model),
             options.feature.to_library(),
+            [model.info] if options.data.config is None else [],
         )
         conditioning, num = model.info.conditioning, request.num
         condition = quality.evaluation_condition(conditioning, reference.source, num)
@@ -133,9 +137,10 @@ def run(options: Options) -> None:
         print(warning)
     pipeline = Pipeline.for_model(model)
     total = plan.steps * -(-request.num // request.batch)
-    with common.progress_bar(total, name) as bar:
-        row, _ = quality.measure(model, pipeline, reference, plan, name, request, Hooks(bar.update))
-    print(table_markdown([row]))
+    with common.progress_bar(total) as bar:
+        hooks = Hooks(common.compiling(bar, name, "comparing with real images"))
+        row, _ = quality.measure(model, pipeline, reference, plan, name, request, hooks)
+    common.print_report(table_markdown([row]), report)
     if warning := classifier_warning([row]):
         print(f"warning: {warning}")
     with common.user_errors(), out.open("a") as file:

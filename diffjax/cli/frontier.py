@@ -90,6 +90,7 @@ def run(options: Options) -> None:
             options.data.locate(models[0].info.config),
             quality.image_shape(models[0]),
             options.feature.to_library(),
+            [model.info for model in models],
         )
         for model in models:
             quality.evaluation_condition(model.info.conditioning, reference.source, 1)
@@ -98,9 +99,8 @@ def run(options: Options) -> None:
         if warning:
             print(warning)
     missing = sweep.missing(combinations)
-    measure(sweep, missing, -(-sweep_options.num // sweep_options.batch))
-    with common.user_errors():
-        print(sweep.write_report())
+    batches = -(-sweep_options.num // sweep_options.batch)
+    common.print_report(measure(sweep, missing, batches))
     print(f"\nwrote {out}/report.html, {NAME}.json, .csv, .md, .png and .svg")
     print(
         f"{len(missing)} rows measured, {len(combinations) - len(missing)} were there;"
@@ -133,13 +133,15 @@ def make_sweep_options(options: ImageOptions, batch: BatchOptions) -> SweepOptio
     return SweepOptions(options.num, batch.batch_of(options.num), batch.bound)
 
 
-def measure(sweep: Sweep, combinations: list[Combination], batches: int) -> None:
-    """Measure combinations behind a progress bar."""
+def measure(sweep: Sweep, combinations: list[Combination], batches: int) -> str:
+    """Measure combinations behind a progress bar, and write the report, which is returned."""
     total = sum(combination.plan.steps for combination in combinations) * batches
     with common.progress_bar(total) as bar:
         for combination in combinations:
-            bar.set_description(str(combination))
             try:
-                sweep.measure(combination, Hooks(bar.update))
+                sweep.measure(combination, Hooks(common.compiling(bar, str(combination))))
             except OSError as error:
                 raise common.UserError(common.describe_os_error(error)) from error
+        bar.set_description("writing the report")
+        with common.user_errors():
+            return sweep.write_report()
