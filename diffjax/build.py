@@ -106,7 +106,7 @@ def model_info(config: Config, dataset: Any) -> ModelInfo:
 
 
 def check_conditions(info: ModelInfo, dataset: Any) -> None:
-    """Check that examples of a data set have the conditions of a model, and the same classes.
+    """Check that a data set has the conditions of a model, and the same classes.
 
     Raises: ValueError, naming a class or a field that differs.
     """
