@@ -98,7 +98,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def strays(self) -> list[str]:
-        """The names of entries beside the checkpoints that are none, and are never touched."""
+        """The names of entries that are no checkpoints, which are never touched."""
         steps = [str(step) for step in self.steps()]
         names = (path.name for path in (self._workdir / FOLDER).iterdir())
         return sorted(name for name in names if name not in steps and not _is_temporary(name))
@@ -271,7 +271,7 @@ def step_folder(workdir: Path, step: int) -> Path:
 
 
 def stored_steps(workdir: Path) -> list[int]:
-    """The training steps of the checkpoints of a run folder, in order; nothing is opened."""
+    """The training steps of a run folder's checkpoints, in order."""
     folder = workdir / FOLDER
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))

@@ -340,7 +340,7 @@ def as_dict(row: Row) -> dict[str, Any]:
 
 
 def classifier_warning(rows: Sequence[QualityRow]) -> str:
-    """A warning if a classifier recognises too few real images to judge others, else ""."""
+    """A warning if a classifier recognises too few real images, else ""."""
     known = [row for row in rows if row.real_class_accuracy is not None]
     worst = min(known, key=lambda row: row.real_class_accuracy or 0.0, default=None)
     if worst is None or (worst.real_class_accuracy or 0.0) >= LEAST_ACCURACY:
@@ -483,7 +483,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, also in a table: names may have any characters."""
+    """The text with what Markdown would read as its own escaped."""
     return re.sub(r"([\\|<&])", r"\\\1", " ".join(text.splitlines()))
 
 

@@ -1,4 +1,4 @@
-"""The scheduler_config.json of diffusers: the forward process that it describes, both ways.
+"""The forward process of diffusers' scheduler_config.json, both ways.
 
 A scheduler is a sampler too; only the process is read, and what sampling here does otherwise is
 said in notes.

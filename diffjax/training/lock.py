@@ -57,7 +57,7 @@ class RunLock:
 
 
 def take_lock(workdir: Path, report: Callable[[str], Any]) -> RunLock | None:
-    """The lock of a run folder; None for one that cannot be written to, where nobody trains.
+    """The lock of a run folder; None for one that cannot be written to.
 
     Raises: ValueError or OSError as RunLock.
     """
