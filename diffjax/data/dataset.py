@@ -144,7 +144,7 @@ def preprocessed_shape(
 def train_holdout_split(
     keys: Sequence[bytes], labels: Sequence[int] | None, path: Path
 ) -> tuple[list[int], list[int]]:
-    """Split examples by their keys, which name them, and hold out about a tenth of them.
+    """Split examples by their keys, and hold out about a tenth of them.
 
     An example is held out if the hash of its key, in [0, 1), is below 0.1, so that further examples
     move none of the others. Two exceptions: of every class the example of the largest hash is

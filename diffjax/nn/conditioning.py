@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 Condition = Any  # a pytree of arrays [B, ...], or None
-LISTED = 8  # names of classes in a sentence, at most
+LISTED = 20  # names of classes in a sentence, at most
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class Conditioning:
     def describe(self, condition: Condition) -> list[str] | None:
         """A short caption for each of a batch of conditions; None where there are none."""
         return None
+
+    def list_names(self) -> str:
+        """The names of classes, as in "ant, bee, cat"; "" where there are none."""
+        return ""
 
     def labels(self, condition: Condition) -> np.ndarray | None:
         """The class labels among conditions, int [B]; None where there are none."""
@@ -148,7 +152,7 @@ class ClassLabel(Conditioning):
         return np.int32(example[self.field])
 
     def parse(self, text: str, num: int) -> np.ndarray:
-        """Labels as in "3", "0,1,2" or "cat,dog", repeated over `num` samples: int32 [num].
+        """Labels as in "3" or "cat,dog", repeated over `num` samples: int32 [num].
 
         Classes are written by name, or by number from 0, but for names that look like numbers
         themselves: of the classes "1" to "10" the text "1" is the first, and "0" is none.
@@ -187,10 +191,8 @@ class ClassLabel(Conditioning):
         return f"{hint} {names}, separated by commas"
 
     def list_names(self) -> str:
-        """The names in order, as in "ant, bee, cat"; of many, some and the last."""
-        if len(self.names) <= LISTED:
-            return ", ".join(self.names)
-        return ", ".join([*self.names[: LISTED - 1], "...", self.names[-1]])
+        """The names in order, as in "ant, bee, cat"; the first ones of many."""
+        return ", ".join(self.names[:LISTED]) + ", ..." * (len(self.names) > LISTED)
 
     def describe(self, condition: Condition) -> list[str]:
         """The names of the classes, or their numbers; "none" for the null label."""
@@ -339,6 +341,10 @@ class Fields(Conditioning):
         captions = [part.describe(condition[part.field]) for part in self.parts]
         return [" ".join(words) for words in zip(*captions, strict=True)]
 
+    def list_names(self) -> str:
+        """The names of the first part that has any."""
+        return next(filter(None, (part.list_names() for part in self.parts)), "")
+
     def labels(self, condition: Condition) -> np.ndarray | None:
         """The labels of the first part that has any."""
         found = (part.labels(condition[part.field]) for part in self.parts)
@@ -419,7 +425,7 @@ def select(fields: Mapping[str, Conditioning], names: Sequence[str]) -> Conditio
 
 
 def difference(data: Conditioning, model: Conditioning) -> str:
-    """A clause that names how the conditions of data differ from a model's, "" if they do not.
+    """A clause that names how conditions of data differ from a model's, or "".
 
     Two things of a model may be unknown: the names of its classes, and, to data, whether its class
     table has a row for the null label.

@@ -21,7 +21,7 @@ from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import NotFiniteError, describe_devices
-from diffjax.nn.conditioning import ClassLabel, difference, with_names
+from diffjax.nn.conditioning import difference, with_names
 from diffjax.nn.registry import network_name
 from diffjax.training.distill import build_distillation, student_info
 from diffjax.training.lock import take_lock
@@ -33,7 +33,6 @@ from diffjax.training.state import TrainState, state_from_trees, state_to_trees
 
 METRICS, CURVE, PREVIEWS, TENSORBOARD = "metrics.jsonl", "curve.png", "previews", "tensorboard"
 HELD_OUT_BATCHES = 10  # at most, per evaluation
-NAMES = 20  # of classes that are told, at most
 Report = Callable[[str], Any]  # called with sentences on the progress of a run
 
 
@@ -455,10 +454,8 @@ def _model_info(config: Config, dataset: Dataset, teacher: TrainedModel | None) 
 
 def _describe_data(info: ModelInfo, dataset: Dataset) -> str:
     """A sentence on the data: images, how many are held out, classes with their names."""
-    label, classes = info.conditioning, str(info.conditioning)
-    if isinstance(label, ClassLabel) and label.names:
-        more = ", ..." if len(label.names) > NAMES else ""
-        classes += f" ({', '.join(label.names[:NAMES])}{more})"
+    names = info.conditioning.list_names()
+    classes = str(info.conditioning) + (f" ({names})" if names else "")
     return (
         f"{info.config.data}: {len(dataset.train)} images of {info.describe_x()} to train on,"
         f" {len(dataset.held_out)} held out, {classes}"

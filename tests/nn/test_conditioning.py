@@ -182,7 +182,9 @@ def test_names_of_classes():
     assert PETS.spread(4).tolist() == [0, 1, 2, 0]
     assert PETS.list_names() == "cat, dog, owl"
     many = named(*(f"c{i}" for i in range(1000)))
-    assert many.list_names() == "c0, c1, c2, c3, c4, c5, c6, ..., c999"
+    assert many.list_names() == ", ".join(many.names[:20]) + ", ..."
+    assert Fields((Vector(2), PETS)).list_names() == "cat, dog, owl"
+    assert [each.list_names() for each in (UNCONDITIONAL, Vector(2), ClassLabel(3))] == [""] * 3
     with pytest.raises(ValueError, match=naming("names", 2, "classes", 3)):
         ClassLabel(3, names=("a", "b"))
     with pytest.raises(ValueError, match=naming("names", 1, "classes", 2)):

@@ -20,7 +20,7 @@ from diffjax.config import Data
 from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.inference.model import load_model
 from diffjax.inference.pipeline import NotFiniteError
-from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
+from diffjax.nn.conditioning import LISTED, UNCONDITIONAL, ClassLabel, Fields, Vector
 from diffjax.training import trainer
 from diffjax.training.lock import RunLock
 from diffjax.training.preview import COLUMNS, NUM, preview_conditions
@@ -252,7 +252,7 @@ def test_classes_are_told_by_their_names():
         info = ModelInfo(CONFIG, (8, 8, 1), ClassLabel(len(names), names=names))
         sentence = trainer._describe_data(info, data)
         found = [name for name in names if re.search(naming(name), sentence)]
-        assert found == list(names[: trainer.NAMES])
+        assert found == list(names[:LISTED])
         assert re.search(naming(70, 8, f"{len(names)} classes"), sentence)
         assert sentence.endswith(", ...)") != told
 
