@@ -95,7 +95,7 @@ class Cost(NamedTuple):
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits into the memory of a device; None where that is not known."""
+        """True if it fits into the memory of a device; None where that is not known."""
         if self.out_of_memory:
             return False
         if math.isnan(self.peak) or math.isnan(self.memory_limit):
@@ -171,7 +171,7 @@ def memory_limit(device: jax.Device, count: int) -> float:
 
 
 def sharing(devices: Sequence[Any]) -> int:
-    """The number of devices that share a memory: all of a machine's CPU, or a chip's cores."""
+    """The number of devices that share a memory: a machine's CPUs, or a chip's cores."""
     if devices[0].platform == "cpu":
         return len(devices)
     return sum(device.coords == devices[0].coords for device in devices)

@@ -231,7 +231,7 @@ def file_word(text: str) -> str:
 
 
 def print_report(markdown: str, file: Path | None = None) -> None:
-    """Print a report in Markdown so that it fits into a terminal, and write it to a file as it is.
+    """Print a report in Markdown as narrow as a terminal; write it as it is.
 
     Raises: UserError for a file that cannot be written.
     """

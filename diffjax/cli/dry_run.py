@@ -65,7 +65,7 @@ def run(request: Request) -> None:
 
 
 def run_child(request: Request) -> None:
-    """Run the same command in a process of its own, since libtpu may abort the one it is in.
+    """Run the same command in a process of its own, which libtpu may abort.
 
     Raises: UserError with the child's sentence, or if it was aborted.
     """

@@ -63,8 +63,6 @@ class ImageOptions:
     condition: Text = None
     """Conditions, repeated over the images: for classes as in cat or 0,1,2.
     None for no condition."""
-    seed: int = 0
-    """Seed of the noise, from 0."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,8 @@ class Vary(EditOptions):
     """Steps from level T; from lower levels in proportion."""
     eta: float = 0.0
     """Noise of DDIM, 0 (none) to 1 (that of DDPM)."""
+    seed: int = 0
+    """Seed of the noise, from 0."""
     variants: int = 1
     """Variants of each image from each level, 1 or more; the next has the next seed."""
     guidance: Annotated[float, tyro.conf.arg(metavar="SCALE")] = 1.0
@@ -127,6 +127,8 @@ class Inpaint(EditOptions):
     resample: int = 5
     """Times that every step is taken, 1 or more, so that the two parts fit together
     (arXiv:2201.09865)."""
+    seed: int = 0
+    """Seed of the noise, from 0."""
     variants: int = 1
     """Variants of each image, 1 or more; the next has the next seed."""
     guidance: Annotated[float, tyro.conf.arg(metavar="SCALE")] = 1.0
@@ -156,7 +158,8 @@ class Scene(NamedTuple):
         """A description, as in "10 images of 8x8x1, unet of digits (ema, step 1000)"."""
         size = "x".join(map(str, self.images.shape[1:]))
         name = f"{self.model.name} ({self.model.weights}, step {self.model.step})"
-        return f"{len(self.images)} images of {size}, {name}"
+        count = len(self.images)
+        return f"{count} image{'s' * (count != 1)} of {size}, {name}"
 
 
 class Edited(NamedTuple):
@@ -234,7 +237,7 @@ def picture_path(options: EditOptions, name: str) -> Path | None:
         if any(out.resolve() == Path(image).resolve() for image in options.image.images):
             raise ValueError(f"output file {out} is one of the images to edit: name another file")
         return out
-    if output.out_dir:
+    if output.out_dir is not None:
         return None
     own = output_folder(options.model) / "edits" / f"{name}.png"
     return common.check_output(common.free_path(own), ".png")
@@ -260,7 +263,6 @@ def open_scene(options: EditOptions) -> Scene:
     asked = options.image
     model = load_model(options.model, options.weight.checkpoint, options.weight.weights)
     editor, conditioning = Editor(model), model.info.conditioning
-    check_seed(asked.seed)
     if asked.images:
         images = _read_images(asked.images, model)
         words = [common.file_word(Path(name).stem) for name in asked.images]
@@ -405,9 +407,10 @@ def variant_seeds(options: Vary | Inpaint) -> range:
     """
     if options.variants < 1:
         raise ValueError(f"variants is {options.variants}: use 1 or more")
-    first = options.image.seed
-    check_seed(first + options.variants - 1)
-    return range(first, first + options.variants)
+    seeds = range(options.seed, options.seed + options.variants)
+    check_seed(seeds[0])
+    check_seed(seeds[-1])
+    return seeds
 
 
 def _by_seed(seed: int, seeds: range) -> str:

@@ -134,7 +134,7 @@ def make_sweep_options(options: ImageOptions, batch: BatchOptions) -> SweepOptio
 
 
 def measure(sweep: Sweep, combinations: list[Combination], batches: int) -> str:
-    """Measure combinations behind a progress bar, and write the report, which is returned."""
+    """Measure combinations behind a progress bar; write and return the report."""
     total = sum(combination.plan.steps for combination in combinations) * batches
     with common.progress_bar(total) as bar:
         for combination in combinations:

@@ -71,6 +71,8 @@ class FolderOptions:
             if self.overwrite:
                 raise ValueError("overwrite is for images of out_dir, which is not given")
             return None
+        if not self.out_dir.strip():
+            raise ValueError(f"out_dir is {self.out_dir!r}: name a folder")
         return common.check_output_folder(Path(self.out_dir), names, overwrite=self.overwrite)
 
 

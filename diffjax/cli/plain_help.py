@@ -1,7 +1,8 @@
-"""Help texts in plain words: what tyro writes for types, and line breaks inside of sentences.
+"""Help texts in plain words, as wide as the terminal.
 
-A type gives the words of its values: N for an integer, X for a real number, TEXT for a string, and
-"N ..." for several. That an option may be None its own sentence says.
+tyro writes types of Python, and keeps line breaks inside of sentences. Here a type gives the words
+of its values: N for an integer, X for a real number, TEXT for a string, and "N ..." for several.
+That an option may be None its own sentence says.
 """
 
 import contextlib
@@ -82,19 +83,19 @@ def plain_metavar(metavar: str) -> str:
 # ------------------------------------------------------------------------------- pages
 
 
-class _Page(io.StringIO):
+class _Page(io.TextIOWrapper):
     """Text for another stream, with the colours and the characters that it can show."""
 
     def __init__(self, stream: TextIO) -> None:
-        super().__init__()
-        self._stream = stream
-
-    @property
-    def encoding(self) -> str:
-        return self._stream.encoding
+        super().__init__(io.BytesIO(), stream.encoding or "utf-8", write_through=True)
+        self._is_terminal = stream.isatty()
 
     def isatty(self) -> bool:
-        return self._stream.isatty()
+        return self._is_terminal
+
+    def text(self) -> str:
+        self.seek(0)
+        return self.read()
 
 
 @contextlib.contextmanager
@@ -105,7 +106,7 @@ def wrapped() -> Iterator[None]:
         with contextlib.redirect_stdout(page):
             yield
     finally:
-        print("\n".join(map(_wrap, page.getvalue().splitlines())))
+        print("\n".join(map(_wrap, page.text().splitlines())))
 
 
 def _wrap(line: str) -> str:

@@ -307,7 +307,7 @@ def _grid_path(options: Options, plan: Plan, name: str) -> Path | None:
     output = options.output
     if output.out:
         return common.check_output(Path(output.out), ".png")
-    if output.out_dir:
+    if output.out_dir is not None:
         return None
     own = (
         f"{name.split('(')[0]}-{plan.steps}-guidance-{options.guidance.guidance:g}"
@@ -372,9 +372,9 @@ class SampleWatch:
         count = max(0, self._num - first)
         if not (keep or refresh) or not count:
             return
-        x0 = np.asarray(jax.device_get(x0)[:count])
-        check_finite(x0, self._steps, first)
-        images = image_io.to_uint8(np.asarray(self._codec.decode(x0)))
+        estimates = np.asarray(jax.device_get(x0)[:count])
+        check_finite(estimates, self._steps, first)
+        images = image_io.to_uint8(np.asarray(self._codec.decode(estimates)))
         if self._shown is None:  # grey until they are sampled
             self._shown = np.full((self._num, *images.shape[1:]), 127, np.uint8)
         self._shown[first : first + len(images)] = images

@@ -1,4 +1,4 @@
-"""Reports in Markdown, for a terminal: no line is wider than a terminal usually is."""
+"""Reports in Markdown, for a terminal: no line is wider than 120 columns."""
 
 import re
 import textwrap
@@ -43,8 +43,8 @@ def _parts(fields: Sequence[Line], columns: int) -> list[list[Line]]:
     """The columns of one table, or of several with the numbers of the rows."""
     if not fields or _width(fields) <= columns:
         return [list(fields)] if fields else []
-    numbers = ("row", *map(str, range(1, len(fields[0]))))
-    parts = [[numbers]]
+    numbers: Line = ("row", *map(str, range(1, len(fields[0]))))
+    parts: list[list[Line]] = [[numbers]]
     for field in fields:
         if len(parts[-1]) > 1 and _width([*parts[-1], field]) > columns:
             parts.append([numbers])

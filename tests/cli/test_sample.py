@@ -223,6 +223,7 @@ def test_single_images(painter_run, tmp_path, capsys):
     main(words)
     out, err = capsys.readouterr()
     assert err.index("compiling") < err.index("writing")
+    assert re.search(r'network +painter of run<&", 1 parameters', out)
     names = [f"0000{i}-label-{CLASSES[1 - i % 2]}-seed-3.png" for i in range(4)]
     assert sorted(path.name for path in folder.iterdir()) == names
     for i, name in enumerate(names):
@@ -323,6 +324,7 @@ BAD = {
     "{run} --out-dir {tmp}/file/images": "{tmp}/file/images",
     "{run} --out-dir /proc/images": "/proc/images",
     "{run} --overwrite": ("overwrite", "out_dir"),
+    "{run} --out-dir=": "out_dir",
     "{run} --out-dir {tmp}/images --preview": ("preview", "out"),
     "{unconditional} --guidance 2": ("unconditional", "guidance"),
     "{unconditional} --condition 1": ("unconditional", "condition"),
