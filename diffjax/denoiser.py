@@ -1,8 +1,10 @@
 """Denoisers: functions (x_t, level) -> estimate of x0, and transforms of them.
 
-A network is any function (params, x, t, condition) -> output, and a condition is any pytree of
-arrays with a leading batch axis, or None. `from_network` turns a network into a denoiser;
-everything after it works on x0 alone. Guidance, which combines two denoisers, is in guidance.py.
+A network is any function (params, x, time, condition, keys=None) -> output. A condition is any
+pytree of arrays with a leading batch axis, or None; keys, [B], are there in training alone, for
+dropout, and a network that is not trained here may leave them out. `from_network` turns a network
+into a denoiser; everything after it works on x0 alone. Guidance, which combines two denoisers, is
+in guidance.py.
 """
 
 from collections.abc import Callable
@@ -16,8 +18,10 @@ from diffjax.process import append_dims
 from diffjax.schedule import Level
 
 Condition = Any  # a pytree of arrays [B, ...], or None for an unconditional network
-Network = Callable[[Any, Array, Array, Condition], Array]
-ConditionalDenoiser = Callable[[Array, Level, Condition], Array]
+# (params, x, time, condition, keys=None) -> output
+Network = Callable[..., Array]
+# (x_t, level, condition=None) -> x0; a denoiser by itself for a network without conditions
+ConditionalDenoiser = Callable[..., Array]
 Denoiser = Callable[[Array, Level], Array]
 
 
@@ -29,12 +33,13 @@ def from_network(
     x0 = to_x0(x_t, network(params, x, time, condition)), where x and time are
     `parameterization.inputs(x_t, level)`. x_t: [B, ...]; leaves of the level: scalars or [B].
 
-    Raises: ValueError, when called or traced, for an output of another shape than x_t. Whether the
-    prediction is usable at a plan's levels is checked before tracing, by
-    `process.check_prediction(prediction, plan.level)`.
+    Raises: ValueError for a Flax module in place of its `apply`, and, when called or traced, for an
+    output of another shape than x_t. Whether the prediction is usable at a plan's levels is checked
+    before tracing, by `process.check_prediction(prediction, plan.level)`.
     """
+    check_network(network)
 
-    def denoise(x_t: Array, level: Level, condition: Condition) -> Array:
+    def denoise(x_t: Array, level: Level, condition: Condition = None) -> Array:
         output = network(params, *parameterization.inputs(x_t, level), condition)
         if output.shape != x_t.shape:
             raise ValueError(
@@ -44,6 +49,15 @@ def from_network(
         return parameterization.prediction.to_x0(x_t, output, level)
 
     return denoise
+
+
+def check_network(network: Network) -> None:
+    """Check that a network is a function. Raises: ValueError for a Flax module."""
+    if hasattr(network, "apply"):
+        raise ValueError(
+            f"network is a module, {type(network).__name__}: use the function (params, x, time,"
+            " condition, keys=None), as its apply"
+        )
 
 
 def drop_learned_variance(network: Callable[..., Array]) -> Callable[..., Array]:

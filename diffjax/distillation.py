@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffjax.denoiser import Condition, Denoiser
+from diffjax.denoiser import Condition, Denoiser, Network
 from diffjax.loss import (
     ExampleLoss,
     Objective,
     TimeSampling,
-    TrainingNetwork,
     add_noise_to_batch,
     squared_error,
 )
@@ -114,7 +113,7 @@ def consistency_target(
 
 
 def distillation_loss(
-    network: TrainingNetwork,
+    network: Network,
     parameterization: Parameterization,
     rows: Rows,
     weights: np.ndarray,
@@ -138,7 +137,7 @@ def distillation_loss(
     if np.shape(weights) != (N,):
         raise ValueError(f"weights have shape {np.shape(weights)}, expected ({N},), one per row")
 
-    def objective(params: Any, batch: Any, key: Array) -> ExampleLoss:
+    def objective(params: Any, batch: Any, key: Array, *, training: bool = True) -> ExampleLoss:
         noisy = add_noise_to_batch(batch, key, times, (*rows, weights))
         level, *rest, weight = noisy.row
         condition: Condition = batch.get("condition")
@@ -147,7 +146,8 @@ def distillation_loss(
             condition = condition, jax.vmap(draw)(noisy.condition_keys)
         x0 = jax.lax.stop_gradient(target(condition, noisy.x_t, level, *rest))
         inputs = parameterization.inputs(noisy.x_t, level)
-        output = network(params, *inputs, condition, noisy.dropout_keys)
+        keys = (noisy.dropout_keys,) if training else ()
+        output = network(params, *inputs, condition, *keys)
         eps = eps_from_x0(noisy.x_t, x0, level)
         expected = parameterization.prediction.target(x0, eps, level)
         return ExampleLoss(weight * squared_error(output, expected), noisy.quartile)

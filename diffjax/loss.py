@@ -7,17 +7,18 @@ split over devices.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from diffjax.denoiser import Condition
+from diffjax.denoiser import Condition, Network, check_network
 from diffjax.parameterization import Parameterization
-from diffjax.process import Prediction, append_dims, check_prediction, q_sample
-from diffjax.schedule import Level, Schedule, at, length, logsnr
+from diffjax.process import Prediction, append_dims, check_prediction, prediction_of, q_sample
+from diffjax.sampler import check_key
+from diffjax.schedule import Level, Schedule, at, check_schedule, length, logsnr
 
 
 class ExampleLoss(NamedTuple):
@@ -27,9 +28,14 @@ class ExampleLoss(NamedTuple):
     quartile: Array  # [B], int32: the quarter of the noise levels that t is in, 0 the least noisy
 
 
-Objective = Callable[[Any, Any, Array], ExampleLoss]  # (params, batch, key of the step) -> losses
-# (params, x, time, condition, keys [B] for dropout) -> output
-TrainingNetwork = Callable[[Any, Array, Array, Condition, Array], Array]
+class Objective(Protocol):
+    """A function from parameters, a batch and the key of a step to losses."""
+
+    def __call__(
+        self, params: Any, batch: Any, key: Array, *, training: bool = True
+    ) -> ExampleLoss:
+        """The losses of the batch; the network drops units only in training."""
+        ...
 
 
 def example_keys(key: Array, index: Array) -> Array:
@@ -77,15 +83,15 @@ def sample_t(times: TimeSampling, key: Array, index: Array, T: int) -> Array:
 # The squared error of a network's output is weighted by weight[t]; index 0 is never drawn. A
 # weighting w of the squared error of x0 is w / output_sensitivity on the output, since
 # (output error)**2 = output_sensitivity * (x0 error)**2.
-Weighting = Callable[[Schedule, Prediction], np.ndarray]  # -> float64 [T+1]
+Weighting = Callable[[Schedule, Prediction | str], np.ndarray]  # -> float64 [T+1]
 
 
-def simple(schedule: Schedule, prediction: Prediction) -> np.ndarray:
+def simple(schedule: Schedule, prediction: Prediction | str) -> np.ndarray:
     """Weight 1 for every prediction; for eps, L_simple of DDPM, equation 14."""
     return np.ones(length(schedule) + 1)
 
 
-def min_snr(schedule: Schedule, prediction: Prediction, gamma: float = 5.0) -> np.ndarray:
+def min_snr(schedule: Schedule, prediction: Prediction | str, gamma: float = 5.0) -> np.ndarray:
     """Weight min(SNR, gamma) of the squared error of x0 (arXiv:2303.09556).
 
     It is min(SNR, gamma)/SNR on eps and min(SNR, gamma)/(SNR + 1) on v.
@@ -100,14 +106,14 @@ def min_snr(schedule: Schedule, prediction: Prediction, gamma: float = 5.0) -> n
     )
 
 
-def truncated_snr(schedule: Schedule, prediction: Prediction) -> np.ndarray:
+def truncated_snr(schedule: Schedule, prediction: Prediction | str) -> np.ndarray:
     """Weight max(SNR, 1) of the squared error of x0 (arXiv:2202.00512, section 4)."""
     return _on_output(
         lambda level: np.maximum((level.alpha / level.sigma) ** 2, 1), schedule, prediction
     )
 
 
-def sigmoid(schedule: Schedule, prediction: Prediction, bias: float = 0.0) -> np.ndarray:
+def sigmoid(schedule: Schedule, prediction: Prediction | str, bias: float = 0.0) -> np.ndarray:
     """The weighting by logsnr of arXiv:2303.00848, the same for every schedule.
 
     On the squared error of eps it is 1/(1 + exp(logsnr - bias)) * -d logsnr/du, u = t/T; the
@@ -129,7 +135,7 @@ def sigmoid(schedule: Schedule, prediction: Prediction, bias: float = 0.0) -> np
     return _on_output(weight, schedule, prediction)
 
 
-def edm(schedule: Schedule, prediction: Prediction, sigma_data: float = 0.5) -> np.ndarray:
+def edm(schedule: Schedule, prediction: Prediction | str, sigma_data: float = 0.5) -> np.ndarray:
     """EDM's weight of the squared error of x0 (arXiv:2206.00364, table 1).
 
     With sigma/alpha for sigma it is (sigma**2 + sigma_data**2)/(sigma*sigma_data)**2. t is drawn
@@ -145,12 +151,12 @@ def edm(schedule: Schedule, prediction: Prediction, sigma_data: float = 0.5) -> 
 
 
 def _on_output(
-    weight: Callable[[Level], np.ndarray], schedule: Schedule, prediction: Prediction
+    weight: Callable[[Level], np.ndarray], schedule: Schedule, prediction: Prediction | str
 ) -> np.ndarray:
     """A weight of the squared error of x0 as one of the squared error of the output."""
     noisy = Level(*(leaf[1:] for leaf in schedule))
     check_prediction(prediction, schedule)
-    weights = weight(noisy) / prediction.output_sensitivity(noisy)
+    weights = weight(noisy) / prediction_of(prediction).output_sensitivity(noisy)
     if (weights == 0).any():
         t = noisy.t[weights == 0][0]
         raise ValueError(f"weighting is 0 at level {t}, which would never be trained: use another")
@@ -197,14 +203,30 @@ class NoisyBatch(NamedTuple):
     dropout_keys: Array
 
 
+def check_batch(batch: Any) -> None:
+    """Check that a batch has x [B, ...] and index [B]. Raises: ValueError if not."""
+    for name, rule in (
+        ("x", "data [B, ...]"),
+        ("index", "the global index of each example, as np.arange(first, first + B)"),
+    ):
+        if name not in batch:
+            raise ValueError(f"batch has {', '.join(batch)}, and no {name}: it is {rule}")
+    x, index = (np.shape(batch[name]) for name in ("x", "index"))
+    if len(x) < 2 or index != x[:1]:
+        raise ValueError(f"batch has x of {x} and index of {index}: use [B, ...] and [B]")
+
+
 def add_noise_to_batch(batch: Any, key: Array, times: TimeSampling, table: Any) -> NoisyBatch:
     """x_t of each example of a batch, at a level drawn from a table.
 
     table: a tree of leaves [N] whose first is a Level; `times` draws 1..N, the rows in their order.
     All is keyed by the global index of an example.
 
-    Raises: ValueError for data that is not floating point.
+    Raises: ValueError for a batch without x or index, an index of another length, data that is not
+    floating point, and several keys in place of one.
     """
+    check_batch(batch)
+    check_key(key)
     x0, index = batch["x"], batch["index"]
     if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x0.dtype}, expected floating point")
@@ -223,10 +245,10 @@ def add_noise_to_batch(batch: Any, key: Array, times: TimeSampling, table: Any) 
 
 
 def denoising_loss(
-    network: TrainingNetwork,
+    network: Network,
     parameterization: Parameterization,
     schedule: Schedule,
-    weighting: Weighting = simple,
+    weighting: Weighting | str = simple,
     times: TimeSampling = uniform,
     null: Condition = None,
     drop_rate: float = 0.0,
@@ -242,12 +264,18 @@ def denoising_loss(
     allow, for a drop_rate outside 0..1 or without a null, and when traced for data that is not
     floating point.
     """
+    check_network(network)
+    check_schedule(schedule)
     prediction = parameterization.prediction
     check_prediction(prediction, schedule)
     if not 0 <= drop_rate <= 1:
         raise ValueError(f"drop_rate is {drop_rate}: use 0 to 1")
     if drop_rate > 0 and null is None:
         raise ValueError(f"null is None and drop_rate {drop_rate}: dropped conditions become null")
+    if isinstance(weighting, str):
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting is {weighting!r}: use one of {', '.join(WEIGHTINGS)}")
+        weighting = WEIGHTINGS[weighting]
     weights = np.asarray(weighting(schedule, prediction))
     if weights.shape != schedule.t.shape or not (weights >= 0).all():
         raise ValueError(
@@ -256,14 +284,20 @@ def denoising_loss(
         )
     table = at(schedule, np.arange(1, length(schedule) + 1)), weights[1:]
 
-    def objective(params: Any, batch: Any, key: Array) -> ExampleLoss:
+    def objective(params: Any, batch: Any, key: Array, *, training: bool = True) -> ExampleLoss:
         noisy = add_noise_to_batch(batch, key, times, table)
         level, weight = noisy.row
         condition = batch.get("condition")
-        if condition is not None and drop_rate > 0:
+        if condition is None and drop_rate > 0:
+            raise ValueError(
+                f"batch has {', '.join(batch)}, and no condition to be dropped with drop_rate"
+                f" {drop_rate}"
+            )
+        if drop_rate > 0:
             condition = drop_condition(noisy.condition_keys, condition, null, drop_rate)
         inputs = parameterization.inputs(noisy.x_t, level)
-        output = network(params, *inputs, condition, noisy.dropout_keys)
+        keys = (noisy.dropout_keys,) if training else ()
+        output = network(params, *inputs, condition, *keys)
         target = prediction.target(batch["x"], noisy.eps, level)
         return ExampleLoss(weight * squared_error(output, target), noisy.quartile)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from diffjax.process import Prediction, append_dims
+from diffjax.process import Prediction, append_dims, prediction_of
 from diffjax.schedule import Level
 
 
@@ -35,15 +35,18 @@ class Parameterization(NamedTuple):
         return append_dims(self.input_scale(level), x_t) * x_t, time
 
 
-def ddpm(prediction: Prediction) -> Parameterization:
+def ddpm(prediction: Prediction | str) -> Parameterization:
     """DDPM's parameterization (arXiv:2006.11239): x_t as it is, and time t - 1.
 
     DDPM's code counts noisy levels from 0 to T - 1, so level t is time t - 1 to the network.
+    prediction: one of process.PREDICTIONS, or its name, as in "eps".
+
+    Raises: ValueError for a name that does not exist.
     """
-    return Parameterization(prediction, lambda level: level.t - 1, lambda level: 1.0)
+    return Parameterization(prediction_of(prediction), lambda level: level.t - 1, lambda level: 1.0)
 
 
-def variance_preserving(prediction: Prediction) -> Parameterization:
+def variance_preserving(prediction: Prediction | str) -> Parameterization:
     """DDPM's parameterization for any scale of x_t.
 
     input_scale = 1/sqrt(alpha**2 + sigma**2): a network trained on a variance-preserving schedule
@@ -54,4 +57,4 @@ def variance_preserving(prediction: Prediction) -> Parameterization:
     def scale(level: Level) -> Any:
         return (level.alpha**2 + level.sigma**2) ** -0.5
 
-    return Parameterization(prediction, lambda level: level.t - 1, scale)
+    return Parameterization(prediction_of(prediction), lambda level: level.t - 1, scale)

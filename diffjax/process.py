@@ -102,17 +102,36 @@ PREDICTIONS: dict[str, Prediction] = {
 }
 
 
-def convert(x_t: Any, output: Any, level: Level, source: Prediction, target: Prediction) -> Any:
+def prediction_of(prediction: Prediction | str) -> Prediction:
+    """The prediction of a name of PREDICTIONS, or the one that is given.
+
+    Raises: ValueError for a name that does not exist.
+    """
+    if isinstance(prediction, str):
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}: use one of {', '.join(PREDICTIONS)}")
+        return PREDICTIONS[prediction]
+    return prediction
+
+
+def convert(
+    x_t: Any,
+    output: Any,
+    level: Level,
+    source: Prediction | str,
+    target: Prediction | str,
+) -> Any:
     """The output of a network of another prediction, through x0.
 
-    source: the prediction of `output`; target: that of the result. For sigma > 0, and alpha > 0
-    if the source is eps or score. x_t, output: [B, ...]; level: scalar leaves or [B].
+    source: the prediction of `output`; target: that of the result; either may be a name, as in
+    "eps". For sigma > 0, and alpha > 0 if the source is eps or score. x_t, output: [B, ...]; level:
+    scalar leaves or [B].
     """
-    x0 = source.to_x0(x_t, output, level)
-    return target.target(x0, eps_from_x0(x_t, x0, level), level)
+    x0 = prediction_of(source).to_x0(x_t, output, level)
+    return prediction_of(target).target(x0, eps_from_x0(x_t, x0, level), level)
 
 
-def check_prediction(prediction: Prediction, levels: Level) -> None:
+def check_prediction(prediction: Prediction | str, levels: Level) -> None:
     """Check that a prediction determines x0 at all noisy levels.
 
     levels: those of a schedule or a plan.
@@ -120,7 +139,7 @@ def check_prediction(prediction: Prediction, levels: Level) -> None:
     Raises: ValueError for eps or score with a level without signal.
     """
     noisy = level_at(levels, levels.sigma > 0)
-    undetermined = prediction.output_sensitivity(noisy) == 0
+    undetermined = prediction_of(prediction).output_sensitivity(noisy) == 0
     if undetermined.any():
         raise ValueError(
             "prediction does not determine x0 (it is eps or score) at level"

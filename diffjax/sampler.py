@@ -155,7 +155,8 @@ class Plan(NamedTuple):
 def ddpm(schedule: Schedule, t: Any, std: Std = fixed_small) -> Plan:
     """DDPM over the levels t and onto data.
 
-    t: strictly decreasing in 1..T. All of T..1 is the thousand-step chain; fewer are the respaced
+    t: strictly decreasing in 1..T, or a spacing in words, as in "trailing:50"; so for all samplers
+    (`schedule.check_levels`). All of T..1 is the thousand-step chain; fewer are the respaced
     one.
 
     Raises: ValueError for other levels, and for any std but fixed_small on a schedule that is not
@@ -181,7 +182,8 @@ def sigma_hat(schedule: Schedule, t: Any) -> Plan:
 def ddim(schedule: Schedule, t: Any, eta: float = 0.0) -> Plan:
     """DDIM over the levels t and onto data.
 
-    t: strictly decreasing in 1..T; eta: in [0, 1], as in equation 16 of arXiv:2010.02502.
+    t: strictly decreasing in 1..T, or as "trailing:50"; eta: in [0, 1], as in equation 16 of
+    arXiv:2010.02502.
 
     Raises: ValueError for other levels, or another eta.
     """
@@ -316,15 +318,52 @@ def image_keys(key: Array, index: Any) -> Array:
     """One key per image, [B], from the global indices of the images.
 
     Image i is the same in any batch, on any number of devices.
+
+    Raises: ValueError for several keys in place of one, and for an index that is not [B].
     """
+    check_key(key)
+    if np.ndim(index) != 1:
+        raise ValueError(f"index is {index}: use one for each image, as range(16)")
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index, jnp.uint32))
+
+
+def check_key(key: Any) -> None:
+    """Check that a key is one. Raises: ValueError for several, or for something else."""
+    if _keys_shape("key", key) != ():
+        raise ValueError(f"key has shape {_keys_shape('key', key)}: use one key")
+
+
+def check_keys(keys: Any, batch: int | None = None) -> None:
+    """Check that keys are a batch of them, of this size unless it is None.
+
+    Raises: ValueError for one key, which all samples would share, another number, or what is none.
+    """
+    shape = _keys_shape("keys", keys)
+    if len(shape) != 1:
+        raise ValueError(
+            f"keys has shape {shape}: use one for each sample, as image_keys(key, range(16))"
+        )
+    if batch is not None and shape[0] != batch:
+        raise ValueError(f"keys has length {shape[0]}, expected {batch}, one for each image")
+
+
+def _keys_shape(name: str, keys: Any) -> tuple[int, ...]:
+    dtype = getattr(keys, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return keys.shape
+    if dtype == jnp.uint32 and keys.shape[-1:] == (2,):  # of jax.random.PRNGKey
+        return keys.shape[:-1]
+    raise ValueError(f"{name} is of type {type(keys).__name__}: use jax.random.key(seed)")
 
 
 def noise(keys: Array, shape: tuple[int, ...], index: Any = 0, dtype: Any = jnp.float32) -> Array:
     """Standard normal noise [B, *shape], for image i from fold_in(keys[i], index).
 
     Index 0 is the noise of x_T.
+
+    Raises: ValueError for one key in place of a batch of them.
     """
+    check_keys(keys)
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape, dtype))(
         keys
     )
@@ -358,10 +397,8 @@ def scan_plan(denoise: Denoiser, rows: Plan, carry: Carry, keys: Array) -> Carry
     Raises: ValueError, when traced, for another number of keys where noise is drawn: several images
     would get the same noise.
     """
-    if rows.d is not None and keys.shape[0] != carry[0].shape[0]:
-        raise ValueError(
-            f"keys has length {keys.shape[0]}, expected {carry[0].shape[0]}, one for each image"
-        )
+    if rows.d is not None:
+        check_keys(keys, len(carry[0]))
 
     def body(carry: Carry, row: Plan) -> tuple[Carry, None]:
         x, x0_1, x0_2 = carry

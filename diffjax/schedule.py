@@ -26,8 +26,19 @@ Spacing = Callable[[Schedule, int], np.ndarray]
 
 
 def length(schedule: Schedule) -> int:
-    """T, the number of noisy levels."""
+    """T, the number of noisy levels. Raises: ValueError for what is no schedule."""
+    check_schedule(schedule)
     return len(schedule.t) - 1
+
+
+def check_schedule(schedule: Any) -> None:
+    """Check that something is a table of levels.
+
+    Raises: ValueError for a number of levels, and for anything else.
+    """
+    if not isinstance(schedule, Level) or np.ndim(schedule.t) != 1:
+        given = schedule if np.ndim(schedule) == 0 else type(schedule).__name__
+        raise ValueError(f"schedule is {given}: use a table of levels, as schedule.linear(1000)")
 
 
 def level_at(level: Level, i: Any) -> Level:
@@ -293,6 +304,7 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
 
 def is_variance_preserving(schedule: Schedule) -> bool:
     """True if alpha**2 + sigma**2 is 1 at every level, to one part in a million."""
+    check_schedule(schedule)
     return bool(np.abs(schedule.alpha**2 + schedule.sigma**2 - 1).max() < 1e-6)
 
 
@@ -448,11 +460,17 @@ SPACINGS: dict[str, Spacing] = {
 def check_levels(schedule: Schedule, t: Any) -> np.ndarray:
     """The levels that a sampler visits, as int64 or float64 [N], checked.
 
-    Any explicit list of levels, strictly decreasing and in 1..T, is a spacing.
+    t: any list of levels, strictly decreasing and in 1..T; or a spacing and a number of levels in
+    words, as in "trailing:50".
 
-    Raises: ValueError for other levels, and for a schedule whose row 0 is not data.
+    Raises: ValueError for other levels or words, and for a schedule whose row 0 is not data.
     """
+    check_schedule(schedule)
+    if isinstance(t, str):
+        t = _spaced(schedule, t)
     t = np.asarray(t)
+    if t.ndim == 0:
+        raise ValueError(f't is {t}: use a list of levels, or for {t} of them "trailing:{t}"')
     if t.ndim != 1 or not len(t):
         raise ValueError(f"t has shape {t.shape}: use a list of at least one level")
     at(schedule, t)
@@ -471,6 +489,16 @@ def check_levels(schedule: Schedule, t: Any) -> np.ndarray:
         i = int(np.argmax(np.diff(t) >= 0))
         raise ValueError(f"t is {t[i]} before {t[i + 1]}: levels must decrease strictly")
     return t
+
+
+def _spaced(schedule: Schedule, text: str) -> np.ndarray:
+    name, _, steps = (word.strip() for word in text.partition(":"))
+    if name not in SPACINGS or not steps.isdecimal():
+        raise ValueError(
+            f"t is {text!r}: use a list of levels, or one of {', '.join(SPACINGS)} with a number of"
+            ' levels, as in "trailing:50"'
+        )
+    return SPACINGS[name](schedule, int(steps))
 
 
 def _positive(T: int) -> int:

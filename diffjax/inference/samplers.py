@@ -142,14 +142,18 @@ def _is_number(text: str) -> bool:
 # ------------------------------------------------------------------------------- plans
 
 
-def make_plan(request: SamplerRequest, schedule: Schedule, default_steps: int) -> tuple[Plan, str]:
+def make_plan(
+    request: SamplerRequest | str, schedule: Schedule, default_steps: int = 50
+) -> tuple[Plan, str]:
     """The plan of a request, and the sampler's full name, as "ddim(eta=0, trailing)".
 
     The full name has every option, the spacing, and the number of levels where a level takes more
-    than one row. default_steps: the number of levels where the request names none.
+    than one row. request: also in words, as in "ddim(eta=0.5):50". default_steps: the number of
+    levels where the request names none.
 
     Raises: ValueError for names, options or a number of steps that cannot be used.
     """
+    request = parse_sampler(request) if isinstance(request, str) else request
     request.check()
     spacing = request.spacing or DEFAULT_SPACING
     steps = default_steps if request.steps is None else request.steps

@@ -249,6 +249,8 @@ class UNet(nn.Module):
 
     def _check(self, x: Array, condition: Condition) -> None:
         c, halvings = self.config, len(self.config.multipliers) - 1
+        if x.ndim != 4:
+            raise ValueError(f"x has shape {x.shape}: use a batch of images, [B, H, W, C]")
         if any(side % 2**halvings for side in x.shape[1:3]):
             raise ValueError(
                 f"x of {x.shape[1]}x{x.shape[2]} cannot be halved {halvings} times: use fewer"
@@ -269,6 +271,11 @@ class UNet(nn.Module):
                     f"network.{name} is {value}: use a divisor of every width with attention, as of"
                     f" {width}"
                 )
+        if condition is None and self.conditioning.is_conditional:
+            raise ValueError(
+                f"condition is None, and the network is conditioned on {self.conditioning}: give"
+                " one for each sample, or its null condition"
+            )
         structure = jax.tree.structure(self.conditioning.zeros(1))
         if jax.tree.structure(condition) != structure:
             raise ValueError(

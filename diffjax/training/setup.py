@@ -23,7 +23,6 @@ from diffjax.build import (
     init_params,
 )
 from diffjax.config import Train
-from diffjax.denoiser import Condition
 from diffjax.devices import parallel
 from diffjax.training.state import TrainState, init_state
 from diffjax.training.step import Metrics, TrainStep, make_eval_step, make_train_step, multi_step
@@ -78,7 +77,7 @@ def build_training(info: ModelInfo) -> Training:
     )
     # The held-out loss is L_simple over independent levels whatever the weighting, so that runs
     # compare; it is deterministic.
-    held_out = loss.denoising_loss(without_dropout(network), parameterization, schedule)
+    held_out = loss.denoising_loss(network, parameterization, schedule)
     init = Initializer(info, module, optimizer)
     return Training(module, network, init, multi_step(step), make_eval_step(held_out, train.seed))
 
@@ -95,17 +94,6 @@ class Initializer:
         """The state with fresh parameters."""
         params = init_params(self.info, self.module, key)
         return init_state(params, self.optimizer, len(self.info.config.train.ema))
-
-
-def without_dropout(network: Callable[..., jax.Array]) -> loss.TrainingNetwork:
-    """The network as an objective calls it, with the keys for dropout left out."""
-
-    def evaluated(
-        params: Any, x: jax.Array, time: jax.Array, condition: Condition, keys: jax.Array
-    ) -> jax.Array:
-        return network(params, x, time, condition)
-
-    return evaluated
 
 
 class ParallelTraining:

@@ -150,11 +150,12 @@ def multi_step(step: TrainStep) -> TrainStep:
 def make_eval_step(objective: Objective, seed: int) -> Callable[..., Array]:
     """The evaluation step: (params, batch, axis_name=None) -> mean loss of the batch.
 
-    Every call with the same batch draws the same levels and noise, so that checkpoints compare.
+    Every call with the same batch draws the same levels and noise, so that checkpoints compare;
+    nothing is dropped.
     """
 
     def eval_step(params: Any, batch: Any, axis_name: str | None = None) -> Array:
-        loss = objective(params, batch, step_key(seed, 0)).value.mean()
+        loss = objective(params, batch, step_key(seed, 0), training=False).value.mean()
         return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
 
     return eval_step
