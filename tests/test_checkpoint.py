@@ -221,3 +221,25 @@ def test_failed_save_keeps_the_one_before(tmp_path):
     checkpoints, step = open_checkpoint(tmp_path)
     assert step == 1
     checkpoints.restore(1, trees(0), replicated(device_mesh()))
+
+
+def test_digests_are_of_names_dtypes_shapes_and_bytes():
+    """Trees of the same bytes differ in their digests where anything else does."""
+    x = np.arange(6, dtype=np.int32)
+    trees = (
+        {"a": x},
+        {"b": x},
+        {"a": {"a": x}},
+        {"a": x.view(np.uint32)},
+        {"a": x.view(np.float32)},
+        {"a": x.reshape(2, 3)},
+        {"a": x.reshape(3, 2)},
+        {"a": x[::-1]},
+        {"a": x[:3], "b": x[3:]},
+        {"a": x[3:], "b": x[:3]},
+    )
+    assert len({tree_sha256(tree) for tree in trees}) == len(trees)
+    assert tree_sha256({"a": jnp.asarray(x)}) == tree_sha256(trees[0])
+    # Rows of a transposed array are its numbers in their order, wherever they lie in memory.
+    assert tree_sha256({"a": x.reshape(2, 3).T.T}) == tree_sha256({"a": x.reshape(2, 3)})
+    assert tree_sha256({"a": x.reshape(2, 3).T}) == tree_sha256({"a": x.reshape(2, 3).T.copy()})
