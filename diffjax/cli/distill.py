@@ -110,5 +110,6 @@ def run(request: Request) -> None:
 def parse_with_teacher(request: Request, teacher: TrainedModel) -> Options:
     """Parse again, with the data and the training of the teacher as defaults."""
     chain = default_options(request.options.chain, teacher)
-    default = dataclasses.replace(request.options, chain=chain)
+    # A flag is off by default: one that is on has no word to turn it on.
+    default = dataclasses.replace(request.options, chain=chain, tensorboard=False)
     return common.parse(Options, request.program, request.arguments, default)

@@ -1,0 +1,1 @@
+"""Laws from every option of every command to what the user gets."""
