@@ -12,7 +12,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from diffjax.checkpoint import silence_orbax
+from diffjax.checkpoint import FOLDER, silence_orbax
 from diffjax.cli import common
 from diffjax.cli.options import ConfigName, Flag, Folder
 from diffjax.config import Config, flat_fields, forgotten_changes
@@ -43,9 +43,12 @@ class Options:
 
 
 def parse(program: str, arguments: list[str]) -> Options:
-    """Parse the options, whose defaults are those of the named configuration or of a run."""
+    """Parse the options; defaults are those of a configuration or of a run."""
     run = resumed_run(arguments)
     if run is None:
+        first = next(iter(arguments), "")
+        if first and (Path(first) / FOLDER).is_dir():
+            raise common.UserError(f"{first} is a run folder: resume it with --resume {first}")
         options = common.parse_with_config(Options, program, arguments)
         return dataclasses.replace(options, named=named_fields(arguments))
     with common.user_errors():
@@ -61,7 +64,7 @@ def parse(program: str, arguments: list[str]) -> Options:
 
 
 def resumed_run(arguments: list[str]) -> str | None:
-    """The value of --resume, which gives the defaults of the other options; None without it.
+    """The run folder that --resume names; None without it.
 
     Raises: UserError where it has no value.
     """
@@ -75,7 +78,7 @@ def resumed_run(arguments: list[str]) -> str | None:
 
 
 def named_fields(arguments: Iterable[str]) -> tuple[str, ...]:
-    """The fields that options name, as in "train.steps"; --data.no-flip names data.flip."""
+    """The fields that options name, as in "train.steps"."""
     words = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
     return tuple(word.replace(".no-", ".").replace("-", "_") for word in words)
 

@@ -72,18 +72,21 @@ def test_non_finite(data_dir, tmp_path, capsys):
 
 
 def test_damaged_image(tmp_path, capsys):
-    """It is met at its turn, after the progress bar."""
+    """It is met at its turn, after the progress bar, and what was trained before it is kept."""
     (tmp_path / "images").mkdir()
-    for i in range(90):  # a tenth is held out, one for each device
+    for i in range(90):
         Image.new("RGB", (9, 9), (i, i, i)).save(tmp_path / "images" / f"{i:02}.png")
     (tmp_path / "images" / "05.png").write_text("no image")
     options = "--data.size 8 --network.channels=4 --network.multipliers=1 --network.attention"
     options += f" --network.head-width=4 --train.batch=8 --data.path {tmp_path}/images"
+    options += " --train.eval-every 0 --train.steps 30"
     words = ["train", "folder", "--workdir", str(tmp_path / "run"), *options.split()]
     with pytest.raises(SystemExit) as end:
         main([*words, "--data.conditions"])
     err = capsys.readouterr().err
     check_told(end.value.code, err, f"{tmp_path}/images/05.png", after_progress=True)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == []  # one in 100 is logged
+    assert 0 < load_model(tmp_path / "run").step < 11  # in the first pass over the images
 
 
 @pytest.mark.slow
@@ -142,7 +145,9 @@ BAD = {
     "digits --workdir {tmp}/x --train.clip inf": ("clip", "inf"),
     "digits --workdir {tmp}/x --train.seed 4294967296": ("seed", "4294967296"),
     "digits --workdir {tmp}/x --diffusion.T 20": ("beta_20", "1"),
-    "digits --workdir {tmp}/x --diffusion.zero-terminal-snr": ("1000", "alpha", "eps"),
+    "digits --workdir {tmp}/x --diffusion.zero-terminal-snr": (
+        "zero_terminal_snr", "prediction", "eps", "1000",
+    ),
     "digits --workdir {tmp}/x --train.weighting snr": ("weighting", "snr"),
     "digits --workdir {tmp}/x --network.attention 5": ("attention", "5", "8", "4"),
     "digits --workdir {tmp}/x --network.dropout 1": ("network.dropout", "1"),
@@ -200,7 +205,8 @@ def few_places(tmp_path, data_dir, unconditional_run):
 def test_mistakes(command, few_places, capsys):
     words = command
     if "unconditional}" in command:  # all other options as the run has them
-        words += " " + " ".join(o for o in TINY if o.split("=")[0] not in command)
+        same = (*TINY, *QUIET, "--train.steps=3")
+        words += " " + " ".join(o for o in same if o.split("=")[0] not in command)
         words += "" if "ema" in command else " --train.ema 0.9 0.1"
     if "--workdir" in command and "extra" not in command:
         words += " --data.dir {data}"  # of the suite, where the command gets as far as the data
@@ -270,6 +276,7 @@ RESUME_MISTAKES = {
     "--resume --train.steps 5": "--resume",
     "--resume {tmp}/gone": "{tmp}/gone",
     "--resume {broken}": "{broken}/checkpoints/30",
+    "{unconditional} --train.steps 5": ("{unconditional}", "--resume"),
     "digits --resume {unconditional}": ("CONFIG", "digits", "--resume"),
     "--resume {unconditional} --workdir {tmp}/x": ("--workdir", "{tmp}/x"),
     "--resume {unconditional} --network.channels 8": ("network.channels", "8", "4"),
