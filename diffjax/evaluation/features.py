@@ -191,6 +191,7 @@ def _train(network: Classifier, data: Labelled, seed: int) -> Any:
     x = jnp.zeros((1, *images.shape[1:]))
     params = jax.jit(network.init)(jax.random.key(seed), x)["params"]
     state, rng = (params, optimizer.init(params)), np.random.default_rng(seed)
+    value: Any = np.nan
     with tqdm(total=STEPS, desc=f"cnn-{FEATURES}", unit="step", dynamic_ncols=True) as bar:
         for _ in range(STEPS):
             index = rng.integers(0, len(images), BATCH)
