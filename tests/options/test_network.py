@@ -67,12 +67,11 @@ def test_widths():
     assert blocks == down | {f"up_{i}_{j}" for i in range(3) for j in range(3)}
     assert other["down_0_0/condition/kernel"] == (48, 12)
     assert other["out/kernel"] == (3, 3, 12, 2)
-    info, x = info_of("--network.learned-variance"), jnp.zeros((NUM, *SHAPE))
-    network, params = (
-        build(info, build_module(info)) for build in (build_network, abstract_params)
-    )
-    output = jax.eval_shape(network, params, x, jnp.zeros(NUM), jnp.zeros(NUM, jnp.int32))
-    assert output.shape == x.shape
+    x = np.arange(NUM * 64.0).reshape(NUM, *SHAPE)
+    module = SimpleNamespace(apply=lambda variables, x: np.concatenate([x, -x], axis=-1))
+    both = build_network(info_of(), module)(None, x)
+    dropped = build_network(info_of("--network.learned-variance"), module)(None, x)
+    assert (both.shape[-1], np.array_equal(dropped, x)) == (2, True)
 
 
 @observes(
