@@ -213,7 +213,7 @@ SAMPLERS = {  # their class, its arguments, those of its step(), our plan, where
     "3m": (DPM, {"solver_order": 3}, {}, solvers.dpm_solver_pp_3m, GRIDS),
     "unipc": (UNIPC, {}, {}, solvers.unipc_2, GRIDS),
     # Not by linspace, which is of fractions here, between which sigma/alpha is linear; our
-    # logarithm of it is. Nor where a step shrinks sigma/alpha by more than 3x, as the last one of
+    # logarithm of it is. Nor where a step shrinks sigma/alpha by more than 3.8x, as the last one of
     # leading grids and cosine's first: ours bounds its correction, and differs by 5e-4 at most.
     "heun": (HEUN, {}, {}, solvers.heun, EVEN[2:-1]),
 }
