@@ -97,7 +97,7 @@ class Session:
 
     @property
     def actions(self) -> tuple[PeriodicAction, ...]:
-        """The periodic actions, in the order of their calls; those after the last step end it."""
+        """The periodic actions, in the order of their calls."""
         train = self.info.config.train
         return (
             PeriodicAction(train.eval_every, self.evaluate, "held-out loss"),
