@@ -1,6 +1,7 @@
 """Convert between run folders and Hugging Face folders."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -61,10 +62,11 @@ def run(options: Options) -> None:
             unet2d.save(folder, model.info, model.params, model.weights, model.step)
     for note in model.notes:
         print(f"{model.name}: {note}")
-    print(f"wrote {destination}: sample from it with 'diffjax sample {destination}'")
+    words = shlex.quote(destination)
+    print(f"wrote {destination}: sample from it with: diffjax sample {words}")
     if config is not None and config.distillation.method == "none":
         named = "" if config.data.known else " --data.name NAME"
-        print(f"train it further with 'diffjax train --resume {destination}{named}'")
+        print(f"train it further with: diffjax train --resume {words}{named}")
 
 
 def run_config(model: TrainedModel, data: str | None) -> Config:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shlex
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -164,8 +165,11 @@ def _run(session: trainer.Session) -> TrainResult:
 
 
 def _describe(result: TrainResult, workdir: Path, *, is_student: bool) -> str:
+    words = shlex.quote(str(workdir))
     if result.status == "done":
-        return f"done: sample with 'diffjax sample {workdir}'"
+        return f"done: sample with: diffjax sample {words}"
     # More steps would make another teacher of a student, whose own students would be trained anew.
-    more = "" if is_student else f", or train on with '--resume {workdir} --train.steps N'"
+    more = (
+        "" if is_student else f", or train on with: diffjax train --resume {words} --train.steps N"
+    )
     return f"{workdir} has done its {result.step} steps: sample from it{more}"
