@@ -51,7 +51,7 @@ def bars(monkeypatch):
     ends, leave = [], tqdm.__exit__
 
     def note(bar, kind, *error):
-        if kind is None and bar.total is not None and not bar.disable:
+        if kind is None and not bar.disable:
             ends.append((bar.n, bar.total))
         return leave(bar, kind, *error)
 

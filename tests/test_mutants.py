@@ -59,6 +59,7 @@ def test_every_file_but_the_mathematics():
     assert not {"diffjax/sampler.py", "diffjax/testing.py", "diffjax/__init__.py"} & set(paths)
 
 
+@pytest.mark.slow
 def test_a_fault_is_caught_by_the_test_of_its_name(tmp_path):
     """And by one that reaches it through another file."""
     sources = {

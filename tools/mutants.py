@@ -10,7 +10,6 @@ import os
 import queue
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -129,16 +128,16 @@ class Suite:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             # What a mutant compiles is not seen by others before it is whole.
             own = Path(shutil.copytree(self.compiled, f"{folder}/own", copy_function=os.link))
-            command = shlex.join([sys.executable, *PYTEST, f"--basetemp={folder}/tests", *words])
             environment = {
                 "PYTHONPATH": f"{root}{os.pathsep}{HERE}",
                 "QUICK_FIRST": str(self.compiled / "seconds"),
+                "PROCESSOR_SECONDS": str(seconds),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "JAX_COMPILATION_CACHE_DIR": str(own),
             }
             with Path(folder, "out").open("w") as out:
                 process = subprocess.Popen(
-                    ["bash", "-c", f"ulimit -t {seconds}; exec {command}"],
+                    [sys.executable, *PYTEST, f"--basetemp={folder}/tests", *words],
                     cwd=root,
                     env=os.environ | environment,
                     stdout=out,
@@ -157,7 +156,7 @@ class Suite:
         if code in (0, 5):  # 5: there are no tests
             return ""
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
-        return TIME if code in (-9, -24) else failed[1] if failed else text[-300:]
+        return TIME if code == -signal.SIGPROF else failed[1] if failed else text[-300:]
 
     def judge(self, root: Path, mutant: Mutant, seconds: int) -> str:
         """What `run` finds of a mutant, by the tests that are nearest to its file."""

@@ -1,6 +1,8 @@
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -64,3 +66,18 @@ def test_the_baseline_samples_the_same_images(tiny):
         theirs = diffusers_baseline.DiffusersBaseline(model).ddim(3, 10, scale)()
         for variant in variants(model, Case("digits", "ddim", 3, steps=10)):
             np.testing.assert_allclose(variant.run(), theirs, atol=2e-4)
+
+
+def test_a_training_step_is_one_and_a_dispatch_is_several(tiny, monkeypatch):
+    """The batches of a run are as many as its results, of which seconds are counted."""
+    program = networks.CompiledProgram(None, 1.0, 1, 1.0, 1.0)
+    monkeypatch.setattr(networks, "compile_timed", lambda *arguments, **options: program)
+    training = SimpleNamespace(init=lambda key: None, step=None)
+    monkeypatch.setattr(networks, "build_training", lambda info: training)
+    case = Case("digits", "train", 2, dispatched=True)
+    variants = networks.train(bench_model("digits"), case)
+    assert [variant.results_per_run for variant in variants] == [1, networks.DISPATCHED]
+    for variant in variants:
+        steps = variant.results_per_run
+        assert variant.calls_per_run == steps
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(variant.run._batches)} == {steps}

@@ -1,4 +1,5 @@
 from diffjax.bench import sampling
+from diffjax.bench.timing import Comparison
 
 
 def test_figures_are_measured(tiny, monkeypatch):
@@ -9,3 +10,18 @@ def test_figures_are_measured(tiny, monkeypatch):
     assert figures["compilations of 12 plans of 11 samplers"] == "4"
     assert float(figures["DDIM-50 / 50 forwards"]) > 0
     assert any("forward, digits network" in what for what in figures)
+
+
+def test_both_sides_of_the_comparison_are_images(tiny, monkeypatch):
+    """What is waited for is the last image, not what stands beside it."""
+    shapes = []
+
+    def compare(first, second, pairs):
+        shapes.append([getattr(run(), "shape", None) for run in (first, second)])
+        return Comparison(1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(sampling, "compare", compare)
+    monkeypatch.setattr(sampling, "STEPS", 10)
+    sampling.compare_forwards(1)
+    images = (sampling.BATCH, 8, 8, 1)
+    assert shapes == [[images, images], [images, None]]

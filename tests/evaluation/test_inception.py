@@ -1,3 +1,4 @@
+import math
 import re
 
 import numpy as np
@@ -49,7 +50,8 @@ def test_widths_are_those_of_the_paper():
     """The channels into each block, the widths inside the 17x17 ones, and the parameters in all.
 
     arXiv:1512.00567, table 1, as released: 35x35 blocks of 256, 288 and 288 channels, 17x17 of 768,
-    8x8 of 1280, 2048 and 2048.
+    8x8 of 1280, 2048 and 2048. Keras counts 21,802,784 parameters without the last layer: kernels,
+    and three numbers of each channel's batch norm.
     """
     shapes = {name: leaves["kernel"].shape for name, leaves in inception.shapes().items()}
     into = {
@@ -69,3 +71,5 @@ def test_widths_are_those_of_the_paper():
     assert inside == [128, 160, 160, 192]
     assert shapes["fc"] == (2048, 1008)
     assert len(shapes) == 95
+    kernels = [shape for name, shape in shapes.items() if name != "fc"]
+    assert sum(math.prod(shape) + 3 * shape[-1] for shape in kernels) == 21_802_784
