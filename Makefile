@@ -1,6 +1,6 @@
 # make demo: train on real digits and sample from them. make frontier, distill: the quality and time of samplers and students.
 # make mnist, mnist-distill: the same of MNIST, on CPUs. make bench: what networks cost. make results: the tables of docs/results.
-# make test, test-fast, crash, parity, lint, docs: checks. make mutants: plant faults and print those that no test catches.
+# make test, test-fast, crash, parity, lint, docs, lesson: checks. make mutants: plant faults and print those that no test catches.
 # make clean: remove what these have installed and built.
 # Everything is installed into .venv, but for the peers of make parity. PYTHON chooses another interpreter of 3.11 or newer, and
 # WORKERS the number of processes that share the tests: one has 8 fake devices, and takes 2 to 3 GB.
@@ -14,13 +14,14 @@ TESTS ?=
 MUTANTS ?=
 WORKERS ?= 2
 IMAGES := docs/images
-SHARED = --numprocesses $(WORKERS) --dist loadfile
+LESSON = tests/docs/test_examples.py::test_lesson_runs
+SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # $(call insert,NAME,FILE,PAGE): put a file between the marks of this name in a page of results.
 insert = sed -i -e "/<!-- $(1) -->/,/<!-- \/$(1) -->/{//!d}" -e "/<!-- $(1) -->/r $(2)" docs/results/$(3).md
 
 .PHONY: demo demo-check frontier distill mnist mnist-distill bench results
-.PHONY: test test-fast crash mutants parity lint docs clean
+.PHONY: test test-fast crash mutants parity lint docs lesson clean
 
 # ------------------------------------------------------------------------------- runs
 
@@ -135,7 +136,11 @@ lint: .venv/installed-lint .venv/installed-test
 # The site, and every block of code and command line of the pages.
 docs: .venv/installed-docs .venv/installed-test
 	$(BIN)/mkdocs build --strict
-	$(BIN)/python -m pytest tests/docs
+	$(BIN)/python -m pytest tests/docs --deselect $(LESSON)
+
+# It trains for minutes.
+lesson: .venv/installed-test
+	$(BIN)/python -m pytest $(LESSON)
 
 clean:
 	rm -rf .venv .venv-parity .pytest_cache .hypothesis .ruff_cache site

@@ -36,10 +36,20 @@ SLOW = {"digits_run", "run_program", "mixer_run", "unconditional_run"}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark tests with such fixtures as slow."""
+    """Mark tests with such fixtures as slow, and begin with the files that have slow tests.
+
+    Processes that share the tests so end together. Files that wait for the run of digits come
+    second.
+    """
+    ranks = {}
     for item in items:
         if SLOW & set(item.fixturenames):
             item.add_marker("slow")
+        waits = "digits_run" in item.fixturenames
+        rank = 1 if waits else 0 if item.get_closest_marker("slow") else 2
+        others = ranks.get(item.path, 2)
+        ranks[item.path] = 1 if waits or others == 1 else min(rank, others)
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture

@@ -219,11 +219,10 @@ def check_outputs(options: EditOptions, name: str, job: Job) -> Outputs:
     Raises: ValueError for one that cannot be written, or is an image to edit.
     """
     output = options.output
-    return Outputs(
-        picture_path(options, name),
-        output.check_report(),
-        output.check_folder([f"{each}.png" for each in job.names]),
-    )
+    report = output.check_report()
+    folder = output.check_folder([f"{each}.png" for each in job.names])
+    # Last, since its folder may be created.
+    return Outputs(picture_path(options, name), report, folder)
 
 
 def picture_path(options: EditOptions, name: str) -> Path | None:

@@ -90,7 +90,7 @@ def killed(uninterrupted, program, run_program, arguments):
         process.send_signal(signal.SIGKILL)
         out, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, err  # it was still training
-        with contextlib.suppress(FileNotFoundError):  # what it leaves is taken over
+        if kill % 5 != 4:  # what it leaves is taken over
             holder = json.loads((folder / "lock").read_text())
             assert holder["process"] == process.pid
         if out:
