@@ -1,5 +1,6 @@
 """Command lines, options, make targets and links on the pages exist."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -14,6 +15,7 @@ from diffjax.cli import COMMANDS, main
 from diffjax.config import Config
 from diffjax.nn.conditioning import ClassLabel
 from tests.docs.pages import PAGES, ROOT, commands, inline_code, name_of
+from tools import mutants
 
 LINES = [(name_of(path), arguments) for path in PAGES for arguments in commands(path)]
 # Options of other programs, and the prefixes of a configuration's fields.
@@ -65,7 +67,7 @@ def test_every_command_is_shown():
 def test_inline_options_exist(capsys):
     """Options in backticks are options of some command."""
     parts = {"train": ["digits"], "dry-run": ["digits"]}
-    known = set(FOREIGN)
+    known = FOREIGN | {f"--{field.name}" for field in dataclasses.fields(mutants.Options)}
     for command in COMMANDS:
         for part in subcommands(command):
             with pytest.raises(SystemExit):
