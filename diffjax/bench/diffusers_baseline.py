@@ -48,7 +48,7 @@ class DiffusersBaseline:
             self.model: Any = diffusers.UNet2DModel.from_pretrained(folder)
             self.scheduler: Any = diffusers.DDPMScheduler.from_pretrained(folder)
         self._config, self._x_shape = model.info.config, model.info.x_shape
-        conditioning = model.info.conditioning
+        self._condition, conditioning = model.condition, model.info.conditioning
         self._classes = conditioning.classes if isinstance(conditioning, ClassLabel) else 0
 
     def forward(self, batch: int, dtype: str = "float32") -> Callable[[], Any]:
@@ -138,4 +138,6 @@ class DiffusersBaseline:
         return self._torch.from_numpy(x.copy()).to(getattr(self._torch, dtype))
 
     def _labels(self, batch: int) -> Any:
-        return self._torch.arange(batch) % self._classes if self._classes else None
+        if not self._classes:
+            return None
+        return self._torch.from_numpy(np.array(self._condition(batch), np.int64))
