@@ -43,7 +43,7 @@ class ReportOptions:
     """A file for what is printed."""
 
     report: File = None
-    """What is printed, in Markdown (.md), with its tables as wide as they are."""
+    """File for what is printed, in Markdown (.md), with its tables as wide as they are."""
 
     def check_report(self) -> Path | None:
         """The file, None for none.
