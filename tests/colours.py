@@ -123,7 +123,7 @@ def class_of(pixel):
 
 
 def read_grid(picture, num, columns=None, captions=NAMES):
-    """What a grid of images shows: (class of the colour, caption) for each, in order.
+    """Read a grid of images: (class of the colour, caption) for each, in order.
 
     A caption is the one of `captions` whose letters are nearest to what stands above the image.
     """

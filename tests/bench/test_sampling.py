@@ -13,7 +13,7 @@ def test_figures_are_measured(tiny, monkeypatch):
 
 
 def test_both_sides_of_the_comparison_are_images(tiny, monkeypatch):
-    """What is waited for is the last image, not what stands beside it."""
+    """The bench waits for the last image, not for what stands beside it."""
     shapes = []
 
     def compare(first, second, pairs):

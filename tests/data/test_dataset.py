@@ -112,7 +112,7 @@ def share(key):
 
 @given(st.integers(10, 60), st.binary(max_size=2), st.data())
 def test_holdout_split(num, prefix, data):
-    """By the hash of the key, but for one image of every class, and for a split without any."""
+    """The hash of the key decides, but for one image of every class and an empty split."""
     keys = [prefix + key for key in named(num)]
     classes = data.draw(st.integers(1, num // 2))
     labels = [i % classes for i in range(len(keys))]

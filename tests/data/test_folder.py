@@ -72,7 +72,7 @@ def test_no_sub_folders_no_labels(tmp_path):
 
 
 def test_files_are_held_out_by_name(tmp_path):
-    """By the path below the folder; see `test_dataset.test_about_a_tenth_is_held_out`."""
+    """The name is the path below the folder; see `test_dataset.test_about_a_tenth_is_held_out`."""
     for i in range(40):
         paint(tmp_path / f"{i}.png", "white")
     assert [path.name for path in files(load_folder(tmp_path, 4).held_out)] == ["26.png", "11.png"]

@@ -132,7 +132,7 @@ def test_cnn_is_cached(digits, tmp_path, monkeypatch):
 
 
 def test_cnn_reads_some_of_many(digits, tmp_path, monkeypatch):
-    """Of more images than memory holds some are drawn, and the name tells their number."""
+    """Some are drawn where memory does not hold all, and the name tells their number."""
     monkeypatch.setattr(features, "STEPS", 2)
     monkeypatch.setattr(features, "MOST_READ", 90)
     few = [Examples(part.images[:150, 2:6, 2:6], part.labels[:150]) for part in digits]

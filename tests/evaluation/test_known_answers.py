@@ -316,7 +316,7 @@ def test_times_are_of_the_device_alone(clock, tmp_path):
 
 
 def test_milliseconds_are_a_median(quality_row):
-    """Of batches of 4 that took 1 to 5 seconds and one that took 100."""
+    """The batches of 4 took 1 to 5 seconds, and one took 100."""
     samples = SimpleNamespace(
         batch_seconds=(3.0, 100.0, 1.0, 2.0, 5.0, 4.0), nfe=2, compile_seconds=7.0
     )

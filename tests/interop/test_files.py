@@ -73,7 +73,7 @@ def test_a_missing_part_is_named(tmp_path, pattern, index, part):
 
 
 def test_an_index_stands_before_a_single_file(tmp_path):
-    """As in diffusers: the single file may be older."""
+    """The index is preferred, as in diffusers: the single file may be older."""
     write(tmp_path, factor=0)
     write_parts(tmp_path, PLAIN, index=INDEX)
     check(tmp_path)

@@ -254,7 +254,7 @@ LATENT = [
 @pytest.mark.parametrize("index", LATENT)
 @pytest.mark.parametrize("inside", ["", "unet"])
 def test_a_latent_pipeline_is_refused(folder, tmp_path, index, inside):
-    """What its network makes are no pictures, in whichever of its folders it is named."""
+    """It is refused in whichever of its folders it is named: its network makes no pictures."""
     pipeline = as_pipeline(folder, tmp_path / "pipeline", index)
     with pytest.raises(ValueError, match=naming(pipeline, next(iter(index)))):
         unet2d.load(pipeline / inside)

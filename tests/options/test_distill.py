@@ -138,7 +138,7 @@ def test_training_of_a_student(run, tmp_path, monkeypatch):
 
 
 def call_of_step(student, params, monkeypatch):
-    """What a step of a student is made of."""
+    """The parts of a step of a student."""
     found = {}
 
     def make(objective, optimizer, *args, **kwargs):
