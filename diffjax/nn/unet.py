@@ -35,21 +35,19 @@ class ResBlock(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, embedding: Array, keys: Array | None) -> Array:
+    def __call__(self, x: Array, embedding: Array | None, keys: Array | None) -> Array:
         """The block's output, [B, H', W', channels].
 
-        x: [B, H, W, C]; embedding of time and condition: [B, E]; keys: [B] for dropout, or None.
+        x: [B, H, W, C]; embedding of time and condition: [B, E], or None; keys: [B] for dropout, or
+        None.
         """
         h = GroupNorm(self.groups, self.epsilon, nn.silu, name="norm_1")(x)
         if self.resample:
             change = {"down": downsample, "up": upsample}[self.resample]
             h, x = change(h), change(x)
         h = Conv(self.channels, dtype=self.dtype, name="conv_1")(h)
-        width = self.channels * (2 if self.scale_shift else 1)
-        shift = nn.Dense(width, dtype=self.dtype, name="condition")(nn.silu(embedding))
-        shift = shift[:, None, None, :]
         norm = GroupNorm(self.groups, self.epsilon, nn.silu, name="norm_2")
-        h = norm(h, *jnp.split(shift, 2, axis=-1)) if self.scale_shift else norm(h + shift)
+        h = norm(h) if embedding is None else self._norm_conditioned(norm, h, embedding)
         h = dropout(keys, h, self.dropout)
         # Zero, so that a block starts as the identity, and the network as shallow as it can be.
         zeros = nn.initializers.zeros
@@ -57,6 +55,12 @@ class ResBlock(nn.Module):
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, dtype=self.dtype, name="shortcut")(x)
         return x + h
+
+    def _norm_conditioned(self, norm: GroupNorm, h: Array, embedding: Array) -> Array:
+        width = self.channels * (2 if self.scale_shift else 1)
+        shift = nn.Dense(width, dtype=self.dtype, name="condition")(nn.silu(embedding))
+        shift = shift[:, None, None, :]
+        return norm(h, *jnp.split(shift, 2, axis=-1)) if self.scale_shift else norm(h + shift)
 
 
 class SelfAttention(nn.Module):
