@@ -8,17 +8,17 @@ import numpy as np
 
 from diffjax.build import (
     ModelInfo,
-    abstract_params,
     build_codec,
     build_module,
     build_network,
     build_parameterization,
     build_schedule,
 )
-from diffjax.checkpoint import ema_key, open_checkpoint, tree_sha256
+from diffjax.checkpoint import tree_sha256
 from diffjax.data.codec import Codec
 from diffjax.denoiser import Network
 from diffjax.devices import parallel
+from diffjax.inference.weights import load_weights
 from diffjax.interop import unet2d
 from diffjax.nn.registry import network_name
 from diffjax.parameterization import Parameterization
@@ -53,21 +53,12 @@ def load_model(source: str | Path, step: int | None = None, weights: str = "ema"
     if unet2d.is_source(source):
         return _load_imported(source, step, weights)
     workdir = Path(source)
-    checkpoints, step = open_checkpoint(workdir, step)
-    info = ModelInfo.from_dict(checkpoints.config(step))
-    decays = [str(decay) for decay in info.config.train.ema]
-    keys = {"ema": ema_key(0), "raw": "params"}
-    keys |= {decay: ema_key(i) for i, decay in enumerate(decays)}
-    if weights not in keys:
+    info, params, weights, step = load_weights(workdir, step, weights)
+    if info.config.is_autoencoder:
         raise ValueError(
-            f"weights is {weights!r}: use ema, raw, or the decay of a moving average,"
-            f" {' or '.join(decays)}"
+            f"{source} is an autoencoder, which has no samples: use a model that is trained on"
+            " latents of it"
         )
-    module = build_module(info)
-    like = abstract_params(info, module)
-    sharding = parallel.replicated(parallel.device_mesh())
-    params = checkpoints.restore_weights(step, keys[weights], like, sharding)
-    checkpoints.close()
     if info.imported:
         weights = _imported_weights(source, info.imported, weights)
     name = workdir.resolve().name
