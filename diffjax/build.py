@@ -74,7 +74,7 @@ def load_data(config: Config) -> Any:
     Raises: ValueError or OSError for data that cannot be used.
     """
     # Imported here: sampling does not wait for libraries of data sets.
-    from diffjax.data import arrays, dataset, folder, tfds
+    from diffjax.data import arrays, dataset, folder, idx, tfds
 
     data = config.data
     _check_known(data)
@@ -85,7 +85,8 @@ def load_data(config: Config) -> Any:
             Path(data.path or ""), data.size or 0, grey=data.grey, skip_damaged=data.skip_damaged
         )
     else:
-        images = arrays.load_npz(Path(data.path or ""))
+        load = {"npz": arrays.load_npz, "idx": idx.load_idx}[data.source]
+        images = load(Path(data.path or ""))
     return dataset.preprocess(images, data.size, data.pad, grey=data.grey)
 
 

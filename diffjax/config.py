@@ -47,8 +47,9 @@ IMPORTED_PREFIX = "hf:"  # of the data's name of an imported network, and of the
 class Data:
     """Data set and preprocessing."""
 
-    source: Literal["tfds", "folder", "npz"] = "tfds"
-    """tensorflow-datasets, a folder of image files, or an .npz file of arrays."""
+    source: Literal["tfds", "folder", "npz", "idx"] = "tfds"
+    """tensorflow-datasets, a folder of image files, an .npz file of arrays, or a folder of MNIST's
+    own files (idx)."""
     name: str = "digits"
     """Data set of tfds: digits, or any image data set of its catalogue."""
     dir: str | None = None
@@ -89,7 +90,8 @@ class Data:
         _not_negative("data.pad", self.pad)
         if self.source == "tfds" and self.path is not None:
             raise ValueError(
-                f"data.path is {self.path!r} and data.source tfds: use data.source folder or npz"
+                f"data.path is {self.path!r} and data.source tfds: use data.source folder, npz or"
+                " idx"
             )
         if self.source != "tfds" and self.path is None:
             raise ValueError(f"data.path is None: set it to the {self.source} with the images")

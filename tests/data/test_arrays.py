@@ -176,3 +176,56 @@ def test_vectors_are_finite(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match=naming("data.path", tmp_path / "a.npz")):
         load_npz(tmp_path / "a.npz")
+
+
+# ------------------------------------------------------------------------------- two splits
+
+
+def test_arrays_of_keras(tmp_path):
+    """The second pair is held out, whatever the images, and classes are of both."""
+    x = np.random.default_rng(0).integers(0, 256, (50, 3, 4, 3), np.uint8)
+    y = np.arange(50) % 4
+    arrays = {"x_train": x[:40], "y_train": y[:40, None], "x_test": x[40:], "y_test": y[40:] + 1}
+    arrays |= {"angle_train": np.arange(40) / 7, "angle_test": np.arange(10) / 7}
+    np.savez(tmp_path / "a.npz", **arrays)
+    loaded = load_npz(tmp_path / "a.npz")
+    assert loaded.image_shape == (3, 4, 3)
+    assert loaded.fields == {
+        "label": ClassLabel(5, names=("0", "1", "2", "3", "4")),
+        "angle": Vector(1, "angle"),
+    }
+    known = {image.tobytes(): i for i, image in enumerate(x)}
+    for split, numbers in ((loaded.train, range(40)), (loaded.held_out, range(40, 50))):
+        examples = [split[i] for i in range(len(split))]
+        rows = [known[example["image"].tobytes()] for example in examples]
+        assert sorted(rows) == [*numbers]
+        assert [e["label"] for e in examples] == [y[i] + (i >= 40) for i in rows]
+        assert [e["angle"] for e in examples] == [np.float32(i % 40 / 7) for i in rows]
+
+
+BAD_PAIRS = [
+    ({"x_train": IMAGES, "x_test": IMAGES[:, :3]}, ["image", 3, 4]),
+    ({"x_train": IMAGES, "x_test": IMAGES, "y_train": np.arange(20)}, ["label", "absent"]),
+    ({"x_train": IMAGES, "x_test": IMAGES[:0]}, []),
+    ({"x_train": IMAGES, "y_train": np.arange(19), "x_test": IMAGES}, ["labels", 19, 20]),
+    ({"x_train": IMAGES / 255, "x_test": IMAGES}, ["float64"]),
+]
+
+
+@pytest.mark.parametrize(("content", "names"), BAD_PAIRS)
+def test_splits_that_differ(tmp_path, content, names):
+    np.savez(tmp_path / "a.npz", **content)
+    with pytest.raises(ValueError, match=naming(tmp_path / "a.npz", *names)):
+        load_npz(tmp_path / "a.npz")
+
+
+def test_a_pair_alone_is_split(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (40, 3, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(40) % 4)
+    loaded = load_npz(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", x=x, y=np.arange(40) % 4)
+    other = load_npz(tmp_path / "b.npz")
+    for split, same in zip(loaded[:2], other[:2], strict=True):
+        assert [split[i]["image"].tobytes() for i in range(len(split))] == [
+            same[i]["image"].tobytes() for i in range(len(same))
+        ]
