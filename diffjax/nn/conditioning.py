@@ -424,6 +424,24 @@ def select(fields: Mapping[str, Conditioning], names: Sequence[str]) -> Conditio
     return UNCONDITIONAL if not parts else parts[0] if len(parts) == 1 else Fields(parts)
 
 
+def check_structure(conditioning: Conditioning, condition: Condition) -> None:
+    """Check that a network gets a condition where it is conditioned, and of the right structure.
+
+    Raises: ValueError for a condition missing or unexpected.
+    """
+    if condition is None and conditioning.is_conditional:
+        raise ValueError(
+            f"condition is None, and the network is conditioned on {conditioning}: give one for"
+            " each sample, or its null condition"
+        )
+    structure = jax.tree.structure(conditioning.zeros(1))
+    if jax.tree.structure(condition) != structure:
+        raise ValueError(
+            f"condition has structure {jax.tree.structure(condition)}, expected {structure} for"
+            f" a network with {conditioning}"
+        )
+
+
 def difference(data: Conditioning, model: Conditioning) -> str:
     """A clause that names how conditions of data differ from a model's, or "".
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from diffjax.nn.conditioning import UNCONDITIONAL, Condition, Conditioning
+from diffjax.nn.conditioning import UNCONDITIONAL, Condition, Conditioning, check_structure
 from diffjax.nn.layers import Conv, GroupNorm, downsample, dropout, time_features, upsample
 from diffjax.nn.registry import DTYPES, NetworkConfig, register
 
@@ -275,17 +275,7 @@ class UNet(nn.Module):
                     f"network.{name} is {value}: use a divisor of every width with attention, as of"
                     f" {width}"
                 )
-        if condition is None and self.conditioning.is_conditional:
-            raise ValueError(
-                f"condition is None, and the network is conditioned on {self.conditioning}: give"
-                " one for each sample, or its null condition"
-            )
-        structure = jax.tree.structure(self.conditioning.zeros(1))
-        if jax.tree.structure(condition) != structure:
-            raise ValueError(
-                f"condition has structure {jax.tree.structure(condition)}, expected {structure} for"
-                f" a network with {self.conditioning}"
-            )
+        check_structure(self.conditioning, condition)
 
 
 register("unet", UNetConfig)
