@@ -6,6 +6,7 @@ from diffjax._lazy import modules_of
 
 if TYPE_CHECKING:
     from diffjax import (
+        averaging,
         bench,
         build,
         checkpoint,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "averaging",
     "bench",
     "build",
     "checkpoint",

@@ -30,7 +30,8 @@ class ModelInfo(NamedTuple):
     config: Config
     x_shape: tuple[int, ...]  # of x, without the batch axis
     conditioning: Conditioning  # what samples are conditioned on
-    # The weights of an import that was not trained since, "ema", "raw" or "unknown"; "" for others.
+    # The weights of an import or of an average, not trained since, as "ema", "raw", "unknown" or
+    # "average of 0.1"; "" for others.
     imported: str = ""
 
     def to_dict(self) -> dict[str, Any]:

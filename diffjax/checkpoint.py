@@ -73,22 +73,29 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: Path, keep: int = 3, *, clean: bool = False, read_only: bool = False
+        self,
+        workdir: Path,
+        keep: int | None = 3,
+        *,
+        folder: str = FOLDER,
+        clean: bool = False,
+        read_only: bool = False,
     ) -> None:
         """Open the checkpoints of a run folder, which is created if need be.
 
-        keep: number of latest checkpoints to keep. clean: remove what killed saves have left; only
+        keep: number of latest checkpoints to keep, None for all. folder: the name of their folder
+        in the run folder. clean: remove what killed saves have left; only
         for the one program that writes, since a save under way in another looks the same.
         read_only: write nothing, for a folder that exists.
         """
-        self._workdir = workdir.resolve()
+        self._workdir, self._home = workdir.resolve(), workdir.resolve() / folder
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.LatestN(keep),
             cleanup_tmp_directories=clean,
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self._workdir / FOLDER, options=options)
+        self._manager = ocp.CheckpointManager(self._home, options=options)
         # Orbax would ask the processes about a SIGTERM by the training step, where
         # `loop.catch_signals` asks by the number of the call: by two counts they never agree.
         self._manager.reached_preemption = lambda step: False
@@ -100,7 +107,7 @@ class Checkpoints:
     def strays(self) -> list[str]:
         """The names of entries that are no checkpoints, which are never touched."""
         steps = [str(step) for step in self.steps()]
-        names = (path.name for path in (self._workdir / FOLDER).iterdir())
+        names = (path.name for path in self._home.iterdir())
         return sorted(name for name in names if name not in steps and not _is_temporary(name))
 
     def save(self, step: int, trees: dict[str, Any], config: dict[str, Any]) -> None:
@@ -173,6 +180,12 @@ class Checkpoints:
         self._manager.reload()
         return place
 
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later training steps."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
     def wait(self) -> None:
         """Wait until every save is on disk.
 
@@ -191,12 +204,12 @@ class Checkpoints:
             self._manager.close()
 
     def _folder(self, step: int) -> Path:
-        return step_folder(self._workdir, step)
+        return self._home / str(step)
 
     def _probe(self) -> None:
         # Orbax finds a missing folder or a full disk too, but then a thread of it keeps the process
         # alive for five minutes.
-        probe = self._workdir / FOLDER / f"{PROBE}{jax.process_index()}"
+        probe = self._home / f"{PROBE}{jax.process_index()}"
         try:
             probe.write_bytes(bytes(4096))
         finally:
@@ -210,7 +223,7 @@ class Checkpoints:
             write()
         except Exception as error:  # for a full disk Orbax raises OSError, ValueError or others
             raise SaveError(
-                f"a checkpoint could not be written to {self._workdir / FOLDER} ({_reason(error)})"
+                f"a checkpoint could not be written to {self._home} ({_reason(error)})"
             ) from error
 
 

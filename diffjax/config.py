@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from diffjax import schedule
+from diffjax import averaging, schedule
 from diffjax.devices.parallel import Mode
 from diffjax.nn.registry import (
     UNBOUND_FIELDS,
@@ -162,6 +162,9 @@ class Train:
     ema: tuple[float, ...] = (0.999,)
     """Decays of the moving averages of the parameters, each 0 or more and below 1; sampling uses
     the first."""
+    power_ema: tuple[float, ...] = ()
+    """Relative lengths of more averages, by a power function, each above 0 and below 0.288, as 0.05
+    0.1; every save stores them, for `diffjax average`."""
     weighting: Literal["simple", "min_snr", "truncated_snr", "sigmoid", "edm"] = "simple"
     """Loss weighting over noise levels: simple (1 for what the network predicts); min_snr or
     truncated_snr (min(SNR, 5) or max(SNR, 1), for x0); sigmoid (of logsnr); or edm (EDM's)."""
@@ -192,6 +195,11 @@ class Train:
     keep: int = 3
     """Number of latest checkpoints to keep."""
 
+    @property
+    def averages(self) -> int:
+        """The number of moving averages."""
+        return len(self.ema) + len(self.power_ema)
+
     def check(self) -> None:
         """Check the values of the fields.
 
@@ -213,6 +221,13 @@ class Train:
         if not self.ema or not all(0 <= decay < 1 for decay in self.ema):
             raise ValueError(
                 f"train.ema is {self.ema}: use at least one decay, each 0 or more, and less than 1"
+            )
+        if len(set(self.power_ema)) < len(self.power_ema):
+            raise ValueError(f"train.power_ema is {self.power_ema}: use each length once")
+        if not all(0 < length < averaging.LONGEST for length in self.power_ema):
+            raise ValueError(
+                f"train.power_ema is {self.power_ema}: use lengths above 0 and below"
+                f" {averaging.LONGEST:.3f}"
             )
         if self.seed >= SEEDS:
             raise ValueError(f"train.seed is {self.seed}: use less than 2**32")
@@ -377,7 +392,7 @@ def dataclass_from_dict(kind: Any, values: dict[str, Any]) -> Any:
 BOUND_FIELDS = (
     "data.source", "data.name", "data.size", "data.pad", "data.grey", "data.conditions",
     "diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr", "diffusion.T",
-    "diffusion.prediction",
+    "diffusion.prediction", "train.power_ema",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffjax"
 MATHEMATICS = {
     "schedule", "process", "parameterization", "denoiser", "guidance", "sampler", "solvers", "sde",
-    "likelihood", "loss", "distillation", "testing",
+    "likelihood", "loss", "averaging", "distillation", "testing",
 }  # fmt: skip
 LAYERS = [  # a file imports only from its own layer or from one above it in this list
     MATHEMATICS,
@@ -119,12 +119,9 @@ def test_only_the_command_line_names_its_options():
 
 
 # Networks have their names in nn/, and published ones in interop/. Elsewhere only for a reason:
-READS_PUBLISHED = {"unet2d", "UNet2DModel"}
 ABOUT_UNET = {
     "config.py": {"UNetConfig", "unet"},  # the network of a configuration that names none
-    "inference/model.py": READS_PUBLISHED,  # it opens published folders
-    "cli/convert.py": READS_PUBLISHED,  # it converts them
-    "bench/diffusers_baseline.py": READS_PUBLISHED,  # it runs them by diffusers
+    "bench/diffusers_baseline.py": {"UNet2DModel"},  # it runs it by diffusers
 }
 
 

@@ -82,7 +82,7 @@ def _load_imported(source: str | Path, step: int | None, weights: str) -> Traine
 
 def _imported_weights(source: str | Path, found: str, asked: str) -> str:
     # An import has one set of weights, which is what it is whatever is asked for.
-    if asked == "raw" and found == "ema":
+    if asked == "raw" and found not in ("raw", "unknown"):
         raise ValueError(f"weights is 'raw', and {source} has only a moving average: use ema")
     return found
 

@@ -55,8 +55,8 @@ FOREIGN_LEARNING_RATE = 1e-4  # for a teacher of another library, whose own rate
 # Defaults of a student's training that do not come from its teacher's.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr",
-    "condition_dropout": 0.0, "ema": (0.999,), "eval_every": 1000, "preview_every": 1000,
-    "save_every": 200,
+    "condition_dropout": 0.0, "ema": (0.999,), "power_ema": (), "eval_every": 1000,
+    "preview_every": 1000, "save_every": 200,
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------- methods
@@ -453,7 +453,7 @@ class StudentTrainer:
         params = distillation.init_from_teacher(fresh, teacher_params)
         # Copies, since steps reuse the memory of their state and go on reading the teacher.
         params = jax.tree.map(partial(jnp.array, copy=True), params)
-        return init_state(params, self.optimizer, len(self.info.config.train.ema))
+        return init_state(params, self.optimizer, self.info.config.train.averages)
 
     def train_step(
         self, state: TrainState, batch: Any, teacher_params: Any, axis_name: str | None = None
@@ -465,6 +465,7 @@ class StudentTrainer:
             self.optimizer,
             train.ema,
             train.seed,
+            power_lengths=train.power_ema,
             accumulate=train.accumulate,
             rate=self.rate,
             log_quartiles=len(self.objectives.weights) >= len(QUARTILES),

@@ -71,6 +71,7 @@ def build_training(info: ModelInfo) -> Training:
         optimizer,
         train.ema,
         train.seed,
+        power_lengths=train.power_ema,
         accumulate=train.accumulate,
         rate=rate,
         log_quartiles=True,
@@ -93,7 +94,7 @@ class Initializer:
     def __call__(self, key: jax.Array) -> TrainState:
         """The state with fresh parameters."""
         params = init_params(self.info, self.module, key)
-        return init_state(params, self.optimizer, len(self.info.config.train.ema))
+        return init_state(params, self.optimizer, self.info.config.train.averages)
 
 
 class ParallelTraining:

@@ -17,7 +17,8 @@ class TrainState(NamedTuple):
     step: Array  # int32: steps done, skipped ones included
     skipped: Array  # int32: steps with non-finite gradients, which changed nothing else
     params: Any
-    ema: tuple[Any, ...]  # moving averages of params, float32, one per decay
+    # Moving averages of params, float32: one per decay, then one per length of a power function.
+    ema: tuple[Any, ...]
     opt_state: Any
 
 
@@ -42,16 +43,6 @@ def state_from_trees(trees: dict[str, Any], like: TrainState) -> TrainState:
     """The inverse of `state_to_trees`, with as many moving averages as `like` has."""
     rest, ema = trees["rest"], tuple(trees[ema_key(i)] for i in range(len(like.ema)))
     return TrainState(rest["step"], rest["skipped"], trees["params"], ema, rest["opt_state"])
-
-
-def ema_decay(step: Array, limit: float) -> Array:
-    """The decay of a moving average with warm-up, min(limit, (1 + step)/(10 + step)).
-
-    Without it, an average with decay 0.9999 would still hold 37% of the random initial parameters
-    after 10,000 steps.
-    """
-    step = jnp.asarray(step, jnp.float32)
-    return jnp.minimum(limit, (1 + step) / (10 + step))
 
 
 def step_key(seed: int, step: Any) -> Array:

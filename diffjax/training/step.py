@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from diffjax.averaging import ema_decay, power_decay
 from diffjax.loss import Objective
-from diffjax.training.state import TrainState, ema_decay, step_key
+from diffjax.training.state import TrainState, step_key
 
 Metrics = dict[str, Array]
 # (state, batch, *extra arguments that are only read, axis_name=None) -> (state, metrics)
@@ -34,6 +35,7 @@ def make_train_step(
     ema_decays: Sequence[float],
     seed: int,
     *,
+    power_lengths: Sequence[float] = (),
     accumulate: int = 1,
     rate: optax.Schedule | None = None,
     log_quartiles: bool = False,
@@ -45,8 +47,9 @@ def make_train_step(
     gradients are averaged, before the optimizer clips them. Shares are of equal size, so the mean
     of their means is the mean of the batch.
 
-    accumulate: parts of the batch whose gradients are computed in turn, to save memory. A step
-    with a non-finite loss or gradient is counted, and changes nothing else.
+    power_lengths: relative lengths of the averages by power functions, which follow those of
+    ema_decays in the state. accumulate: parts of the batch whose gradients are computed in turn,
+    to save memory. A step with a non-finite loss or gradient is counted, and changes nothing else.
 
     Metrics: loss; grad_norm before clipping; skipped steps so far; learning_rate, where `rate` is
     given; with log_quartiles the mean loss of each quarter of the noise levels, QUARTILES, NaN for
@@ -64,12 +67,15 @@ def make_train_step(
             batch_gradients = jax.lax.pmean(batch_gradients, axis_name)
         norm = optax.tree.norm(batch_gradients.gradients)
         is_finite = jnp.isfinite(batch_gradients.loss) & jnp.isfinite(norm)
-        updated = apply_update(state, batch_gradients.gradients, is_finite, optimizer, ema_decays)
+        done = state.step - state.skipped
+        decays = [ema_decay(state.step, limit) for limit in ema_decays]
+        decays += [power_decay(done, length) for length in power_lengths]
+        updated = apply_update(state, batch_gradients.gradients, is_finite, optimizer, decays)
         found = metrics(batch_gradients, norm, updated.skipped)
         if (
             rate is not None
         ):  # of this update: optimizers count those before it, without the skipped
-            found["learning_rate"] = jnp.asarray(rate(state.step - state.skipped), jnp.float32)
+            found["learning_rate"] = jnp.asarray(rate(done), jnp.float32)
         return updated, found
 
     return train_step
@@ -108,14 +114,17 @@ def apply_update(
     gradients: Any,
     is_finite: Array,
     optimizer: optax.GradientTransformation,
-    ema_decays: Sequence[float],
+    decays: Sequence[Array],
 ) -> TrainState:
-    """The state after an optimizer step, skipped if gradients are not finite."""
+    """The state after an optimizer step, skipped if gradients are not finite.
+
+    decays: of this step, one per moving average.
+    """
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = tuple(
-        jax.tree.map(partial(_average, ema_decay(state.step, decay)), average, params)
-        for decay, average in zip(ema_decays, state.ema, strict=True)
+        jax.tree.map(partial(_average, decay), average, params)
+        for decay, average in zip(decays, state.ema, strict=True)
     )
     updated = TrainState(state.step + 1, state.skipped, params, ema, opt_state)
     skipped = state._replace(step=state.step + 1, skipped=state.skipped + 1)

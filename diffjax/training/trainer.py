@@ -23,6 +23,7 @@ from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import NotFiniteError, describe_devices
 from diffjax.nn.conditioning import difference, with_names
 from diffjax.nn.registry import network_name
+from diffjax.training.averages import StoredAverages
 from diffjax.training.distill import build_distillation, student_info
 from diffjax.training.lock import take_lock
 from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
@@ -92,6 +93,7 @@ class Session:
     preview: Preview | None = None
     metrics: JsonlWriter | None = None  # on process 0
     board: TensorBoard | None = None  # on process 0, where asked for
+    averages: StoredAverages | None = None  # with train.power_ema
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of the run folder
     error: Exception | None = None  # that ended the batches
 
@@ -103,7 +105,7 @@ class Session:
             PeriodicAction(train.eval_every, self.evaluate, "held-out loss"),
             PeriodicAction(train.preview_every, self.draw_preview, "preview"),
             PeriodicAction(train.save_every, self.save, "saving"),
-            PeriodicAction(train.steps, lambda state: self.checkpoints.wait(), "saving"),
+            PeriodicAction(train.steps, self.wait, "saving"),
             PeriodicAction(train.steps, lambda state: self.draw_curve(), "loss curve"),
         )
 
@@ -163,8 +165,22 @@ class Session:
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint in the background."""
-        trees = state_to_trees(self.training.global_state(state))
-        self.checkpoints.save(int(state.step), trees, self.info.to_dict())
+        state = self.training.global_state(state)
+        if self.averages is not None:  # first, so that no checkpoint is without them
+            self.averages.save(state)
+        self.checkpoints.save(int(state.step), state_to_trees(state), self.info.to_dict())
+
+    def wait(self, state: TrainState) -> None:
+        """Wait until every save is on disk."""
+        if self.averages is not None:
+            self.averages.wait()
+        self.checkpoints.wait()
+
+    def close(self) -> None:
+        """Wait until every save is on disk, and release the folders."""
+        if self.averages is not None:
+            self.averages.close()
+        self.checkpoints.close()
 
     def draw_curve(self) -> None:
         """Write the picture of the losses, on process 0."""
@@ -216,10 +232,10 @@ def _train(session: Session, start: int) -> TrainResult:
             if start < step < session.options.steps:
                 session.report(f"saving a checkpoint of step {step}")
                 session.save(state)
-            session.checkpoints.close()
+            session.close()
     except (FloatingPointError, UnreadableError, SaveError):
         with contextlib.suppress(SaveError):
-            session.checkpoints.close()
+            session.close()
         raise
     finally:
         if session.board is not None:
@@ -292,6 +308,8 @@ def _open(
         if checkpoints.steps():  # since this session looked for some
             raise ValueError(f"workdir is {workdir}, where another training has begun: start again")
     session = Session(info, workdir, state, training, checkpoints, report, batches)
+    if config.train.power_ema:
+        session.averages = StoredAverages(workdir, config.train.power_ema, start)
     session.damaged = dataset.damaged
     session.held_out = [training.place_batch(batch) for batch in held_out]
     preview = None

@@ -52,6 +52,7 @@ TRAIN = {
     "train.weight-decay": ("0.35", 0.35),
     "train.clip": ("2.5", 2.5),
     "train.ema": ("0.7 0.6", (0.7, 0.6)),
+    "train.power-ema": ("0.06 0.12", (0.06, 0.12)),
     "train.weighting": ("min_snr", "min_snr"),
     "train.times": ("antithetic", "antithetic"),
     "train.condition-dropout": ("0.45", 0.45),

@@ -3,11 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from diffjax import loss
 from diffjax.training.state import (
-    ema_decay,
     init_state,
     state_from_trees,
     state_to_trees,
@@ -31,13 +29,6 @@ def test_trees_are_inverted():
     assert set(trees) == {"params", "rest", "ema", "ema_1", "ema_2"}
     assert set(trees["rest"]) == {"step", "skipped", "opt_state"}
     chex.assert_trees_all_equal(state_from_trees(trees, state), state)
-
-
-def test_decay_warms_up():
-    decays = ema_decay(jnp.arange(20_000), 0.999)
-    assert decays[0] == pytest.approx(0.1)
-    assert (np.diff(decays) >= 0).all()
-    assert decays[-1] == pytest.approx(0.999)
 
 
 def test_keys_differ():
