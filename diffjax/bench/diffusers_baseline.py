@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffjax.bench.models import BenchModel
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.nn.conditioning import ClassLabel
 
 
@@ -34,7 +34,7 @@ class DiffusersBaseline:
     """A `UNet2DModel` with diffusers' schedulers; methods return functions to time."""
 
     def __init__(self, model: BenchModel) -> None:
-        """Convert the weights by `interop.unet2d`, as a user would.
+        """Convert the weights by `interop.hub`, as a user would.
 
         Raises: ValueError for a network that diffusers does not have.
         """
@@ -44,7 +44,7 @@ class DiffusersBaseline:
         diffusers.utils.logging.set_verbosity_error()
         torch.set_num_threads(os.cpu_count() or 1)
         with tempfile.TemporaryDirectory() as folder:
-            unet2d.save(Path(folder), model.info, model.params, "raw", 0)
+            hub.save(Path(folder), model.info, model.params, "raw", 0)
             self.model: Any = diffusers.UNet2DModel.from_pretrained(folder)
             self.scheduler: Any = diffusers.DDPMScheduler.from_pretrained(folder)
         self._config, self._x_shape = model.info.config, model.info.x_shape

@@ -14,7 +14,7 @@ from diffjax.cli import common
 from diffjax.cli.options import Text, WeightsOptions
 from diffjax.config import Config, Data, config_names, load_config
 from diffjax.inference.model import TrainedModel, load_model
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.training.state import init_state, state_to_trees
 
 # For further training: an imported network does not need the high rate of a new one.
@@ -23,7 +23,7 @@ STEPS, LEARNING_RATE = 10_000, 1e-4
 
 @dataclass(frozen=True)
 class Options:
-    """Convert a Hugging Face folder of a UNet2DModel to a run folder, or back.
+    """Convert a published model to a run folder, or back.
 
     As in: diffjax convert hf:google/ddpm-cifar10-32 runs/cifar10 --data cifar10
     """
@@ -43,8 +43,8 @@ def run(options: Options) -> None:
     source, destination = options.source, options.destination
     config = None
     with common.user_errors():
-        is_import = unet2d.is_source(source)
-        if is_import == unet2d.is_source(destination):
+        is_import = hub.is_source(source)
+        if is_import == hub.is_source(destination):
             raise ValueError(
                 f"source is {source} and destination {destination}: write hf: before the"
                 " one that is a Hugging Face folder"
@@ -56,10 +56,10 @@ def run(options: Options) -> None:
             config = run_config(model, options.data)
             write_run(model, config, Path(destination))
         else:
-            folder = Path(destination.removeprefix(unet2d.PREFIX))
+            folder = Path(destination.removeprefix(hub.PREFIX))
             if (folder / "config.json").exists():
                 raise ValueError(f"{folder} already has a config.json: use another folder")
-            unet2d.save(folder, model.info, model.params, model.weights, model.step)
+            hub.save(folder, model.info, model.params, model.weights, model.step)
     for note in model.notes:
         print(f"{model.name}: {note}")
     words = shlex.quote(destination)

@@ -19,7 +19,7 @@ from diffjax.data.codec import Codec
 from diffjax.denoiser import Network
 from diffjax.devices import parallel
 from diffjax.inference.weights import load_weights
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.nn.registry import network_name
 from diffjax.parameterization import Parameterization
 from diffjax.schedule import Schedule
@@ -43,14 +43,14 @@ class TrainedModel(NamedTuple):
 def load_model(source: str | Path, step: int | None = None, weights: str = "ema") -> TrainedModel:
     """Load the model of a run folder, or a published one.
 
-    source: the folder, or "hf:FOLDER" or "hf:OWNER/NAME" for a UNet2DModel of diffusers.
+    source: the folder, or for a published model "hf:FOLDER", "hf:OWNER/NAME" or a .pt file.
     step: the checkpoint's training step, None for the latest. weights: "ema", the first moving
     average; the decay of one, as "0.9999"; or "raw", the parameters as trained.
 
     Raises: FileNotFoundError where there is none; ValueError for weights that it has not, or that
     are not finite, for a network that cannot be read, or makes no images.
     """
-    if unet2d.is_source(source):
+    if hub.is_source(source):
         return _load_imported(source, step, weights)
     workdir = Path(source)
     info, params, weights, step = load_weights(workdir, step, weights)
@@ -72,7 +72,7 @@ def _load_imported(source: str | Path, step: int | None, weights: str) -> Traine
         raise ValueError(f"weights is {weights!r}: use ema or raw")
     if step is not None:
         raise ValueError(f"checkpoint is {step}, and {source} has one set of weights: leave it out")
-    found = unet2d.load(unet2d.locate(source))
+    found = hub.load(hub.locate(source))
     weights = _imported_weights(source, found.weights, weights)
     sharding = parallel.replicated(parallel.device_mesh())
     params = jax.device_put(jax.device_get(found.params), sharding)
@@ -129,8 +129,8 @@ def _image_channels(info: ModelInfo, codec: Codec) -> int:
 
 def output_folder(source: str | Path) -> Path:
     """The folder for a model's pictures: its run folder, or runs/NAME if imported."""
-    if unet2d.is_source(source):
-        return Path("runs") / Path(str(source).removeprefix(unet2d.PREFIX)).name
+    if hub.is_source(source):
+        return Path("runs") / hub.short_name(source)
     return Path(source)
 
 

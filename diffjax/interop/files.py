@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import safe_open
 from safetensors.flax import load_file
+from safetensors.numpy import save_file
 
+WEIGHTS = "diffusion_pytorch_model"  # the name of diffusers' files
 HALF = {"fp16", "bf16"}  # variants that have lost digits
 
 
@@ -36,7 +38,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise ValueError(
-            f"{path.parent} has no {path.name}: use a folder of a UNet2DModel with its scheduler"
+            f"{path.parent} has no {path.name}: use a folder of a UNet2DModel, a"
+            " DiTTransformer2DModel or a pipeline of one, with its scheduler, or of an"
+            " AutoencoderKL"
         )
     try:
         values = json.loads(path.read_text())
@@ -67,6 +71,21 @@ def read_weights(home: Path, name: str) -> Weights:
     return Weights(tensors, metadata, files[0], variant)
 
 
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_part(
+    home: Path, settings: dict[str, Any], tensors: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    """Write a network as diffusers does: config.json, and its tensors with metadata."""
+    write_json(home / "config.json", settings)
+    rows = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    save_file(rows, home / f"{WEIGHTS}.safetensors", metadata={"format": "pt", **metadata})
+
+
 class _Name(NamedTuple):
     """The parts of a file's name."""
 
@@ -85,7 +104,7 @@ def _choose(home: Path, name: str) -> tuple[list[Path], str]:
         if pickled:
             raise ValueError(
                 f"{home} has only pickled weights ({pickled[0].name}), which could run any code:"
-                " save it with safetensors, UNet2DModel.from_pretrained(...).save_pretrained(...)"
+                " load it by diffusers, and save it with safetensors by save_pretrained(...)"
             )
         raise ValueError(f"{home} has no {name}.safetensors")
     variant = min((each.variant for each in names), key=_rank)

@@ -23,14 +23,18 @@ OTHER_PROCESS = {
     "sigma_max": lambda value: value is not None,
 }
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
 def read_diffusion(given: dict[str, Any], path: Path) -> Diffusion:
     """The forward process and the prediction of a scheduler's configuration.
 
-    Raises: ValueError, naming the file and the field, for what is none of DDPM's.
+    Raises: ValueError, naming the file and the field, for what is none of DDPM's, nor flow
+    matching's.
     """
     kind = given.get("_class_name", "the scheduler")
+    if kind == FLOW:
+        return _read_flow(given, path)
     other = [name for name, is_other in OTHER_PROCESS.items() if is_other(given.get(name))]
     if other or not {"beta_schedule", "num_train_timesteps"} <= set(given):
         reason = f" ({other[0]} {given[other[0]]!r})" if other else ""
@@ -64,6 +68,23 @@ def read_diffusion(given: dict[str, Any], path: Path) -> Diffusion:
     )
 
 
+def _read_flow(given: dict[str, Any], path: Path) -> Diffusion:
+    for name in ("use_dynamic_shifting", "invert_sigmas"):
+        if given.get(name):
+            raise ValueError(
+                f"{path} has {name} {given[name]!r}: only one shift for all sizes can be read, and"
+                " sigma from 1 to 0"
+            )
+    T = given.get("num_train_timesteps", 1000)
+    return Diffusion(
+        schedule="flow",
+        shift=float(given.get("shift", 1.0)),
+        prediction="flow",
+        T=T,
+        time_scale=float(T),
+    )
+
+
 def scheduler_notes(given: dict[str, Any]) -> Iterator[str]:
     """Sentences on what the scheduler does otherwise than sampling does by default."""
     kind = given.get("_class_name", "DDPMScheduler")
@@ -91,29 +112,38 @@ def scheduler_notes(given: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def scheduler_config(config: Config) -> dict[str, Any]:
+def scheduler_config(config: Config, *, is_latent: bool = False) -> dict[str, Any]:
     """The scheduler_config.json of a configuration's process.
 
-    Raises: ValueError for a schedule that diffusers does not have.
+    is_latent: DDIM's, which does not clip x0, in place of DDPM's.
+
+    Raises: ValueError for a schedule or a prediction that diffusers does not have.
     """
     d = config.diffusion
+    if d.schedule == "flow" and d.prediction == "flow" and d.time_scale == d.T:
+        return {"_class_name": FLOW, "num_train_timesteps": d.T, "shift": d.shift}
     names = {ours: name for name, ours in SCHEDULES.items()}
     if d.schedule not in names:
         raise ValueError(
             f"diffusion.schedule is {d.schedule}, and diffusers has only {', '.join(names)}"
         )
+    predictions = {ours: name for name, ours in PREDICTIONS.items()}
+    if d.prediction not in predictions:
+        raise ValueError(
+            f"diffusion.prediction is {d.prediction}, and diffusers has only"
+            f" {', '.join(predictions)} with the schedule {d.schedule}"
+        )
     first, last = d.betas or _default_betas(d.schedule, d.T)
-    return {
-        "_class_name": "DDPMScheduler",
+    of_kind = {"_class_name": "DDPMScheduler", "variance_type": "fixed_small"}
+    return (of_kind if not is_latent else {"_class_name": "DDIMScheduler"}) | {
         "num_train_timesteps": d.T,
         "beta_schedule": names[d.schedule],
         "beta_start": first,
         "beta_end": last,
         "rescale_betas_zero_snr": d.zero_terminal_snr,
-        "clip_sample": True,
-        "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[d.prediction],
+        "clip_sample": not is_latent,
+        "prediction_type": predictions[d.prediction],
         "timestep_spacing": "trailing",
-        "variance_type": "fixed_small",
     }
 
 

@@ -15,7 +15,7 @@ from diffjax.cli.convert import run_config
 from diffjax.cli.train import parse
 from diffjax.config import Config, Data, check_resume
 from diffjax.inference.model import load_model
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.nn.conditioning import ClassLabel
 from diffjax.nn.unet import UNetConfig
 
@@ -72,7 +72,7 @@ def published(tmp_path_factory):
     info = ModelInfo(Config(network=network), (8, 8, 1), label)
     params = init_params(info, build_module(info), jax.random.key(0))
     folder = tmp_path_factory.mktemp("published") / "theirs"
-    unet2d.save(folder, info, params, "unknown", 0)
+    hub.save(folder, info, params, "unknown", 0)
     return folder
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from diffjax.build import ModelInfo, abstract_params, build_module
 from diffjax.cli import main
 from diffjax.config import Config
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.nn.conditioning import UNCONDITIONAL
 from diffjax.nn.unet import UNetConfig
 
@@ -56,10 +56,10 @@ def make(folder, spoil, scale=0.1):
     like = abstract_params(info, build_module(info))
     params = jax.tree.map(lambda p: (scale * r.normal(size=p.shape)).astype(np.float32), like)
     folder.mkdir()
-    unet2d.save(folder, info, params, "ema", 0)
+    hub.save(folder, info, params, "ema", 0)
     names = spoil(folder, params)
     if spoil is spoil_nan:
-        unet2d.save(folder, info, params, "ema", 0)
+        hub.save(folder, info, params, "ema", 0)
     return names
 
 

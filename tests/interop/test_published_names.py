@@ -6,7 +6,7 @@ from safetensors.numpy import load_file
 
 from diffjax.build import ModelInfo, abstract_params, build_module
 from diffjax.config import Config
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.nn.conditioning import UNCONDITIONAL
 from diffjax.nn.unet import UNetConfig
 
@@ -66,7 +66,7 @@ def test_published_names(tmp_path):
     params = jax.tree.map(
         lambda leaf: np.ones(leaf.shape), abstract_params(info, build_module(info))
     )
-    unet2d.save(tmp_path, info, params, "ema", 7)
+    hub.save(tmp_path, info, params, "ema", 7)
     (file,) = tmp_path.rglob("*.safetensors")
     tensors = load_file(file)
     shapes = {name: value.shape for name, value in tensors.items() if name.endswith("weight")}

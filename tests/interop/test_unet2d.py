@@ -21,7 +21,7 @@ from diffjax import schedule
 from diffjax.build import ModelInfo, abstract_params, build_module, build_schedule
 from diffjax.config import Config, Diffusion, Distillation
 from diffjax.inference.model import load_model
-from diffjax.interop import unet2d
+from diffjax.interop import hub, unet2d
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Vector
 from diffjax.nn.registry import NetworkConfig
 from diffjax.nn.unet import UNetConfig
@@ -75,8 +75,8 @@ diffusions = st.builds(
 def test_round_trip(tmp_path_factory, network, diffusion, conditioning, weights):
     info = ModelInfo(Config(network=network, diffusion=diffusion), SHAPE, conditioning)
     folder, params = tmp_path_factory.mktemp("folder"), make_params(info)
-    unet2d.save(folder, info, params, weights, 7)
-    found = unet2d.load(folder)
+    hub.save(folder, info, params, weights, 7)
+    found = hub.load(folder)
     jax.tree.map(np.testing.assert_array_equal, found.params, params)
     assert (found.weights, found.step) == (weights, 7)
     assert found.info.x_shape == SHAPE
@@ -90,8 +90,8 @@ def test_round_trip(tmp_path_factory, network, diffusion, conditioning, weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *levels)
     assert config.diffusion.prediction == diffusion.prediction
     # The same function: heads of one number or one width are written alike.
-    again = unet2d._settings(found.info, config.network)
-    assert again == unet2d._settings(info, network)
+    again = unet2d.write(found.info, found.params)
+    assert again.settings == unet2d.write(info, params).settings
 
 
 NETWORK = UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), norm_groups=4)
@@ -102,7 +102,7 @@ INFO = ModelInfo(Config(network=NETWORK), SHAPE, ClassLabel(3))
 def saved(tmp_path_factory):
     """A folder of diffusers, which tests copy."""
     folder = tmp_path_factory.mktemp("saved") / "theirs"
-    unet2d.save(folder, INFO, make_params(INFO), "ema", 0)
+    hub.save(folder, INFO, make_params(INFO), "ema", 0)
     return folder
 
 
@@ -172,22 +172,22 @@ MISTAKES = [
 def test_networks_that_do_not_fit(folder, name, fields, names):
     edit(folder, name, **fields)
     with pytest.raises(ValueError, match=naming(name, *names)):
-        unet2d.load(folder)
+        hub.load(folder)
 
 
 def test_unusable_files(folder):
     (folder / WEIGHTS).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=naming(folder / WEIGHTS)):
-        unet2d.load(folder)
+        hub.load(folder)
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=naming(folder, "diffusion_pytorch_model.bin")):
-        unet2d.load(folder)
+        hub.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=naming(folder / "config.json", "JSON")):
-        unet2d.load(folder)
+        hub.load(folder)
     (folder / "config.json").unlink()
     with pytest.raises(ValueError, match=naming(folder, "config.json", "UNet2DModel")):
-        unet2d.load(folder)
+        hub.load(folder)
 
 
 def test_pipeline_with_old_names(folder, tmp_path):
@@ -200,7 +200,7 @@ def test_pipeline_with_old_names(folder, tmp_path):
         (tmp_path / "pipeline" / part).mkdir(parents=True)
         (folder / name).rename(tmp_path / "pipeline" / part / name)
     save_file(tensors, tmp_path / "pipeline" / "unet" / WEIGHTS, metadata={"format": "pt"})
-    found = unet2d.load(tmp_path / "pipeline")
+    found = hub.load(tmp_path / "pipeline")
     assert found.weights == "unknown"
     for word in ("weights", 4):
         assert any(re.search(naming(word), note) for note in found.notes)
@@ -230,7 +230,7 @@ def test_kind_of_weights(folder, fields, name, metadata, expected):
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     save_file(tensors, folder / name, metadata={"format": "pt", **metadata})
-    found = unet2d.load(folder)
+    found = hub.load(folder)
     assert (found.weights, found.info.imported) == (expected, expected)
     variant = re.search(r"(non_ema|ema)", name)
     assert not variant or any(re.search(naming(variant[1], name), note) for note in found.notes)
@@ -257,20 +257,20 @@ def test_a_latent_pipeline_is_refused(folder, tmp_path, index, inside):
     """It is refused in whichever of its folders it is named: its network makes no pictures."""
     pipeline = as_pipeline(folder, tmp_path / "pipeline", index)
     with pytest.raises(ValueError, match=naming(pipeline, next(iter(index)))):
-        unet2d.load(pipeline / inside)
+        hub.load(pipeline / inside)
 
 
 def test_a_latent_pipeline_without_an_index_is_refused(folder):
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=naming(folder, "vae")):
-        unet2d.load(folder)
+        hub.load(folder)
 
 
 @pytest.mark.parametrize("index", [{}, {"vqvae": [None, None], "unet": ["diffusers", "UNet"]}])
 def test_a_pipeline_of_pixels_is_read(folder, tmp_path, index):
     """A pipeline may leave its autoencoder out."""
-    found = unet2d.load(as_pipeline(folder, tmp_path / "pipeline", index))
+    found = hub.load(as_pipeline(folder, tmp_path / "pipeline", index))
     assert found.info.x_shape == SHAPE
 
 
@@ -323,7 +323,7 @@ def test_networks_that_diffusers_does_not_have(tmp_path, network, diffusion, nam
     network = dataclasses.replace(NETWORK, **({"attention": ()} | network))
     info = INFO._replace(config=Config(network=network, diffusion=Diffusion(**diffusion)))
     with pytest.raises(ValueError, match=naming("diffusers", *names)):
-        unet2d.save(tmp_path / "new", info, {}, "ema", 0)
+        hub.save(tmp_path / "new", info, {}, "ema", 0)
     assert not (tmp_path / "new").exists()
 
 
@@ -346,14 +346,14 @@ class OtherConfig(NetworkConfig):
 )
 def test_models_that_are_refused(tmp_path, info, names):
     with pytest.raises(ValueError, match=naming("UNet2DModel", *names)):
-        unet2d.save(tmp_path, info, {}, "ema", 0)
+        hub.save(tmp_path, info, {}, "ema", 0)
 
 
 def test_distilled_model(tmp_path):
     distillation = Distillation(method="progressive", teacher="a", start=64, steps=4)
     info = INFO._replace(config=dataclasses.replace(INFO.config, distillation=distillation))
-    unet2d.save(tmp_path, info, make_params(info), "ema", 0)
-    assert unet2d.load(tmp_path).info.config.distillation == distillation
+    hub.save(tmp_path, info, make_params(info), "ema", 0)
+    assert hub.load(tmp_path).info.config.distillation == distillation
 
 
 # ------------------------------------------------------------------------------- live
@@ -445,7 +445,7 @@ def test_network_of_diffusers_here_and_back(name, tmp_path):
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
     )
     scheduler.save_pretrained(tmp_path / "theirs")
-    found = unet2d.load(tmp_path / "theirs")
+    found = hub.load(tmp_path / "theirs")
     info = found.info
     np.testing.assert_array_equal(build_schedule(info.config), schedule.cosine(1000))
     module = build_module(info)
@@ -455,7 +455,7 @@ def test_network_of_diffusers_here_and_back(name, tmp_path):
     label = np.array([0, 1, classes - 1]) if classes else None
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(jax.jit(module.apply)({"params": found.params}, x, jnp.asarray(t), label))
-    unet2d.save(tmp_path / "back", info, found.params, found.weights, found.step)
+    hub.save(tmp_path / "back", info, found.params, found.weights, found.step)
     diffusers.DDPMScheduler.from_pretrained(tmp_path / "back")
     for folder in ("theirs", "back"):
         again = diffusers.UNet2DModel.from_pretrained(tmp_path / folder).eval()

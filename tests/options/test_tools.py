@@ -16,7 +16,7 @@ from diffjax.cli import bench, convert, dry_run, main
 from diffjax.config import flat_fields
 from diffjax.inference.model import load_model
 from diffjax.inference.pipeline import Pipeline
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.nn.conditioning import Vector
 from tests.options.observations import observes
 from tests.options.probe import call, calls, words_of, write_run
@@ -71,13 +71,13 @@ def test_convert(run, other_run, tmp_path, monkeypatch):
     """The weights that are named arrive in the folder; an imported network has the data."""
     cases = {"": (7, 0.5), "--weights raw": (7, 0.4), "--checkpoint 3 --weights 0.5": (3, 0.3)}
     for words, (step, value) in cases.items():
-        place = unet2d, "save"
+        place = hub, "save"
         folder, info, params, *_ = call(place, "convert", run, f"hf:{tmp_path}/x", words).args_
         assert folder == tmp_path / "x"
         assert float(params["idle"]) == np.float32(value)
         assert info.config.data.source == "npz"
         assert load_model(run, step).step == step
-    other = call((unet2d, "save"), "convert", other_run, f"hf:{tmp_path}/x").args_[2]
+    other = call((hub, "save"), "convert", other_run, f"hf:{tmp_path}/x").args_[2]
     assert float(other["idle"]) == np.float32(0.95)
     opened = []
 

@@ -14,7 +14,7 @@ from diffjax.config import Data, check_resume
 from diffjax.denoiser import from_network
 from diffjax.devices import parallel
 from diffjax.inference.model import load_model
-from diffjax.interop import unet2d
+from diffjax.interop import hub
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
 from diffjax.process import append_dims
 from diffjax.training import distill
@@ -288,7 +288,7 @@ def test_students_learn_with_every_condition(models):
 
 def test_a_published_teacher_has_unknown_data(models, tmp_path):
     teacher = models["teacher"]
-    unet2d.save(tmp_path / "theirs", teacher.info, teacher.params, "ema", 3)
+    hub.save(tmp_path / "theirs", teacher.info, teacher.params, "ema", 3)
     published = load_model(f"hf:{tmp_path / 'theirs'}")
     options = default_options(DistillOptions(guidance=2.0, start=16), published)
     assert options.train.learning_rate == distill.FOREIGN_LEARNING_RATE
