@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,15 @@ import jax
 import optax
 
 from diffjax import denoiser, loss, parameterization, process, schedule
-from diffjax.config import BETAS, SCHEDULES, Config, Data, config_from_dict, config_to_dict
+from diffjax.config import (
+    BETAS,
+    SCHEDULES,
+    Config,
+    Data,
+    config_from_dict,
+    config_to_dict,
+    dataclass_from_dict,
+)
 from diffjax.data.codec import PIXELS, Codec
 from diffjax.nn import registry
 from diffjax.nn.conditioning import (
@@ -33,6 +42,7 @@ class ModelInfo(NamedTuple):
     # The weights of an import or of an average, not trained since, as "ema", "raw", "unknown" or
     # "average of 0.1"; "" for others.
     imported: str = ""
+    autoencoder: str = ""  # checksum of what decodes x, a latent; "" for models of images
 
     def to_dict(self) -> dict[str, Any]:
         """The model's description for JSON."""
@@ -41,6 +51,7 @@ class ModelInfo(NamedTuple):
             "x_shape": list(self.x_shape),
             "conditioning": conditioning_to_dict(self.conditioning),
             "imported": self.imported,
+            "autoencoder": self.autoencoder,
         }
 
     @staticmethod
@@ -55,6 +66,7 @@ class ModelInfo(NamedTuple):
                 tuple(values["x_shape"]),
                 conditioning_from_dict(values["conditioning"]),
                 values["imported"],
+                values.get("autoencoder", ""),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -75,12 +87,14 @@ def load_data(config: Config) -> Any:
     Raises: ValueError or OSError for data that cannot be used.
     """
     # Imported here: sampling does not wait for libraries of data sets.
-    from diffjax.data import arrays, dataset, folder, idx, tfds
+    from diffjax.data import arrays, dataset, folder, idx, latents, tfds
 
     data = config.data
     _check_known(data)
     if data.source == "tfds":
         images = tfds.load_tfds(data.name, data.dir, data.size)
+    elif data.source == "latents":
+        return latents.load_latents(Path(data.path or ""), flip=data.flip)
     elif data.source == "folder":
         images = folder.load_folder(
             Path(data.path or ""), data.size or 0, grey=data.grey, skip_damaged=data.skip_damaged
@@ -104,7 +118,22 @@ def model_info(config: Config, dataset: Any) -> ModelInfo:
 
     Raises: ValueError for a condition that the data has not.
     """
-    return ModelInfo(config, dataset.image_shape, select(dataset.fields, config.data.conditions))
+    conditioning = select(dataset.fields, config.data.conditions)
+    return ModelInfo(config, dataset.image_shape, conditioning, autoencoder=dataset.autoencoder)
+
+
+def image_config(config: Config) -> Config:
+    """The configuration with the images that its data are made of, which latents are not.
+
+    Raises: ValueError for latents whose folder is not where it was.
+    """
+    from diffjax.data import latents
+
+    if config.data.source != "latents":
+        return config
+    stored = latents.complete_manifest(Path(config.data.path or "")).data
+    data = dataclass_from_dict(Data, stored)
+    return replace(config, data=replace(data, conditions=config.data.conditions))
 
 
 def check_conditions(info: ModelInfo, dataset: Any) -> None:

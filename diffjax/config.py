@@ -44,12 +44,18 @@ IMPORTED_PREFIX = "hf:"  # of the data's name of an imported network, and of the
 
 
 @dataclass(frozen=True)
+PATHS = {  # what data.path is of each source
+    "folder": "a folder of images",
+    "npz": "an .npz file of images",
+    "idx": "a folder of MNIST's files",
+    "latents": "a folder of latents",
+}
 class Data:
     """Data set and preprocessing."""
 
-    source: Literal["tfds", "folder", "npz", "idx"] = "tfds"
-    """tensorflow-datasets, a folder of image files, an .npz file of arrays, or a folder of MNIST's
-    own files (idx)."""
+    source: Literal["tfds", "folder", "npz", "idx", "latents"] = "tfds"
+    """tensorflow-datasets, a folder of image files, an .npz file of arrays, a folder of MNIST's own
+    files (idx), or a folder of latents that `diffjax encode` has written."""
     name: str = "digits"
     """Data set of tfds: digits, or any image data set of its catalogue."""
     dir: str | None = None
@@ -90,8 +96,8 @@ class Data:
         _not_negative("data.pad", self.pad)
         if self.source == "tfds" and self.path is not None:
             raise ValueError(
-                f"data.path is {self.path!r} and data.source tfds: use data.source folder, npz or"
-                " idx"
+                f"data.path is {self.path!r} and data.source tfds: use data.source folder, npz,"
+                " idx or latents"
             )
         if self.source != "tfds" and self.path is None:
             raise ValueError(f"data.path is None: set it to the {self.source} with the images")
@@ -101,6 +107,12 @@ class Data:
             raise ValueError("data.size is None: set it, since files have many sizes")
         if self.source != "folder" and self.skip_damaged:
             raise ValueError(
+        for name in ("size", "pad", "grey"):
+            if self.source == "latents" and getattr(self, name):
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name)} and data.source latents: images are"
+                    " preprocessed when they are encoded, so leave it out"
+                )
                 f"data.skip_damaged is True and data.source {self.source}: use it with files of a"
                 " folder"
             )
@@ -331,6 +343,42 @@ def _load_module(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's own file may raise
         del sys.modules[name]
+        users = self.diffusion.prediction, self.train.weighting
+        if self.diffusion.sigma_data != 0.5 and "edm" not in users:
+            raise ValueError(
+                f"diffusion.sigma_data is {self.diffusion.sigma_data}, diffusion.prediction"
+                f" {users[0]} and train.weighting {users[1]}: use it with prediction or weighting"
+                " edm"
+            )
+        if self.is_autoencoder:
+            _check_autoencoder(self)
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """True if the network is an autoencoder, which is trained to reconstruct images."""
+        return isinstance(self.network, AutoencoderConfig)
+
+
+# The beginnings of names of fields that are of no use to an autoencoder.
+_OF_DENOISERS = ("diffusion.", "train.weighting", "train.times", "train.condition_dropout")
+
+
+def _check_autoencoder(config: Config) -> None:
+    if config.data.conditions:
+        raise ValueError(
+            f"data.conditions is {config.data.conditions}, and an autoencoder has none: use ()"
+        )
+    if config.data.source == "latents":
+        raise ValueError(
+            "data.source is latents, and an autoencoder is trained on images: use those that the"
+            " latents are of"
+        )
+    default = flat_fields(Config())
+    for name, value in flat_fields(config).items():
+        if name.startswith(_OF_DENOISERS) and value != default[name]:
+            raise ValueError(
+                f"{name} is {value}, which an autoencoder has not: leave it at {default[name]}"
+            )
         raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
     return module
 

@@ -7,13 +7,14 @@ the number of processes, so a checkpoint needs to store nothing of it.
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 
 from diffjax.data.image_io import to_float
+from diffjax.data.latents import draw
 from diffjax.nn.conditioning import UNCONDITIONAL, Condition, Conditioning
 
 READ_AHEAD = 16  # batches: a slow file or two delays no step
@@ -33,10 +34,11 @@ def batch_stream(
 ) -> Iterator[dict[str, Any]]:
     """One process's share of the endless global batches start, start + 1, ...
 
-    Yields {"x": float32 [batch/process_count, H, W, C] in [-1, 1], "index": uint32, the global
-    example index, "condition": as the conditioning reads it, absent if None}. No other examples are
-    read. Each pass over the data is in a new random order, of `seed` alone. flip: mirror each
-    image, left to right, with probability 1/2, keyed by (seed, index).
+    Yields {"x": float32 [batch/process_count, H, W, C] in [-1, 1], or latents, "index": uint32, the
+    global example index, "condition": as the conditioning reads it, absent if None}. No other
+    examples are read. Each pass over the data is in a new random order, of `seed` alone, with new
+    latents, drawn from their moments by (seed, index). flip: mirror each image, left to right, with
+    probability 1/2, keyed by (seed, index).
 
     Raises: ValueError for a batch larger than the data, or not divisible by the processes.
     """
@@ -49,7 +51,7 @@ def batch_stream(
             f"batch is {batch}: {process_count} processes need a multiple of {process_count}"
         )
     shuffled = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    examples = shuffled.map_with_index(partial(_convert, conditioning, seed if flip else None))
+    examples = shuffled.map_with_index(partial(_convert, conditioning, _Random(seed, flip)))
     batches = examples.batch(batch // process_count)
     stream = batches[start * process_count + process_index :: process_count]
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
@@ -66,8 +68,8 @@ def first_batches(
 ) -> list[dict[str, Any]]:
     """The first batches of a split, at most `limit` of them, in memory.
 
-    They are as those of `batch_stream`. If the split has fewer than `batch` examples, there is one
-    batch, of the largest multiple of `multiple` that it has.
+    They are as those of `batch_stream`, but that latents are their mode. If the split has fewer
+    than `batch` examples, there is one batch, of the largest multiple of `multiple` that it has.
 
     Raises: ValueError for fewer than `multiple` examples, unless `limit` is 0.
     """
@@ -86,7 +88,7 @@ def first_batches(
 def first_examples(
     source: Any, num: int, conditioning: Conditioning = UNCONDITIONAL
 ) -> tuple[np.ndarray, Condition]:
-    """The first examples of a split: x and conditions, [num, ...].
+    """The first examples of a split: x and conditions, [num, ...]; latents are their mode.
 
     Raises: ValueError for fewer than `num` examples.
     """
@@ -100,12 +102,33 @@ def first_examples(
     return x, jax.tree.map(lambda *leaves: np.stack(leaves), *conditions)
 
 
+class _Random(NamedTuple):
+    """What is drawn at random for an example, keyed by (seed, index)."""
+
+    seed: int
+    flip: bool
+
+    def x_of(self, example: dict[str, Any], index: int) -> np.ndarray:
+        """The image, mirrored or not, or latents drawn from the moments of either."""
+        if "moments" not in example and not self.flip:
+            return to_float(example["image"])
+        rng = np.random.default_rng((self.seed, index))
+        mirrored = self.flip and rng.random() < 0.5
+        if "moments" in example:
+            return draw(example["mirrored" if mirrored else "moments"], rng)
+        image = to_float(example["image"])
+        return image[:, ::-1] if mirrored else image
+
+
 def _convert(
-    conditioning: Conditioning, flip_seed: int | None, index: int, example: dict[str, Any]
+    conditioning: Conditioning, random: _Random | None, index: int, example: dict[str, Any]
 ) -> dict[str, Any]:
-    image = to_float(example["image"])
-    if flip_seed is not None and np.random.default_rng((flip_seed, index)).random() < 0.5:
-        image = image[:, ::-1]
-    converted = {"x": image, "index": np.uint32(index)}
+    if random is not None:
+        x = random.x_of(example, index)
+    elif "moments" in example:
+        x = draw(example["moments"], None)
+    else:
+        x = to_float(example["image"])
+    converted = {"x": x, "index": np.uint32(index)}
     condition = conditioning.read(example)
     return converted if condition is None else converted | {"condition": condition}

@@ -1,6 +1,7 @@
 """Data sets of images in random access, and their preprocessing.
 
-Data sets are read by `tfds`, `folder` and `arrays`. Nothing is decoded before it is indexed.
+Data sets are read by `tfds`, `folder`, `arrays`, `idx` and `latents`. Nothing is decoded before it
+is indexed.
 """
 
 import contextlib
@@ -32,15 +33,17 @@ class UnreadableError(ValueError):
 class Dataset(NamedTuple):
     """Two splits of examples in random access.
 
-    A split has len(), and [i] -> {"image": uint8 [H, W, C], "label": int, ...}.
+    A split has len(), and [i] -> {"image": uint8 [H, W, C], "label": int, ...}; of latents it has
+    "moments" in place of "image", as `latents.load_latents` describes them.
     """
 
     train: Any
     held_out: Any
-    image_shape: Shape
+    image_shape: Shape  # of images or latents
     fields: dict[str, Conditioning]  # what a network can be conditioned on, by the example's field
     notes: tuple[str, ...] = ()  # sentences on what was left out or changed, for the user
     damaged: AbstractSet[str] = frozenset()  # errors of the examples that were skipped so far
+    autoencoder: str = ""  # checksum of what encoded the images to latents; "" for images
 
     @property
     def classes(self) -> int:
