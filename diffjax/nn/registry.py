@@ -54,7 +54,7 @@ class NetworkConfig:
 
 
 # What may change between training and resuming, since the parameters are the same.
-UNBOUND_FIELDS = ("dropout", "dtype", "remat", "kl_weight")
+UNBOUND_FIELDS = ("dropout", "dtype", "remat", "scan", "kl_weight")
 NETWORKS: dict[str, type[NetworkConfig]] = {}
 
 
