@@ -20,6 +20,7 @@ import tyro
 
 from diffjax import averaging, schedule
 from diffjax.devices.parallel import Mode
+from diffjax.nn.autoencoder import AutoencoderConfig
 from diffjax.nn.registry import (
     UNBOUND_FIELDS,
     NetworkConfig,
@@ -28,28 +29,31 @@ from diffjax.nn.registry import (
 )
 from diffjax.nn.unet import UNetConfig
 
-# Betas are rescaled to reach the same noise at any T, and EDM's path is taken in its
-# variance-preserving form: networks get samples of the same scale whatever the schedule.
+# Betas are rescaled to reach the same noise at any T, and the paths of EDM and flow matching are
+# taken in their variance-preserving forms: x_t has the same scale whatever the schedule, and all
+# that needs such a schedule works. The networks of both get the inputs of their own forms all the
+# same (parameterization.py), so that images are the same too.
 SCHEDULES = {
     "linear": schedule.rescaled_linear,
     "cosine": schedule.cosine,
     "scaled_linear": lambda T: schedule.scaled_linear(T, 0.85 / T, 12 / T),
     "sigmoid": schedule.sigmoid,
     "edm": lambda T: schedule.variance_preserving(schedule.edm(T)),
+    "flow": lambda T, shift=1.0: schedule.variance_preserving(schedule.flow(T, shift)),
 }
 # The schedules that are given by their first and last beta.
 BETAS = {"linear": schedule.linear, "scaled_linear": schedule.scaled_linear}
 SEEDS = 2**32  # JAX would take a larger seed modulo this
-IMPORTED_PREFIX = "hf:"  # of the data's name of an imported network, and of the source it is from
-
-
-@dataclass(frozen=True)
 PATHS = {  # what data.path is of each source
     "folder": "a folder of images",
     "npz": "an .npz file of images",
     "idx": "a folder of MNIST's files",
     "latents": "a folder of latents",
 }
+IMPORTED_PREFIX = "hf:"  # of the data's name of an imported network, and of the source it is from
+
+
+@dataclass(frozen=True)
 class Data:
     """Data set and preprocessing."""
 
@@ -61,8 +65,8 @@ class Data:
     dir: str | None = None
     """Folder of prepared tfds data sets; None for the default of tfds."""
     path: str | None = None
-    """Path of the folder, whose sub-folders are the classes, or of the .npz file; a relative path
-    starts at the current directory."""
+    """Path of the folder, whose sub-folders are the classes of images, or of the .npz file; a
+    relative path starts at the current directory."""
     size: int | None = None
     """Crop images to their center and resize them to this many pixels a side; None to keep them."""
     pad: int = 0
@@ -100,19 +104,19 @@ class Data:
                 " idx or latents"
             )
         if self.source != "tfds" and self.path is None:
-            raise ValueError(f"data.path is None: set it to the {self.source} with the images")
+            raise ValueError(f"data.path is None: set it to {PATHS[self.source]}")
         if len(set(self.conditions)) < len(self.conditions):
             raise ValueError(f"data.conditions is {self.conditions}: use each field once")
-        if self.source == "folder" and self.size is None:
-            raise ValueError("data.size is None: set it, since files have many sizes")
-        if self.source != "folder" and self.skip_damaged:
-            raise ValueError(
         for name in ("size", "pad", "grey"):
             if self.source == "latents" and getattr(self, name):
                 raise ValueError(
                     f"data.{name} is {getattr(self, name)} and data.source latents: images are"
                     " preprocessed when they are encoded, so leave it out"
                 )
+        if self.source == "folder" and self.size is None:
+            raise ValueError("data.size is None: set it, since files have many sizes")
+        if self.source != "folder" and self.skip_damaged:
+            raise ValueError(
                 f"data.skip_damaged is True and data.source {self.source}: use it with files of a"
                 " folder"
             )
@@ -122,34 +126,71 @@ class Data:
 class Diffusion:
     """Forward process and parameterization."""
 
-    schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "edm"] = "linear"
+    schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid", "edm", "flow"] = "linear"
     """Noise schedule: linear (DDPM), cosine (improved DDPM), scaled_linear (latent diffusion),
-    sigmoid, or edm (in its variance-preserving form)."""
+    sigmoid, edm or flow (both in their variance-preserving forms)."""
     betas: tuple[float, float] | None = None
     """First and last beta of linear and scaled_linear, each above 0 and below 1; None for the
     paper's, rescaled to T."""
+    shift: float = 1.0
+    """Shift of flow, which multiplies sigma/alpha; above 1 for large images, as 3."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule to no signal at level T; takes prediction v or x0."""
+    """Rescale the schedule to no signal at level T; not for the predictions eps and edm."""
     T: int = 1000
     """Number of noise levels."""
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    """Prediction of the network: eps (the noise), x0 (the data), or v (alpha*eps - sigma*x0)."""
+    prediction: Literal["eps", "x0", "v", "flow", "sit", "edm"] = "eps"
+    """Prediction of the network: eps (the noise), x0 (the data), v (alpha*eps - sigma*x0), flow
+    (eps - x0), sit (x0 - eps), or edm (EDM's preconditioning); the last three change its time and
+    input too."""
+    time_scale: float = 1000.0
+    """Time of a network that predicts flow, as a multiple of sigma."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, for the prediction and the weighting edm."""
 
     def check(self) -> None:
         """Check the values of the fields.
 
         Raises: ValueError, naming the field.
         """
-        _positive("diffusion.T", self.T)
-        if self.zero_terminal_snr and self.prediction == "eps":
+        for name in ("T", "shift", "time_scale", "sigma_data"):
+            _positive(f"diffusion.{name}", getattr(self, name))
+        if self.schedule == "flow" and self.zero_terminal_snr:
             raise ValueError(
-                "diffusion.zero_terminal_snr is True and diffusion.prediction eps, which does not"
-                f" determine x0 at level {self.T}, where no signal is left: use prediction v or x0"
+                "diffusion.zero_terminal_snr is True and diffusion.schedule flow, which has no"
+                f" signal at level {self.T} by itself: leave it out"
             )
+        self._check_terminal()
+        for name, value, default, part, owner in (
+            ("shift", self.shift, 1.0, "schedule", "flow"),
+            ("time_scale", self.time_scale, 1000.0, "prediction", "flow"),
+        ):
+            if value != default and getattr(self, part) != owner:
+                raise ValueError(
+                    f"diffusion.{name} is {value} and diffusion.{part} {getattr(self, part)}: use"
+                    f" it with {owner}"
+                )
         if self.betas and self.schedule not in BETAS:
             raise ValueError(
                 f"diffusion.betas is {self.betas} and diffusion.schedule {self.schedule}: use betas"
                 f" with {' or '.join(BETAS)}"
+            )
+
+    def _check_terminal(self) -> None:
+        reasons = {
+            "eps": "does not determine x0",
+            "edm": "has the time log(sigma/alpha)/4, which is infinite",
+        }
+        if self.schedule == "flow":
+            given = "diffusion.schedule is flow"
+        elif self.zero_terminal_snr:
+            given = "diffusion.zero_terminal_snr is True"
+        else:
+            return
+        if self.prediction in reasons:
+            raise ValueError(
+                f"{given} and diffusion.prediction {self.prediction}, which"
+                f" {reasons[self.prediction]} at level {self.T}, where no signal is left: use"
+                " prediction v, x0 or flow"
             )
 
 
@@ -180,9 +221,14 @@ class Train:
     weighting: Literal["simple", "min_snr", "truncated_snr", "sigmoid", "edm"] = "simple"
     """Loss weighting over noise levels: simple (1 for what the network predicts); min_snr or
     truncated_snr (min(SNR, 5) or max(SNR, 1), for x0); sigmoid (of logsnr); or edm (EDM's)."""
-    times: Literal["uniform", "stratified", "antithetic"] = "uniform"
+    times: Literal["uniform", "stratified", "antithetic", "log_normal"] = "uniform"
     """How noise levels are drawn for a batch: uniform (independently), stratified (at equal
-    distances), or antithetic (in pairs t and T + 1 - t; the batch must be even)."""
+    distances), antithetic (in pairs t and T + 1 - t; the batch must be even), or log_normal
+    (independently, with log(sigma/alpha) normal)."""
+    times_mean: float = 0.0
+    """Mean of log(sigma/alpha) for the times log_normal; EDM's is -1.2."""
+    times_std: float = 1.0
+    """Standard deviation of log(sigma/alpha) for the times log_normal; EDM's is 1.2."""
     condition_dropout: float = 0.1
     """Probability of training an example without its condition, for classifier-free guidance; 0 or
     more and below 1."""
@@ -243,6 +289,15 @@ class Train:
             )
         if self.seed >= SEEDS:
             raise ValueError(f"train.seed is {self.seed}: use less than 2**32")
+        if not math.isfinite(self.times_mean):
+            raise ValueError(f"train.times_mean is {self.times_mean}: use a finite number")
+        _positive("train.times_std", self.times_std)
+        for name, default in (("times_mean", 0.0), ("times_std", 1.0)):
+            if self.times != "log_normal" and getattr(self, name) != default:
+                raise ValueError(
+                    f"train.{name} is {getattr(self, name)} and train.times {self.times}: use it"
+                    " with log_normal"
+                )
         if self.times == "antithetic" and self.batch % 2:
             raise ValueError(
                 f"train.batch is {self.batch} and train.times antithetic, which draws levels in"
@@ -288,6 +343,42 @@ class Config:
         """
         for part in (self.data, self.network, self.diffusion, self.train):
             part.check()
+        users = self.diffusion.prediction, self.train.weighting
+        if self.diffusion.sigma_data != 0.5 and "edm" not in users:
+            raise ValueError(
+                f"diffusion.sigma_data is {self.diffusion.sigma_data}, diffusion.prediction"
+                f" {users[0]} and train.weighting {users[1]}: use it with prediction or weighting"
+                " edm"
+            )
+        if self.is_autoencoder:
+            _check_autoencoder(self)
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """True if the network is an autoencoder, which is trained to reconstruct images."""
+        return isinstance(self.network, AutoencoderConfig)
+
+
+# The beginnings of names of fields that are of no use to an autoencoder.
+_OF_DENOISERS = ("diffusion.", "train.weighting", "train.times", "train.condition_dropout")
+
+
+def _check_autoencoder(config: Config) -> None:
+    if config.data.conditions:
+        raise ValueError(
+            f"data.conditions is {config.data.conditions}, and an autoencoder has none: use ()"
+        )
+    if config.data.source == "latents":
+        raise ValueError(
+            "data.source is latents, and an autoencoder is trained on images: use those that the"
+            " latents are of"
+        )
+    default = flat_fields(Config())
+    for name, value in flat_fields(config).items():
+        if name.startswith(_OF_DENOISERS) and value != default[name]:
+            raise ValueError(
+                f"{name} is {value}, which an autoencoder has not: leave it at {default[name]}"
+            )
 
 
 def _positive(name: str, value: float) -> None:
@@ -343,42 +434,6 @@ def _load_module(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's own file may raise
         del sys.modules[name]
-        users = self.diffusion.prediction, self.train.weighting
-        if self.diffusion.sigma_data != 0.5 and "edm" not in users:
-            raise ValueError(
-                f"diffusion.sigma_data is {self.diffusion.sigma_data}, diffusion.prediction"
-                f" {users[0]} and train.weighting {users[1]}: use it with prediction or weighting"
-                " edm"
-            )
-        if self.is_autoencoder:
-            _check_autoencoder(self)
-
-    @property
-    def is_autoencoder(self) -> bool:
-        """True if the network is an autoencoder, which is trained to reconstruct images."""
-        return isinstance(self.network, AutoencoderConfig)
-
-
-# The beginnings of names of fields that are of no use to an autoencoder.
-_OF_DENOISERS = ("diffusion.", "train.weighting", "train.times", "train.condition_dropout")
-
-
-def _check_autoencoder(config: Config) -> None:
-    if config.data.conditions:
-        raise ValueError(
-            f"data.conditions is {config.data.conditions}, and an autoencoder has none: use ()"
-        )
-    if config.data.source == "latents":
-        raise ValueError(
-            "data.source is latents, and an autoencoder is trained on images: use those that the"
-            " latents are of"
-        )
-    default = flat_fields(Config())
-    for name, value in flat_fields(config).items():
-        if name.startswith(_OF_DENOISERS) and value != default[name]:
-            raise ValueError(
-                f"{name} is {value}, which an autoencoder has not: leave it at {default[name]}"
-            )
         raise ValueError(f"{path} fails with {type(error).__name__}: {error}") from error
     return module
 
@@ -439,8 +494,9 @@ def dataclass_from_dict(kind: Any, values: dict[str, Any]) -> Any:
 # mean something else. All fields of a network are bound but UNBOUND_FIELDS.
 BOUND_FIELDS = (
     "data.source", "data.name", "data.size", "data.pad", "data.grey", "data.conditions",
-    "diffusion.schedule", "diffusion.betas", "diffusion.zero_terminal_snr", "diffusion.T",
-    "diffusion.prediction", "train.power_ema",
+    "diffusion.schedule", "diffusion.betas", "diffusion.shift", "diffusion.zero_terminal_snr",
+    "diffusion.T", "diffusion.prediction", "diffusion.time_scale", "diffusion.sigma_data",
+    "train.power_ema",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Train a diffusion model."""
+"""Train a diffusion model or an autoencoder."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ from diffjax.training.trainer import TrainResult
 
 @dataclass(frozen=True)
 class Options:
-    """Train a diffusion model, or resume from its last checkpoint."""
+    """Train a diffusion model or an autoencoder, or resume from its last checkpoint."""
 
     config: ConfigName
     """Name of a configuration, or path of a Python file that defines `config`."""
@@ -122,7 +122,7 @@ def train(
         print(f"interrupted: the same command resumes from step {result.step}", file=sys.stderr)
         raise SystemExit(128 + result.signal)
     if jax.process_index() == 0:
-        print(_describe(result, workdir, is_student=teacher is not None), flush=True)
+        print(_describe(result, workdir, config, is_student=teacher is not None), flush=True)
 
 
 def check_unchanged(
@@ -164,12 +164,14 @@ def _run(session: trainer.Session) -> TrainResult:
         ) from error
 
 
-def _describe(result: TrainResult, workdir: Path, *, is_student: bool) -> str:
+def _describe(result: TrainResult, workdir: Path, config: Config, *, is_student: bool) -> str:
     words = shlex.quote(str(workdir))
+    next_command = "evaluate" if config.is_autoencoder else "sample"
     if result.status == "done":
-        return f"done: sample with: diffjax sample {words}"
+        return f"done: {next_command} with: diffjax {next_command} {words}"
     # More steps would make another teacher of a student, whose own students would be trained anew.
     more = (
         "" if is_student else f", or train on with: diffjax train --resume {words} --train.steps N"
     )
-    return f"{workdir} has done its {result.step} steps: sample from it{more}"
+    then = "evaluate it" if config.is_autoencoder else "sample from it"
+    return f"{workdir} has done its {result.step} steps: {then}{more}"

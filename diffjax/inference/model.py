@@ -54,11 +54,6 @@ def load_model(source: str | Path, step: int | None = None, weights: str = "ema"
         return _load_imported(source, step, weights)
     workdir = Path(source)
     info, params, weights, step = load_weights(workdir, step, weights)
-    if info.config.is_autoencoder:
-        raise ValueError(
-            f"{source} is an autoencoder, which has no samples: use a model that is trained on"
-            " latents of it"
-        )
     if info.imported:
         weights = _imported_weights(source, info.imported, weights)
     name = workdir.resolve().name
@@ -91,6 +86,10 @@ def _model(
     name: str, info: ModelInfo, params: Any, weights: str, step: int, notes: tuple[str, ...] = ()
 ) -> TrainedModel:
     config, name = info.config, f"{network_name(info.config.network)} of {name}"
+    if config.is_autoencoder:
+        raise ValueError(
+            f"{name} has no samples: evaluate it, or use a model that is trained on its latents"
+        )
     _check_finite(name, params)
     codec = build_codec(config)
     channels = _image_channels(info, codec)

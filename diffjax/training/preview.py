@@ -1,9 +1,12 @@
 """Previews of a model in training, with the same seed and conditions each time."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from PIL.Image import Image
 
@@ -20,10 +23,11 @@ from diffjax.nn.conditioning import Conditioning
 from diffjax.sampler import Plan
 
 GUIDANCE_SCALE, SEED, NUM, COLUMNS = 2.0, 0, 40, 10
+Preview = Callable[[Any], Image]  # from parameters, replicated over all devices
 
 
 @dataclass(frozen=True)
-class Preview:
+class SamplePreview:
     """A function from parameters to a grid of samples, on the devices of this process."""
 
     pipeline: Pipeline
@@ -40,11 +44,44 @@ class Preview:
         return image_io.grid(samples.images, captions, columns=COLUMNS)
 
 
+@dataclass(frozen=True)
+class ReconstructionPreview:
+    """A function from an autoencoder's parameters to a grid of images and what becomes of them."""
+
+    network: Network
+    images: np.ndarray  # [N, H, W, C]
+    mesh: Mesh
+
+    @cached_property
+    def _reconstruct(self) -> Any:
+        return jax.jit(lambda params, x: self.network(params, x, None, None))
+
+    def __call__(self, params: Any) -> Image:
+        """The grid: rows of images, and below each their reconstructions. params: replicated."""
+        params = parallel.on_mesh(self.mesh, params)
+        both = self.images, np.asarray(self._reconstruct(params, self.images))
+        num, titles = len(self.images), ("image", "reconstruction")
+        rows = [each[i : i + COLUMNS] for i in range(0, num, COLUMNS) for each in both]
+        shown = image_io.to_uint8(np.concatenate(rows))
+        columns = min(COLUMNS, num)
+        return image_io.grid(shown, columns=columns, titles=titles * (len(rows) // 2))
+
+
 def make_preview(info: ModelInfo, network: Network, held_out: Any) -> Preview:
     """The preview of a model with its default sampler, guided where it can be.
 
-    held_out: examples whose conditions are used where conditions cannot be enumerated.
+    That of an autoencoder shows held-out images and their reconstructions. held_out: examples,
+    whose conditions are used where conditions cannot be enumerated.
     """
+    if info.config.is_autoencoder:
+        mesh = parallel.device_mesh(jax.local_devices())
+        num = min(NUM // 2, len(held_out)) // COLUMNS * COLUMNS or len(held_out)
+        return ReconstructionPreview(network, first_examples(held_out, num)[0], mesh)
+    return make_sample_preview(info, network, held_out)
+
+
+def make_sample_preview(info: ModelInfo, network: Network, held_out: Any) -> SamplePreview:
+    """The preview of a diffusion model, as `make_preview`."""
     config, mesh = info.config, parallel.device_mesh(jax.local_devices())
     schedule = build_schedule(config)
     name, steps = default_sampler(config.distillation, schedule)
@@ -56,7 +93,7 @@ def make_preview(info: ModelInfo, network: Network, held_out: Any) -> Preview:
     request = Request(
         num=num, batch=batch, seed=SEED, condition=condition, guidance=Guidance(scale)
     )
-    return Preview(pipeline, plan, request, info.conditioning, mesh)
+    return SamplePreview(pipeline, plan, request, info.conditioning, mesh)
 
 
 def preview_conditions(conditioning: Conditioning, held_out: Any) -> tuple[int, Condition]:

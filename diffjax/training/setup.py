@@ -23,7 +23,10 @@ from diffjax.build import (
     init_params,
 )
 from diffjax.config import Train
+from diffjax.denoiser import Network
 from diffjax.devices import parallel
+from diffjax.loss import Objective
+from diffjax.training.reconstruction import reconstruction_loss
 from diffjax.training.state import TrainState, init_state
 from diffjax.training.step import Metrics, TrainStep, make_eval_step, make_train_step, multi_step
 
@@ -47,11 +50,32 @@ def build_training(info: ModelInfo) -> Training:
 
     Raises: ValueError for parts of the configuration that do not fit each other.
     """
-    config, train, conditioning = info.config, info.config.train, info.conditioning
-    schedule, parameterization = build_schedule(config), build_parameterization(config)
+    config, train = info.config, info.config.train
     module = build_module(info)
     network, (optimizer, rate) = build_network(info, module), build_optimizer(config)
-    drop_rate = train.condition_dropout if conditioning.is_conditional else 0.0
+    objective, held_out = _objectives(info, module, network)
+    step = make_train_step(
+        objective,
+        optimizer,
+        train.ema,
+        train.seed,
+        power_lengths=train.power_ema,
+        accumulate=train.accumulate,
+        rate=rate,
+        log_quartiles=not config.is_autoencoder,
+    )
+    init = Initializer(info, module, optimizer)
+    return Training(module, network, init, multi_step(step), make_eval_step(held_out, train.seed))
+
+
+def _objectives(info: ModelInfo, module: Any, network: Network) -> tuple[Objective, Objective]:
+    """The objective of training, and that of the held-out loss, which is deterministic."""
+    config = info.config
+    if config.is_autoencoder:
+        return reconstruction_loss(module), reconstruction_loss(module)
+    schedule, parameterization = build_schedule(config), build_parameterization(config)
+    conditioning = info.conditioning
+    drop_rate = config.train.condition_dropout if conditioning.is_conditional else 0.0
     if drop_rate > 0 and not conditioning.has_null:
         raise ValueError(
             f"train.condition_dropout is {drop_rate}, and the model's {conditioning} have no null"
@@ -66,21 +90,9 @@ def build_training(info: ModelInfo) -> Training:
         conditioning.null,
         drop_rate,
     )
-    step = make_train_step(
-        objective,
-        optimizer,
-        train.ema,
-        train.seed,
-        power_lengths=train.power_ema,
-        accumulate=train.accumulate,
-        rate=rate,
-        log_quartiles=True,
-    )
     # The held-out loss is L_simple over independent levels whatever the weighting, so that runs
-    # compare; it is deterministic.
-    held_out = loss.denoising_loss(network, parameterization, schedule)
-    init = Initializer(info, module, optimizer)
-    return Training(module, network, init, multi_step(step), make_eval_step(held_out, train.seed))
+    # compare.
+    return objective, loss.denoising_loss(network, parameterization, schedule)
 
 
 @dataclass(frozen=True, eq=False)
