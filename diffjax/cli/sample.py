@@ -79,6 +79,8 @@ class GuidanceOptions:
     guidance_rescale: Annotated[float, tyro.conf.arg(metavar="R")] = 0.0
     """Share, 0 to 1, by which the standard deviation of x0 is brought back to that of the
     conditional estimate."""
+    guidance_channels: Count = None
+    """Guide so many first channels of x only, as the code of DiT does with 3 of 4; None for all."""
     negative: Text = None
     """Condition to guide away from, in place of no condition."""
     two_passes: Flag = False
@@ -274,6 +276,7 @@ def make_guidance(options: Options) -> Guidance:
         asked.negative,
         not asked.two_passes,
         guide_model,
+        asked.guidance_channels,
     )
 
 

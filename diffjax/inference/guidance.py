@@ -22,12 +22,12 @@ class Guidance(NamedTuple):
     negative: str | None = None  # a condition to be guided away from, in place of the null
     batched: bool = True  # one evaluation on twice the batch, or two evaluations
     guide_model: TrainedModel | None = None  # autoguidance: a worse model to be guided away from
+    channels: int | None = None  # the first ones of x, which alone are guided; None for all
 
     @property
     def is_plain(self) -> bool:
         """True if samples are simply conditional, with one evaluation a step."""
-        rest = self.interval, self.rescale, self.negative, self.batched, self.guide_model is None
-        return self.scale == 1 and rest == (None, 0.0, None, True, True)
+        return self.guide_model is None and self == Guidance()
 
     def __str__(self) -> str:
         """A short description, as in "2 in 0.3..5 rescaled 0.7"."""
@@ -36,6 +36,8 @@ class Guidance(NamedTuple):
             text += " in {:g}..{:g}".format(*self.interval)
         if self.rescale:
             text += f" rescaled {self.rescale:g}"
+        if self.channels is not None:
+            text += f" on {self.channels} channels"
         if self.negative is not None:
             text += f" away from {self.negative}"
         if self.guide_model is not None:
@@ -88,6 +90,9 @@ def check_guidance(model: TrainedModel, guidance: Guidance) -> None:
         raise ValueError(
             f"guidance interval is {low:g} to {high:g}: use 0 or more, its end above its start"
         )
+    channels = info.x_shape[-1]
+    if guidance.channels is not None and not 0 < guidance.channels <= channels:
+        raise ValueError(f"channels is {guidance.channels}: use 1 to {channels} (all) of x")
     if not 0 <= guidance.rescale <= 1:
         raise ValueError(f"rescale is {guidance.rescale}: use 0 (none) to 1 (full)")
     if guidance.guide_model is None and guidance.negative is None and not can_be_guided(info):

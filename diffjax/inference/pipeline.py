@@ -66,6 +66,7 @@ class ClassifierFree:
     """Classifier-free guidance, without its scale and null, which are arguments."""
 
     rescale: float = 0.0
+    channels: int | None = None  # the first ones, which alone are guided; None for all
     batched: bool = True
 
 
@@ -75,6 +76,7 @@ class Autoguidance:
 
     network: Network
     parameterization: Parameterization
+    channels: int | None = None
     rescale: float = 0.0
 
 
@@ -125,7 +127,7 @@ class DenoiserSpec:
         if isinstance(self.guidance, ClassifierFree):
             denoise = classifier_free_guidance(
                 conditional, condition, shared.null, shared.scale,
-                self.guidance.rescale, self.guidance.batched,
+                self.guidance.rescale, self.guidance.batched, self.guidance.channels,
             )  # fmt: skip
         elif self.guidance is not None:
             worse = denoiser.from_network(
@@ -134,7 +136,8 @@ class DenoiserSpec:
                 self.guidance.parameterization,
             )
             worse = denoiser.condition_on(worse, condition)
-            denoise = autoguidance(denoise, worse, shared.scale, self.guidance.rescale)
+            rest = self.guidance.rescale, self.guidance.channels
+            denoise = autoguidance(denoise, worse, shared.scale, *rest)
         if isinstance(self.bound, DynamicThreshold):
             denoise = denoiser.dynamic_threshold(denoise, self.bound.quantile)
         elif self.bound is not None:
@@ -337,9 +340,11 @@ class Pipeline:
         asked = request.guidance
         if asked.guide_model is not None:
             worse = asked.guide_model
-            guided: Any = Autoguidance(worse.network, worse.parameterization, asked.rescale)
+            guided: Any = Autoguidance(
+                worse.network, worse.parameterization, asked.rescale, asked.channels
+            )
         else:
-            guided = ClassifierFree(asked.rescale, asked.batched)
+            guided = ClassifierFree(asked.rescale, asked.batched, asked.channels)
         specs = [self._spec(None, request.bound), self._spec(guided, request.bound)]
         possible = self._info.conditioning.is_conditional or asked.guide_model is not None
         is_guided = asked.scale != 1 and possible and not specs[0].guidance_conditioned

@@ -17,7 +17,7 @@ def test_only_scale_one_alone_is_plain():
     assert Guidance().is_plain
     for fields in (
         {"scale": 2.0}, {"interval": (0.0, 1.0)}, {"rescale": 0.5}, {"negative": "3"},
-        {"batched": False},
+        {"batched": False}, {"channels": 1},
     ):  # fmt: skip
         assert not Guidance(**fields).is_plain
 
@@ -30,6 +30,7 @@ def test_guidance_is_described(tiny_model):
         (Guidance(2.0, negative="5"), ("2", "5")),
         (Guidance(2.0, guide_model=guide), ("2", guide.name, "ema", 7)),
         (Guidance(2.0, batched=False), ("2", "two")),
+        (Guidance(2.0, channels=3), ("2", "3")),
     ):
         assert re.search(naming(*words), str(guidance))
 
@@ -81,6 +82,8 @@ def test_a_negative_condition_needs_no_dropout(tiny_model):
         (Guidance(2.0, interval=(5.0, 0.3)), ("interval", 5, 0.3)),
         (Guidance(2.0, interval=(-1.0, 0.3)), ("interval", -1, 0.3)),
         (Guidance(2.0, rescale=1.5), ("rescale", 1.5)),
+        (Guidance(2.0, channels=0), ("channels", 0, 1)),
+        (Guidance(2.0, channels=2), ("channels", 2, 1)),
         (Guidance(2.0, negative="10"), (10, 9)),
         (Guidance(2.0, negative="0,1"), ("negative", "0,1")),
     ],

@@ -191,6 +191,22 @@ def test_guided_rows(run):
     assert networks == [{32, 4}, {16, 2}]
 
 
+@observes("sample --guidance-channels")
+def test_guided_channels(run, monkeypatch):
+    """The number is that of the guidance that is compiled; x of the probe has one channel."""
+    given, guide = [], pipeline.classifier_free_guidance
+    monkeypatch.setattr(
+        pipeline,
+        "classifier_free_guidance",
+        lambda *args: (given.append(args[-1]), guide(*args))[1],
+    )
+    for words, channels in (("", None), ("--guidance-channels 1", 1)):
+        given.clear()
+        x = sampled(run, "--guidance 2 --no-clip", words)
+        assert set(given) == {channels}
+        assert np.allclose(x, guided(2), atol=1e-5)
+
+
 @observes("sample --clip", "sample --threshold")
 def test_bound(run):
     """The estimate is clipped to the range of images, thresholded, or neither."""
