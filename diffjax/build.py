@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import optax
 
-from diffjax import denoiser, loss, parameterization, process, schedule
+from diffjax import denoiser, loss, parameterization, schedule
 from diffjax.config import (
     BETAS,
     SCHEDULES,
@@ -178,26 +178,44 @@ def build_schedule(config: Config) -> schedule.Schedule:
     chosen = config.diffusion
     if chosen.betas:
         levels = BETAS[chosen.schedule](chosen.T, *chosen.betas)
+    elif chosen.schedule == "flow":
+        levels = SCHEDULES["flow"](chosen.T, chosen.shift)
     else:
         levels = SCHEDULES[chosen.schedule](chosen.T)
     return schedule.zero_terminal_snr(levels) if chosen.zero_terminal_snr else levels
 
 
 def build_parameterization(config: Config) -> Parameterization:
-    """The parameterization of the network."""
-    return parameterization.ddpm(process.PREDICTIONS[config.diffusion.prediction])
+    """The parameterization of the network, which the prediction decides."""
+    chosen = config.diffusion
+    if chosen.prediction == "flow":
+        return parameterization.flow(chosen.time_scale)
+    if chosen.prediction == "sit":
+        return parameterization.sit()
+    if chosen.prediction == "edm":
+        return parameterization.edm(chosen.sigma_data)
+    return parameterization.ddpm(chosen.prediction)
 
 
 def build_weighting(config: Config) -> loss.Weighting:
     """The loss weighting over noise levels."""
+    if config.train.weighting == "edm":
+        return functools.partial(loss.edm, sigma_data=config.diffusion.sigma_data)
     return loss.WEIGHTINGS[config.train.weighting]
 
 
 def build_times(config: Config) -> loss.TimeSampling:
     """The sampling of noise levels for a batch."""
-    stratified = functools.partial(loss.stratified, batch=config.train.batch)
-    times = {"uniform": loss.uniform, "stratified": stratified, "antithetic": loss.antithetic}
-    return times[config.train.times]
+    train = config.train
+    times = {
+        "uniform": loss.uniform,
+        "stratified": functools.partial(loss.stratified, batch=train.batch),
+        "antithetic": loss.antithetic,
+        "log_normal": functools.partial(
+            loss.log_normal, mean=train.times_mean, std=train.times_std
+        ),
+    }
+    return times[train.times]
 
 
 # ------------------------------------------------------------------------------- network

@@ -103,7 +103,8 @@ def consistency_target(
 
     The paper's path ends at sigma 0.002 and its network is the identity there by construction; here
     the path ends on data, where no network is called, and a student that predicts v, with
-    x0 = alpha*x_t - sigma*v, becomes the identity by itself as sigma vanishes.
+    x0 = alpha*x_t - sigma*v, becomes the identity by itself as sigma vanishes. So does one that
+    predicts flow, or EDM's output.
     """
     x_s = ddim_step(x_t, teacher(x_t, level_t), level_t, level_s)
     return jnp.where(append_dims(level_s.sigma > 0, x_t), student(x_s, level_s), x_s)
@@ -131,9 +132,11 @@ def distillation_loss(
     max_guidance: above 1 the student is conditioned on a guidance scale too, drawn uniformly from 1
     to max_guidance; its condition, and the target's, is then (condition, scale [B, 1]).
 
-    Raises: ValueError for weights of another length than the rows.
+    Raises: ValueError for weights of another length than the rows, and for a level where the
+    student cannot be called, as `Parameterization.check`.
     """
     N = len(rows[0].t)
+    parameterization.check(rows[0])
     if np.shape(weights) != (N,):
         raise ValueError(f"weights have shape {np.shape(weights)}, expected ({N},), one per row")
 

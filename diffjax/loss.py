@@ -7,6 +7,7 @@ split over devices.
 
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,7 +19,7 @@ from diffjax.denoiser import Condition, Network, check_network
 from diffjax.parameterization import Parameterization
 from diffjax.process import Prediction, append_dims, check_prediction, prediction_of, q_sample
 from diffjax.sampler import check_key
-from diffjax.schedule import Level, Schedule, at, check_schedule, length, logsnr
+from diffjax.schedule import Level, Schedule, at, check_schedule, length, level_at, logsnr
 
 
 class ExampleLoss(NamedTuple):
@@ -45,37 +46,66 @@ def example_keys(key: Array, index: Array) -> Array:
 
 # ------------------------------------------------------------------------------- sampling of t
 
-# (key, global indices [B], T) -> t in 1..T, int32 [B]
-TimeSampling = Callable[[Array, Array, int], Array]
+# (key, global indices [B], noisy levels [T] on the host, the least noisy first) -> t in 1..T, the
+# number of a level among them, int32 [B]
+TimeSampling = Callable[[Array, Array, Level], Array]
 
 
-def uniform(key: Array, index: Array, T: int) -> Array:
+def uniform(key: Array, index: Array, levels: Level) -> Array:
     """Independent and uniform over 1..T."""
+    T = len(levels.t)
     return jax.vmap(lambda key: jax.random.randint(key, (), 1, T + 1))(example_keys(key, index))
 
 
-def stratified(key: Array, index: Array, T: int, batch: int) -> Array:
+def stratified(key: Array, index: Array, levels: Level, batch: int) -> Array:
     """One draw for the batch, and its examples at equal distances around 1..T.
 
     Each t is uniform, and a batch covers all levels evenly (arXiv:2107.00630, appendix I.1).
     batch: examples per step, over all devices.
     """
+    T = len(levels.t)
     u = (jax.random.uniform(key) + (index % batch).astype(jnp.float32) / batch) % 1
     return jnp.minimum(1 + jnp.floor(u * T).astype(jnp.int32), T)
 
 
-def antithetic(key: Array, index: Array, T: int) -> Array:
+def antithetic(key: Array, index: Array, levels: Level) -> Array:
     """One draw for two neighbours of a batch, 2i and 2i+1: t and T + 1 - t.
 
     Each is uniform over 1..T.
     """
-    t = uniform(key, index // 2, T)
-    return jnp.where(index % 2 == 0, t, T + 1 - t)
+    t = uniform(key, index // 2, levels)
+    return jnp.where(index % 2 == 0, t, len(levels.t) + 1 - t)
 
 
-def sample_t(times: TimeSampling, key: Array, index: Array, T: int) -> Array:
-    """The t that the objective draws in the step of this key: 1..T, int32 [B]."""
-    return times(jax.random.fold_in(key, 0), index, T)
+def log_normal(
+    key: Array, index: Array, levels: Level, mean: float = 0.0, std: float = 1.0
+) -> Array:
+    """Independent, with log(sigma/alpha) normal, rounded up to the next level.
+
+    On the path of `schedule.flow`, sigma is so logit-normal, with mean 0 and std 1 as in
+    arXiv:2403.03206, section 3.1. EDM's lognormal sigma has mean -1.2 and std 1.2
+    (arXiv:2206.00364, table 1).
+
+        P(t <= k) = Phi((log(sigma_k/alpha_k) - mean)/std) for k < T
+
+    Raises: ValueError unless mean is finite and std > 0.
+    """
+    if not np.isfinite(mean):
+        raise ValueError(f"mean is {mean}: use a finite number")
+    if not 0 < std < np.inf:
+        raise ValueError(f"std is {std}: use a number above 0")
+    below = level_at(levels, slice(None, -1))
+    cdf = [NormalDist(mean, std).cdf(u) for u in -logsnr(below) / 2]
+    draws = jax.vmap(jax.random.uniform)(example_keys(key, index))
+    return 1 + jnp.searchsorted(jnp.asarray(cdf, jnp.float32), draws, "right").astype(jnp.int32)
+
+
+def sample_t(times: TimeSampling, key: Array, index: Array, levels: Level) -> Array:
+    """The t that the objective draws in the step of this key: 1..T, int32 [B].
+
+    levels: the noisy ones [T].
+    """
+    return times(jax.random.fold_in(key, 0), index, levels)
 
 
 # ------------------------------------------------------------------------------- weightings
@@ -138,8 +168,8 @@ def sigmoid(schedule: Schedule, prediction: Prediction | str, bias: float = 0.0)
 def edm(schedule: Schedule, prediction: Prediction | str, sigma_data: float = 0.5) -> np.ndarray:
     """EDM's weight of the squared error of x0 (arXiv:2206.00364, table 1).
 
-    With sigma/alpha for sigma it is (sigma**2 + sigma_data**2)/(sigma*sigma_data)**2. t is drawn
-    over the schedule, not lognormally.
+    With sigma/alpha for sigma it is (sigma**2 + sigma_data**2)/(sigma*sigma_data)**2, and 1 on
+    the output of a network with EDM's prediction. For EDM's times see `log_normal`.
 
     Raises: ValueError unless sigma_data > 0.
     """
@@ -219,7 +249,8 @@ def check_batch(batch: Any) -> None:
 def add_noise_to_batch(batch: Any, key: Array, times: TimeSampling, table: Any) -> NoisyBatch:
     """x_t of each example of a batch, at a level drawn from a table.
 
-    table: a tree of leaves [N] whose first is a Level; `times` draws 1..N, the rows in their order.
+    table: a tree of leaves [N] whose first is a Level, the least noisy first; `times` draws 1..N,
+    the rows in their order.
     All is keyed by the global index of an example.
 
     Raises: ValueError for a batch without x or index, an index of another length, data that is not
@@ -231,7 +262,7 @@ def add_noise_to_batch(batch: Any, key: Array, times: TimeSampling, table: Any) 
     if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x0.dtype}, expected floating point")
     N = len(table[0].t)
-    number = sample_t(times, key, index, N) - 1
+    number = sample_t(times, key, index, table[0]) - 1
     # An integer t stays one: a network may look it up.
     types = {"i": jnp.int32, "f": jnp.float32}
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf, types[leaf.dtype.kind])[number], table)
@@ -260,14 +291,14 @@ def denoising_loss(
     conditional network, "condition", a pytree of arrays [B, ...] that is replaced by `null` with
     probability drop_rate.
 
-    Raises: ValueError for a prediction or a weighting that some level of the schedule does not
-    allow, for a drop_rate outside 0..1 or without a null, and when traced for data that is not
+    Raises: ValueError for a parameterization or a weighting that some level of the schedule does
+    not allow, for a drop_rate outside 0..1 or without a null, and when traced for data that is not
     floating point.
     """
     check_network(network)
     check_schedule(schedule)
     prediction = parameterization.prediction
-    check_prediction(prediction, schedule)
+    parameterization.check(schedule)
     if not 0 <= drop_rate <= 1:
         raise ValueError(f"drop_rate is {drop_rate}: use 0 to 1")
     if drop_rate > 0 and null is None:

@@ -1,6 +1,6 @@
 """The forward process q of DDPM (arXiv:2006.11239), and kinds of predictions.
 
-    x_t = alpha*x0 + sigma*eps          v = alpha*eps - sigma*x0
+    x_t = alpha*x0 + sigma*eps          v = alpha*eps - sigma*x0          flow = eps - x0
 
 Arrays are numpy or JAX, of any dtype: the same lines build float64 tables on the host and run
 under jit. Leaves of a level are scalars or [B]; axes are appended to them where they meet samples
@@ -56,6 +56,15 @@ def x0_from_v(x_t: Any, v: Any, level: Level) -> Any:
     return (alpha * x_t - sigma * v) / (alpha**2 + sigma**2)
 
 
+def x0_from_flow(x_t: Any, flow: Any, level: Level) -> Any:
+    """x0 = (x_t - sigma*flow) / (alpha + sigma), with flow = eps - x0.
+
+    Flow matching (arXiv:2210.02747): where alpha = 1 - sigma, it is the velocity dx/dsigma.
+    """
+    alpha, sigma = append_dims(level.alpha, x_t), append_dims(level.sigma, x_t)
+    return (x_t - sigma * flow) / (alpha + sigma)
+
+
 def score_from_eps(eps: Any, level: Level) -> Any:
     """score = grad log q(x_t | x0) = -eps/sigma, for sigma > 0 (arXiv:2011.13456)."""
     return -eps / append_dims(level.sigma, eps)
@@ -76,6 +85,42 @@ class Prediction(NamedTuple):
     to_x0: Callable[[Any, Any, Level], Any]  # (x_t, output, level) -> x0
     # level -> (change of the output / change of x0)**2 at a given x_t
     output_sensitivity: Callable[[Level], Any]
+
+
+def edm(sigma_data: float = 0.5) -> Prediction:
+    """EDM's output F, of unit variance for data of this standard deviation.
+
+    Table 1 of arXiv:2206.00364 for any alpha, with n = sqrt(sigma**2 + (alpha*sigma_data)**2):
+
+        x0 = alpha*sigma_data**2/n**2 * x_t + sigma*sigma_data/n * F
+        F  = (sigma/sigma_data*x0 - alpha*sigma_data*eps)/n
+
+    With sigma_data 1 it is -v on a variance-preserving schedule.
+
+    Raises: ValueError unless sigma_data > 0.
+    """
+    if not 0 < sigma_data < np.inf:
+        raise ValueError(f"sigma_data is {sigma_data}: use a number above 0")
+
+    def target(x0: Any, eps: Any, level: Level) -> Any:
+        alpha, sigma = append_dims(level.alpha, x0), append_dims(level.sigma, x0)
+        n = edm_scale(level, sigma_data)
+        return (sigma / sigma_data * x0 - alpha * sigma_data * eps) / append_dims(n, x0)
+
+    def to_x0(x_t: Any, output: Any, level: Level) -> Any:
+        alpha, sigma = append_dims(level.alpha, x_t), append_dims(level.sigma, x_t)
+        n = append_dims(edm_scale(level, sigma_data), x_t)
+        return alpha * (sigma_data / n) ** 2 * x_t + sigma * sigma_data / n * output
+
+    def output_sensitivity(level: Level) -> Any:
+        return (edm_scale(level, sigma_data) / (level.sigma * sigma_data)) ** 2
+
+    return Prediction(target, to_x0, output_sensitivity)
+
+
+def edm_scale(level: Level, sigma_data: float) -> Any:
+    """sqrt(sigma**2 + (alpha*sigma_data)**2), the standard deviation of x_t."""
+    return (level.sigma**2 + (level.alpha * sigma_data) ** 2) ** 0.5
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -99,6 +144,18 @@ PREDICTIONS: dict[str, Prediction] = {
         to_x0=x0_from_score,
         output_sensitivity=lambda level: (level.alpha / level.sigma**2) ** 2,
     ),
+    "flow": Prediction(
+        target=lambda x0, eps, level: eps - x0,
+        to_x0=x0_from_flow,
+        output_sensitivity=lambda level: ((level.alpha + level.sigma) / level.sigma) ** 2,
+    ),
+    # The opposite direction, from noise to data (arXiv:2401.08740).
+    "sit": Prediction(
+        target=lambda x0, eps, level: x0 - eps,
+        to_x0=lambda x_t, output, level: x0_from_flow(x_t, -output, level),
+        output_sensitivity=lambda level: ((level.alpha + level.sigma) / level.sigma) ** 2,
+    ),
+    "edm": edm(),
 }
 
 
@@ -143,7 +200,7 @@ def check_prediction(prediction: Prediction | str, levels: Level) -> None:
     if undetermined.any():
         raise ValueError(
             "prediction does not determine x0 (it is eps or score) at level"
-            f" {noisy.t[undetermined][0]}, where alpha is 0: predict v or x0"
+            f" {noisy.t[undetermined][0]}, where alpha is 0: predict v, x0 or flow"
         )
 
 

@@ -270,6 +270,22 @@ def edm(
     return from_alphas(np.ones(_positive(T)), _ramp(smallest, largest, T, rho))
 
 
+def flow(T: int = 1000, shift: float = 1.0) -> Schedule:
+    """The straight path of flow matching, alpha = 1 - sigma (arXiv:2210.02747).
+
+    sigma = shift*s/(1 + (shift - 1)*s) with s = t/T: level T is pure noise, without signal. A shift
+    multiplies sigma/alpha, so that more levels are noisy; 3 is that of arXiv:2403.03206, equation
+    23, for images of 1024 pixels a side.
+
+    Raises: ValueError unless shift > 0.
+    """
+    if not 0 < shift < np.inf:
+        raise ValueError(f"shift is {shift}: use a number above 0")
+    s = np.arange(1, _positive(T) + 1) / T
+    total = 1 + (shift - 1) * s
+    return _checked((1 - s) / total, shift * s / total)
+
+
 def _ramp(first: float, last: float, n: int, rho: float) -> np.ndarray:
     return _even(first ** (1 / rho), last ** (1 / rho), n) ** rho
 

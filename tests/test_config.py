@@ -52,6 +52,7 @@ EXPECTED = {
     "mnist_small": ((32, 32, 1), ClassLabel(10)),
     "cifar10": ((32, 32, 3), UNCONDITIONAL),
     "cifar10_cond": ((32, 32, 3), ClassLabel(10)),
+    "cifar10_edm": ((32, 32, 3), UNCONDITIONAL),
     "imagenet64": ((64, 64, 3), ClassLabel(1000)),
 }
 
@@ -181,6 +182,29 @@ BAD = [
         Diffusion(zero_terminal_snr=True),
         ["diffusion.zero_terminal_snr", True, "diffusion.prediction", "eps", 1000, "v"],
     ),
+    (Diffusion(schedule="flow"), ["diffusion.schedule", "flow", "diffusion.prediction", "eps"]),
+    (
+        Diffusion(schedule="flow", prediction="edm"),
+        ["diffusion.schedule", "flow", "diffusion.prediction", "edm", "log(sigma/alpha)", 1000],
+    ),
+    (
+        Diffusion(zero_terminal_snr=True, prediction="edm"),
+        ["diffusion.zero_terminal_snr", True, "diffusion.prediction", "edm", 1000],
+    ),
+    (
+        Diffusion(schedule="flow", prediction="flow", zero_terminal_snr=True),
+        ["diffusion.zero_terminal_snr", True, "diffusion.schedule", "flow", 1000],
+    ),
+    (Diffusion(shift=0.0), ["diffusion.shift", 0]),
+    (Diffusion(shift=3.0), ["diffusion.shift", 3, "diffusion.schedule", "linear", "flow"]),
+    (
+        Diffusion(time_scale=1.0),
+        ["diffusion.time_scale", 1, "diffusion.prediction", "eps", "flow"],
+    ),
+    (Diffusion(sigma_data=float("nan")), ["diffusion.sigma_data", "nan"]),
+    (Train(times_mean=0.5), ["train.times_mean", 0.5, "train.times", "uniform", "log_normal"]),
+    (Train(times="log_normal", times_std=0.0), ["train.times_std", 0]),
+    (Train(times="log_normal", times_mean=float("inf")), ["train.times_mean", "inf"]),
     (Diffusion(schedule="cosine", betas=(0.1, 0.2)), ["diffusion.betas", "cosine", "linear"]),
     (Train(steps=0), ["train.steps", 0]),
     (Train(batch=-3), ["train.batch", -3]),
@@ -331,6 +355,9 @@ def test_data_of_an_imported_network():
         (Config(data=Data(conditions=())), ["data.conditions", "label"]),
         (Config(data=Data(pad=2)), ["data.pad", 2, 0]),
         (Config(diffusion=Diffusion(prediction="v")), ["diffusion.prediction", "v", "eps"]),
+        (Config(diffusion=Diffusion(shift=2.0)), ["diffusion.shift", 2, 1]),
+        (Config(diffusion=Diffusion(time_scale=1.0)), ["diffusion.time_scale", 1, 1000]),
+        (Config(diffusion=Diffusion(sigma_data=1.0)), ["diffusion.sigma_data", 1, 0.5]),
         (Config(distillation=Distillation(steps=4)), ["distillation.steps", 4, 0]),
         (Config(train=Train(ema=(0.9, 0.99))), ["train.ema", 0.9, 0.999]),
     ],
@@ -367,6 +394,9 @@ def test_every_schedule_preserves_variance_and_reaches_noise(name, T):
     assert_schedule(levels)
     assert schedule.is_variance_preserving(levels)
     assert levels.alpha[-1] < 0.07  # scaled_linear stops there, the others far below
+    if name == "flow":
+        assert levels.alpha[-1] == 0
+        return
     rescaled = Diffusion(schedule=name, T=T, zero_terminal_snr=True)
     assert build_schedule(Config(diffusion=rescaled)).alpha[-1] == 0
 
@@ -386,7 +416,8 @@ def test_every_choice_exists(kind, field, built):
 @pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(Train)["times"]))
 def test_times(name):
     times = build_times(Config(train=Train(times=name, batch=8)))
-    t = times(jax.random.key(0), jnp.arange(16, 24, dtype=jnp.uint32), 1000)
+    noisy = schedule.level_at(schedule.linear(1000), slice(1, None))
+    t = times(jax.random.key(0), jnp.arange(16, 24, dtype=jnp.uint32), noisy)
     assert ((t >= 1) & (t <= 1000)).all()
     assert ((t[::2] + t[1::2] == 1001).all()) == (name == "antithetic")
     assert (np.unique((np.asarray(t) - 1) // 125).size == 8) or name != "stratified"

@@ -12,6 +12,8 @@ from diffjax import loss, parameterization, process, schedule
 from diffjax.testing import schedules
 
 LEVELS = schedule.linear(1000)
+NOISY = schedule.level_at(LEVELS, slice(1, None))
+TEN = schedule.level_at(LEVELS, slice(1, 11))
 EPS = parameterization.ddpm(process.PREDICTIONS["eps"])
 X0 = parameterization.ddpm(process.PREDICTIONS["x0"])
 KEY = jax.random.key(0)
@@ -36,7 +38,7 @@ TIMES = {
 
 @pytest.mark.parametrize("name", TIMES)
 def test_t_is_uniform(name):
-    drawn = jax.vmap(lambda key: TIMES[name](key, indices(50), 10))(jax.random.split(KEY, 400))
+    drawn = jax.vmap(lambda key: TIMES[name](key, indices(50), TEN))(jax.random.split(KEY, 400))
     assert set(np.unique(drawn)) == set(range(1, 11))
     # Each share is 0.1 with standard deviation 0.003 where draws share nothing in pairs, and less
     # if they do.
@@ -48,12 +50,12 @@ def test_t_is_uniform(name):
 
 def test_stratified_covers_all_levels():
     for seed in range(5):
-        t = loss.stratified(jax.random.key(seed), indices(50, start=150), 10, batch=50)
+        t = loss.stratified(jax.random.key(seed), indices(50, start=150), TEN, batch=50)
         assert (np.bincount(t)[1:] == 5).all()
 
 
 def test_antithetic_neighbours():
-    t = np.asarray(loss.antithetic(KEY, indices(64, start=128), 1000))
+    t = np.asarray(loss.antithetic(KEY, indices(64, start=128), NOISY))
     assert (t[::2] + t[1::2] == 1001).all()
     assert len(set(t[::2])) > 25
 
@@ -61,8 +63,8 @@ def test_antithetic_neighbours():
 @pytest.mark.parametrize("name", TIMES)
 def test_t_of_a_split_batch(name):
     """Draws do not depend on how a batch is split."""
-    whole = TIMES[name](KEY, indices(50), 1000)
-    parts = [TIMES[name](KEY, part, 1000) for part in np.split(indices(50), 5)]
+    whole = TIMES[name](KEY, indices(50), NOISY)
+    parts = [TIMES[name](KEY, part, NOISY) for part in np.split(indices(50), 5)]
     assert (np.concatenate(parts) == whole).all()
 
 
@@ -207,7 +209,7 @@ def test_quartiles():
     """0 for the least noisy quarter of 1..T, and so on."""
     objective = loss.denoising_loss(lambda p, x, t, c, keys: x + t[:, None], X0, LEVELS)
     found = objective(None, {"x": jnp.zeros((400, 2)), "index": indices(400)}, KEY)
-    t = loss.sample_t(loss.uniform, KEY, indices(400), 1000)
+    t = loss.sample_t(loss.uniform, KEY, indices(400), NOISY)
     np.testing.assert_array_equal(found.quartile, (t - 1) // 250)
     assert set(np.asarray(found.quartile)) == {0, 1, 2, 3}
 
@@ -237,7 +239,7 @@ def echo(params, x, t, condition, keys):
     return x
 
 
-def at_level_500(key, index, T):
+def at_level_500(key, index, levels):
     return jnp.full(index.shape, 500)
 
 

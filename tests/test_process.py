@@ -52,6 +52,10 @@ def test_conversions(levels, data, dtype, seed):
         "eps": error_eps,
         "v": level.alpha * error_eps + level.sigma * error_x0,
         "score": error_eps / level.sigma,
+        "flow": error_eps + error_x0,
+        "sit": error_eps + error_x0,
+        "edm": (2 * level.sigma * error_x0 + level.alpha / 2 * error_eps)
+        / np.hypot(level.sigma, level.alpha / 2),
     }
     for source in process.PREDICTIONS:
         said = process.PREDICTIONS[source].target(x0, eps, level)

@@ -36,7 +36,7 @@ from diffjax.build import (
     init_params,
 )
 from diffjax.checkpoint import FOLDER
-from diffjax.config import Config, Data, Distillation, Train
+from diffjax.config import Config, Data, Diffusion, Distillation, Train
 from diffjax.denoiser import Condition, Denoiser, clip, condition_on, from_network
 from diffjax.distillation import Rows
 from diffjax.guidance import classifier_free_guidance
@@ -135,7 +135,7 @@ class DistillOptions:
     """Steps of the last student of progressive distillation, from 1; halvings of the start lead to
     it."""
     prediction: Literal["v", "x0"] | None = None
-    """Prediction of the students; None for v, or x0 where the teacher predicts x0."""
+    """Prediction of the students; None for the teacher's own, or v where that is eps."""
     data: Data = field(default_factory=Data)
     """Data of the students; the default is the teacher's, where it is recorded."""
     train: Train = field(default_factory=lambda: Train(**TRAIN_DEFAULTS))
@@ -260,8 +260,8 @@ def _max_guidance(options: DistillOptions, teacher: TrainedModel) -> float:
 
 
 def _prediction(options: DistillOptions, teacher: TrainedModel) -> str:
-    default = "x0" if teacher.info.config.diffusion.prediction == "x0" else "v"
-    return options.prediction or default
+    own = teacher.info.config.diffusion.prediction
+    return options.prediction or ("v" if own == "eps" else own)
 
 
 def _needs_first_stage(options: DistillOptions, teacher: TrainedModel) -> bool:
@@ -287,16 +287,25 @@ def _stage(
     config = teacher.info.config
     # The last two halvings are the hardest, and get twice the steps (arXiv:2202.00512, appendix).
     train_steps = options.train.steps * (2 if steps in (1, 2) else 1)
-    prediction: Any = _prediction(options, teacher)
     largest = _max_guidance(options, teacher)
     student = Config(
         data=options.data,
         network=dataclasses.replace(config.network, dropout=0.0),
-        diffusion=dataclasses.replace(config.diffusion, prediction=prediction),
+        diffusion=_student_diffusion(options, teacher),
         train=dataclasses.replace(options.train, steps=train_steps),
         distillation=Distillation(method, "", start, steps, largest),
     )
     return Stage(name, student)
+
+
+def _student_diffusion(options: DistillOptions, teacher: TrainedModel) -> Diffusion:
+    own, prediction = teacher.info.config.diffusion, _prediction(options, teacher)
+    changed: dict[str, Any] = {"prediction": prediction}
+    if prediction != own.prediction:  # what belonged to the teacher's own
+        changed["time_scale"] = Diffusion.time_scale
+        if options.train.weighting != "edm":
+            changed["sigma_data"] = Diffusion.sigma_data
+    return dataclasses.replace(own, **changed)
 
 
 def with_teacher(config: Config, teacher: TrainedModel) -> Config:

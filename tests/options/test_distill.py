@@ -128,8 +128,9 @@ def test_training_of_a_student(run, tmp_path, monkeypatch):
     weights = loss.sigmoid(levels, process.PREDICTIONS["x0"])[t]
     assert np.allclose(np.sort(student.objectives.weights), np.sort(weights))
     key, index = jax.random.key(1), np.arange(8, dtype=np.uint32)
-    drawn = student.objectives.times(key, index, 4)
-    assert np.array_equal(drawn, loss.antithetic(key, index, 4))
+    four = schedule.at(levels, t[::-1])
+    drawn = student.objectives.times(key, index, four)
+    assert np.array_equal(drawn, loss.antithetic(key, index, four))
     rates = [float(student.rate(n)) for n in range(4)]
     assert rates == pytest.approx([0, 0.2, 0.4, 0.2 * (1 + math.cos(math.pi / 8))])
     step = call_of_step(student, load_model(run).params, monkeypatch)

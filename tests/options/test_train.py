@@ -24,6 +24,7 @@ from tests.options.observations import observes
 from tests.options.probe import CLASSES, SHAPE, TRACED, call, is_same, opened, words_of
 
 LEVELS, X0 = schedule.cosine(16), process.PREDICTIONS["x0"]
+NOISY = schedule.level_at(LEVELS, slice(1, None))
 RUNS = {
     "a": "--train.steps 7 --train.batch 16 --train.learning-rate 0.05 --train.warmup 3"
     " --train.decay cosine --train.weight-decay 0.2 --train.clip 0.02 --train.ema 0.9 0.05"
@@ -94,9 +95,9 @@ def replica(name, batches):
     for n, (rate, batch) in enumerate(zip(rates(name), batches, strict=False)):
         index, labels = batch["index"], batch["condition"]
         t = (
-            loss.stratified(jax.random.fold_in(step_key(seed, n), 0), index, 16, 16)
+            loss.stratified(jax.random.fold_in(step_key(seed, n), 0), index, NOISY, 16)
             if a
-            else loss.antithetic(jax.random.fold_in(step_key(seed, n), 0), index, 16)
+            else loss.antithetic(jax.random.fold_in(step_key(seed, n), 0), index, NOISY)
         )
         w, error = weights[np.asarray(t)], batch["x"] - table[labels]
         gradient = np.zeros_like(table)
@@ -237,18 +238,31 @@ def test_weighting_and_times(probe_config, tmp_path):
     """The loss of an example is its weight, at the level that is drawn for it."""
     key, index = jax.random.fold_in(jax.random.key(0), 0), np.arange(32, dtype=np.uint32)
     times = {
-        "uniform": loss.uniform(key, index, 16),
-        "stratified": loss.stratified(key, index, 16, 32),
-        "antithetic": loss.antithetic(key, index, 16),
+        "uniform": loss.uniform(key, index, NOISY),
+        "stratified": loss.stratified(key, index, NOISY, 32),
+        "antithetic": loss.antithetic(key, index, NOISY),
     }
     pairs = [("simple", "uniform"), ("min_snr", "stratified"), ("truncated_snr", "antithetic")]
     for weighting, time in [*pairs, ("sigmoid", "uniform"), ("edm", "stratified")]:
         words = f"--train.weighting {weighting} --train.times {time} --train.batch 32"
         given = loss_of(probe_config, tmp_path, words)
         assert np.array_equal(given.weighting(LEVELS, X0), getattr(loss, weighting)(LEVELS, X0))
-        assert np.array_equal(given.times(key, index, 16), times[time])
+        assert np.array_equal(given.times(key, index, NOISY), times[time])
     values, weights = values_of(loss.denoising_loss(*given), 32), loss.edm(LEVELS, X0)
     assert np.allclose(values, weights[times["stratified"]], rtol=1e-5)
+
+
+@observes("train --train.times-mean", "train --train.times-std")
+def test_log_normal_times(probe_config, tmp_path):
+    """log(sigma/alpha) of the levels that are drawn has this mean and standard deviation."""
+    words = "--train.times log_normal --train.times-mean -0.8 --train.times-std 0.6"
+    words += " --diffusion.T 400 --diffusion.schedule edm"
+    given = loss_of(probe_config, tmp_path, words)
+    index, noisy = np.arange(4000), schedule.level_at(given.schedule, slice(1, None))
+    t = np.asarray(given.times(jax.random.key(0), index, noisy))
+    drawn = -schedule.logsnr(schedule.at(given.schedule, t)) / 2
+    assert drawn.mean() == pytest.approx(-0.8, abs=0.05)  # 4 standard deviations, and the levels
+    assert drawn.std() == pytest.approx(0.6, abs=0.04)
 
 
 @observes("train --train.condition-dropout")
@@ -317,38 +331,60 @@ def test_max_skipped(probe_config, tmp_path, capsys):
 @observes(
     "train --diffusion.schedule",
     "train --diffusion.betas",
+    "train --diffusion.shift",
     "train --diffusion.zero-terminal-snr",
     "train --diffusion.T",
 )
 def test_schedule(probe_config, tmp_path):
     """The levels of the loss are those of the schedule."""
     betas = np.linspace(0.01, 0.3, 12)
+    ratio = np.arange(1, 13) / np.arange(11, -1, -1).clip(1e-300)  # sigma/alpha of flow
     cases = {
         "linear --diffusion.T 30": schedule.rescaled_linear(30).alpha,
         "cosine --diffusion.T 12": schedule.cosine(12).alpha,
         "scaled_linear --diffusion.T 40": schedule.scaled_linear(40, 0.85 / 40, 0.3).alpha,
         "sigmoid --diffusion.T 12": schedule.sigmoid(12).alpha,
         "edm --diffusion.T 12": schedule.variance_preserving(schedule.edm(12)).alpha,
+        "flow --diffusion.T 12 --diffusion.shift 3": 1 / np.hypot(1, 3 * ratio),
         "linear --diffusion.T 12 --diffusion.betas 0.01 0.3": np.sqrt(np.cumprod(1 - betas)),
     }
     for words, alpha in cases.items():
         levels = loss_of(probe_config, tmp_path, "--diffusion.schedule", words).schedule
         assert np.allclose(levels.alpha[-len(betas) :], alpha[-len(betas) :], rtol=1e-9), words
         assert schedule.length(levels) == int(words.split()[2])
-        assert levels.alpha[-1] > 0
+        assert (levels.alpha[-1] == 0) == words.startswith("flow")
     levels = loss_of(probe_config, tmp_path, "--diffusion.zero-terminal-snr").schedule
     assert levels.alpha[-1] == 0
 
 
-@observes("train --diffusion.prediction")
+@observes(
+    "train --diffusion.prediction", "train --diffusion.time-scale", "train --diffusion.sigma-data"
+)
 def test_prediction(probe_config, tmp_path):
-    """The target of the network is the noise, the data, or v."""
+    """The target of the network is what it predicts, which also decides its time and its input."""
     r = np.random.default_rng(0)
     x0, eps, level = r.normal(size=5), r.normal(size=5), schedule.at(LEVELS, np.array(7))
-    targets = {"x0": x0, "eps": eps, "v": level.alpha * eps - level.sigma * x0}
-    for name, target in targets.items():
-        given = loss_of(probe_config, tmp_path, "--diffusion.prediction", name)
-        assert np.allclose(given.parameterization.prediction.target(x0, eps, level), target)
+    alpha, sigma = level.alpha, level.sigma
+    straight, n = 1 / (alpha + sigma), np.hypot(sigma, 0.8 * alpha)
+    cases = {  # target, time and scale of the input
+        "x0": (x0, 6, 1),
+        "eps": (eps, 6, 1),
+        "v": (alpha * eps - sigma * x0, 6, 1),
+        "flow": (eps - x0, 1000 * sigma * straight, straight),
+        "flow --diffusion.time-scale 7": (eps - x0, 7 * sigma * straight, straight),
+        "sit": (x0 - eps, alpha * straight, straight),
+        "edm --diffusion.sigma-data 0.8": (
+            (sigma / 0.8 * x0 - 0.8 * alpha * eps) / n, np.log(sigma / alpha) / 4, 1 / n,
+        ),
+    }  # fmt: skip
+    for words, expected in cases.items():
+        given = loss_of(probe_config, tmp_path, "--diffusion.prediction", words).parameterization
+        found = given.prediction.target(x0, eps, level), given.network_time(level)
+        for a, b in zip((*found, given.input_scale(level)), expected, strict=True):
+            assert np.allclose(a, b, rtol=1e-5), words
+    words = "--train.weighting edm --diffusion.sigma-data 0.8"
+    weighting = loss_of(probe_config, tmp_path, words).weighting
+    assert np.allclose(weighting(LEVELS, X0), loss.edm(LEVELS, X0, 0.8))
 
 
 # ------------------------------------------------------------------------------- processes

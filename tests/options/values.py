@@ -42,6 +42,9 @@ DIFFUSION = {
     "diffusion.zero-terminal-snr": (None, True),
     "diffusion.T": ("30", 30),
     "diffusion.prediction": ("v", "v"),
+    "diffusion.shift": ("1.5", 1.5),
+    "diffusion.time-scale": ("10.5", 10.5),
+    "diffusion.sigma-data": ("0.75", 0.75),
 }
 TRAIN = {
     "train.steps": ("41", 41),
@@ -54,7 +57,9 @@ TRAIN = {
     "train.ema": ("0.7 0.6", (0.7, 0.6)),
     "train.power-ema": ("0.06 0.12", (0.06, 0.12)),
     "train.weighting": ("min_snr", "min_snr"),
-    "train.times": ("antithetic", "antithetic"),
+    "train.times": ("log_normal", "log_normal"),
+    "train.times-mean": ("-0.55", -0.55),
+    "train.times-std": ("0.65", 0.65),
     "train.condition-dropout": ("0.45", 0.45),
     "train.seed": ("123", 123),
     "train.accumulate": ("9", 9),
