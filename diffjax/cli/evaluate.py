@@ -1,4 +1,4 @@
-"""Measure the image quality of one sampler."""
+"""Measure the image quality of one sampler, or of an autoencoder."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from diffjax.build import ModelInfo, describe_model, image_config
 from diffjax.cli import common
 from diffjax.cli.options import (
     Count,
@@ -19,9 +20,22 @@ from diffjax.cli.options import (
     choose_plan,
 )
 from diffjax.config import Config, load_config
+from diffjax.devices import parallel
 from diffjax.evaluation import quality
 from diffjax.evaluation.quality import ReferenceOptions
-from diffjax.evaluation.results import as_dict, classifier_warning, table_markdown
+from diffjax.evaluation.reconstruction import measure_reconstructions, number_of_images
+from diffjax.evaluation.results import (
+    QualityRow,
+    ReconstructionRow,
+    as_dict,
+    classifier_warning,
+    table_markdown,
+)
+from diffjax.inference.autoencoder import (
+    TrainedAutoencoder,
+    is_autoencoder,
+    load_autoencoder,
+)
 from diffjax.inference.defaults import check_seed, distillation_warning
 from diffjax.inference.guidance import Guidance, check_guidance
 from diffjax.inference.model import TrainedModel, load_model, output_folder
@@ -88,19 +102,20 @@ class RealDataOptions(DataOptions):
     config: Annotated[str | None, tyro.conf.arg(metavar="CONFIG")] = None
     """Configuration of the real images, as cifar10; None for the model's own."""
 
-    def read_config(self, model: TrainedModel) -> Config:
+    def read_config(self, info: ModelInfo) -> Config:
         """The configuration of the real images.
 
         Raises: ValueError for one that does not exist, or a path that it does not take.
         """
-        return self.locate(model.info.config if self.config is None else load_config(self.config))
+        return self.locate(info.config if self.config is None else load_config(self.config))
 
 
 @dataclass(frozen=True)
 class Options:
     """Compare sampled images with real ones, and append a row to a file.
 
-    Each row has its whole context.
+    Of an autoencoder, held-out images and their reconstructions are compared. Each row has its
+    whole context.
     """
 
     model: Model
@@ -117,6 +132,16 @@ class Options:
 
 
 def run(options: Options) -> None:
+    """Sample or reconstruct, compare, print one row and append it."""
+    with common.user_errors():
+        is_reconstructed = is_autoencoder(options.model)
+    if is_reconstructed:
+        run_autoencoder(options)
+    else:
+        run_sampler(options)
+
+
+def run_sampler(options: Options) -> None:
     """Sample, compare, print one row and append it."""
     with common.user_errors():
         model = load_model(options.model, options.weight.checkpoint, options.weight.weights)
@@ -125,7 +150,7 @@ def run(options: Options) -> None:
         out = common.check_output(output_file(options), ".jsonl")
         report = options.report.check_report()
         reference = quality.read_reference(
-            options.data.read_config(model),
+            options.data.read_config(model.info),
             quality.image_shape(model),
             options.feature.to_library(),
             [model.info] if options.data.config is None else [],
@@ -140,6 +165,76 @@ def run(options: Options) -> None:
     with common.progress_bar(total) as bar:
         hooks = Hooks(common.compiling(bar, name, "comparing with real images"))
         row, _ = quality.measure(model, pipeline, reference, plan, name, request, hooks)
+    write_row(row, out, report)
+
+
+def run_autoencoder(options: Options) -> None:
+    """Reconstruct, compare, print one row and append it."""
+    with common.user_errors():
+        check_autoencoder_options(options)
+        weight = options.weight
+        autoencoder = load_autoencoder(options.model, weight.checkpoint, weight.weights)
+        out = common.check_output(output_file(options), ".jsonl")
+        report = options.report.check_report()
+        config, shape = find_images(options, autoencoder)
+        reference = quality.read_reference(config, shape, options.feature.to_library())
+        num = number_of_images(reference, options.image.num)
+        batch = options.batch.batch or parallel.default_batch(num)
+    row = measure_reconstructions(autoencoder, reference, num, batch, str(config.data))
+    write_row(row, out, report)
+
+
+def check_autoencoder_options(options: Options) -> None:
+    """Check that no option of samplers is given.
+
+    Raises: ValueError, naming the first one.
+    """
+    given, default = options.sampling, SamplerOptions()
+    pairs = [(name, getattr(given, name), getattr(default, name)) for name in vars(default)]
+    image, clip = SamplingOptions(), BatchOptions().clip
+    pairs += [(name, getattr(options.image, name), getattr(image, name)) for name in vars(image)]
+    pairs += [("clip", options.batch.clip, clip)]
+    for name, value, usual in pairs:
+        if name != "num" and value != usual:
+            raise ValueError(
+                f"{name} is {value}, and {options.model} is an autoencoder, which is not sampled:"
+                " leave it out"
+            )
+    for name, value in (("num", options.image.num), ("batch", options.batch.batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: use 1 or more")
+
+
+def find_images(
+    options: Options, autoencoder: TrainedAutoencoder
+) -> tuple[Config, tuple[int, ...]]:
+    """The configuration of the images, and their shape, which the autoencoder takes.
+
+    Raises: ValueError for a published autoencoder without a configuration, or images of other
+    channels or sides.
+    """
+    if autoencoder.info is not None:
+        info = autoencoder.info
+    elif options.data.config is None:
+        raise ValueError(
+            f"data.config is None, and {options.model} does not name its training images: name"
+            " a configuration"
+        )
+    else:
+        info = describe_model(load_config(options.data.config))
+    config = image_config(options.data.read_config(info))
+    shape = describe_model(config).x_shape if options.data.config else info.x_shape
+    if shape[-1] != autoencoder.image_channels:
+        raise ValueError(
+            f"{config.data} has images of {shape[-1]} channels, and the autoencoder takes"
+            f" {autoencoder.image_channels}: use data.grey, or other images"
+        )
+    autoencoder.config.latent_shape(shape)
+    return config, shape
+
+
+def write_row(row: QualityRow | ReconstructionRow, out: Path, report: Path | None) -> None:
+    """Print a row, and append it to a file."""
     common.print_report(table_markdown([row]), report)
     if warning := classifier_warning([row]):
         print(f"warning: {warning}")

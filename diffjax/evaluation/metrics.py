@@ -1,9 +1,10 @@
-"""Distances between generated and real images by their features.
+"""Distances between generated and real images: of sets by their features, of pairs by pixels.
 
 All are computed in float64 on the host. Features are rows of numbers, one per image, by one
 extractor for both sets: a distance depends on the extractor and on the number of images as much as
 on the images. Every function raises ValueError for features that are not [N, D], contain NaN or
-infinity, have different sizes, or are of too few images.
+infinity, have different sizes, or are of too few images. Pairs are images [N, H, W, C] of one
+shape.
 """
 
 from collections.abc import Iterator, Sequence
@@ -245,6 +246,77 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _blocks(num: int, size: int = 500) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, num, size))
+
+
+# ------------------------------------------------------------------------------- pairs of images
+
+WINDOW, WINDOW_STD = 11, 1.5  # of structural similarity, in pixels
+
+
+def peak_signal_to_noise(images: np.ndarray, others: np.ndarray, peak: float = 255.0) -> float:
+    """The peak signal-to-noise ratio of pairs of images, in dB.
+
+        10*log10(peak^2 / mean of (image - other)^2),   over all numbers of all images
+
+    Infinity for equal ones. images, others: [N, H, W, C], 0..peak.
+
+    Raises: ValueError for images of different shapes.
+    """
+    images, others = _checked_images(images, others)
+    error = float(np.mean((images - others) ** 2))
+    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+
+
+def structural_similarity(
+    images: np.ndarray, others: np.ndarray, peak: float = 255.0
+) -> np.ndarray:
+    """The structural similarity of pairs of images, [N], 1 for equal ones (Wang et al. 2004).
+
+        (2 m_a m_b + c_1)(2 s_ab + c_2) / ((m_a^2 + m_b^2 + c_1)(s_a^2 + s_b^2 + c_2))
+
+    with means, variances and covariance under a Gaussian window of 11x11 pixels and standard
+    deviation 1.5, c_1 = (0.01 peak)^2, c_2 = (0.03 peak)^2: its mean over all places of the window
+    inside the image, and over channels.
+
+    images, others: [N, H, W, C], 0..peak.
+
+    Raises: ValueError for images of different shapes, or smaller than the window.
+    """
+    images, others = _checked_images(images, others)
+    if min(images.shape[1:3]) < WINDOW:
+        raise ValueError(
+            f"images are {images.shape[1]}x{images.shape[2]}: structural similarity needs"
+            f" {WINDOW}x{WINDOW} pixels or more"
+        )
+    c_1, c_2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    found = []
+    for a, b in zip(images, others, strict=True):
+        m_a, m_b = _windowed(a), _windowed(b)
+        variances = _windowed(a * a) - m_a**2 + _windowed(b * b) - m_b**2
+        covariance = _windowed(a * b) - m_a * m_b
+        means = (2 * m_a * m_b + c_1) / (m_a**2 + m_b**2 + c_1)
+        found.append(np.mean(means * (2 * covariance + c_2) / (variances + c_2)))
+    return np.array(found)
+
+
+def _windowed(image: np.ndarray) -> np.ndarray:
+    """The means of an image [H, W, C] under the window, at all places inside."""
+    distance = np.arange(WINDOW) - WINDOW // 2
+    weights = np.exp(-(distance**2) / (2 * WINDOW_STD**2))
+    weights /= weights.sum()
+    for axis in (0, 1):
+        image = np.lib.stride_tricks.sliding_window_view(image, WINDOW, axis) @ weights
+    return image
+
+
+def _checked_images(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    images, others = np.asarray(images, np.float64), np.asarray(others, np.float64)
+    if images.ndim != 4 or images.shape != others.shape or not len(images):
+        raise ValueError(
+            f"images have shape {list(images.shape)}, and others {list(others.shape)}: use one"
+            " shape [N, H, W, C] with N of 1 or more"
+        )
+    return images, others
 
 
 # ------------------------------------------------------------------------------- checks

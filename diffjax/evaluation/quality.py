@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from diffjax.build import ModelInfo, check_conditions, load_data
+from diffjax.build import ModelInfo, check_conditions, image_config, load_data
 from diffjax.config import Config
 from diffjax.data.batches import first_examples
 from diffjax.data.dataset import Dataset
@@ -58,6 +58,7 @@ class Reference(NamedTuple):
     features: np.ndarray  # [N, D], of MOST_NEIGHBOURS images at most
     name: str  # as in "digits, train, 1,500 images, sha256:45f1fd30"
     source: Any  # the examples of the split
+    held_out: Any  # the examples that are held out
 
 
 def read_reference(
@@ -67,6 +68,8 @@ def read_reference(
     trained: Sequence[ModelInfo] = (),
 ) -> Reference:
     """Read the real images of a configuration and extract their features.
+
+    Those of latents are what the latents were made of.
 
     image_shape: the shape [H, W, C] that they must have. trained: models that were trained on them,
     whose classes they must have.
@@ -78,6 +81,7 @@ def read_reference(
             f"{config.data} does not name its training images: name them by data, or convert it to"
             " a run folder with the data set's name"
         )
+    config = image_config(config)
     dataset = load_data(config)
     if dataset.image_shape != tuple(image_shape):
         real, generated = ("x".join(map(str, each)) for each in (dataset.image_shape, image_shape))
@@ -100,7 +104,7 @@ def read_reference(
     name = f"{config.data}, {split}, {len(source):,} images, sha256:{digest[:8]}"
     if len(source) > MOST_NEIGHBOURS:
         name += f" ({MOST_NEIGHBOURS:,} drawn for all but FD)"
-    return Reference(extractor, moments, kept, name, source)
+    return Reference(extractor, moments, kept, name, source, dataset.held_out)
 
 
 def image_shape(model: TrainedModel) -> tuple[int, ...]:
@@ -226,7 +230,7 @@ def measure(
         samples = pipeline(model.params, plan, request, hooks)
     except NotFiniteError as error:
         raise NotFiniteError(f"{sampler_name}: {error}") from error
-    outputs = _extract(reference.extractor, samples.images)
+    outputs = extract(reference.extractor, samples.images)
     row = QualityRow.join(
         quality_context(model, plan, sampler_name, request, reference),
         compare(reference, outputs, class_accuracy(conditioning, request.condition, outputs)),
@@ -277,7 +281,8 @@ def _num_classes(conditioning: Conditioning) -> int | None:
     return next((part.classes for part in parts if isinstance(part, ClassLabel)), None)
 
 
-def _extract(extractor: Extractor, images: np.ndarray) -> Outputs:
+def extract(extractor: Extractor, images: np.ndarray) -> Outputs:
+    """The outputs of an extractor for images, uint8 [N, H, W, C], some at a time."""
     chunks = [extractor.extract(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
     vectors = np.concatenate([chunk.features for chunk in chunks])
     probabilities = [chunk.probabilities for chunk in chunks if chunk.probabilities is not None]

@@ -299,6 +299,36 @@ class LikelihoodRow(ModelContext):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructionRow(QualityMetrics, ModelContext):
+    """How much of held-out images an autoencoder keeps.
+
+    The distances are those of the reconstructions from the reference, as of generated images.
+    """
+
+    latent_size: str  # as in "8x8x4"
+    images: int
+    batch: int
+    data: str  # with its split
+    extractor: str  # of the features
+    reference: str  # the real images, with their split and number
+    psnr: float  # dB, of the mean squared error of all images
+    ssim: float | None  # mean over images; None for images smaller than its window
+    images_fd: float  # of the images themselves from the reference
+    latent_std: float  # of the means of their latents, without scaling
+    scaling: float
+
+    def __post_init__(self) -> None:
+        """Check that nothing is missing, as `NetworkContext`.
+
+        Raises: ValueError, naming the field, for an empty text or None.
+        """
+        ModelContext.__post_init__(self)
+        for name in ("latent_size", "data", "extractor", "reference"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: a row of results needs its whole context")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimingRow(NetworkContext):
     """The cost of one computation."""
 
@@ -326,7 +356,7 @@ class TimingRow(NetworkContext):
         return None if self.flops is None else self.flops / self.seconds / self.ceiling
 
 
-Row = SamplingRow | QualityRow | LikelihoodRow | TimingRow
+Row = SamplingRow | QualityRow | LikelihoodRow | ReconstructionRow | TimingRow
 
 
 def as_dict(row: Row) -> dict[str, Any]:
@@ -339,7 +369,7 @@ def as_dict(row: Row) -> dict[str, Any]:
     return asdict(row) | derived
 
 
-def classifier_warning(rows: Sequence[QualityRow]) -> str:
+def classifier_warning(rows: Sequence[QualityRow | ReconstructionRow]) -> str:
     """A warning if a classifier recognises too few real images, else ""."""
     known = [row for row in rows if row.real_class_accuracy is not None]
     worst = min(known, key=lambda row: row.real_class_accuracy or 0.0, default=None)
@@ -432,6 +462,31 @@ _LIKELIHOOD_COLUMNS: dict[str, Column] = {
     "dtype": lambda row: row.dtype,
 }
 
+_RECONSTRUCTION_COLUMNS: dict[str, Column] = {
+    "latents": lambda row: row.latent_size,
+    "PSNR dB": lambda row: f"{row.psnr:.2f}",
+    "SSIM": lambda row: _optional("{:.4f}", row.ssim),
+    "FD": lambda row: f"{row.fd:.4g}",
+    "FD of the images": lambda row: f"{row.images_fd:.4g}",
+    "KD": lambda row: f"{row.kd:.3g} ± {row.kd_error:.1g}",
+    "inception score": lambda row: _optional("{:.2f}", row.inception_score),
+    "precision": lambda row: f"{row.precision:.3f}",
+    "recall": lambda row: f"{row.recall:.3f}",
+    "class accuracy": lambda row: _optional("{:.1%}", row.class_accuracy),
+    "real class accuracy": lambda row: _optional("{:.1%}", row.real_class_accuracy),
+    "images": lambda row: f"{row.images} of {row.image_size}, {row.data}",
+    "std of latents": lambda row: f"{row.latent_std:.4g}",
+    "scaling": lambda row: f"{row.scaling:.5g}",
+    "features": lambda row: row.extractor,
+    "real images": lambda row: row.reference,
+    "network": _network,
+    "weights": lambda row: row.weights,
+    "batch": lambda row: row.batch,
+    "device": lambda row: row.device,
+    "dtype": lambda row: row.dtype,
+    "versions": lambda row: row.versions,
+}
+
 _TIMING_COLUMNS: dict[str, Column] = {
     "network": lambda row: f"{row.network}, {row.parameters:,}",
     "what": lambda row: row.what,
@@ -456,14 +511,18 @@ _COLUMNS: dict[type, dict[str, Column]] = {
     SamplingRow: _SAMPLING_COLUMNS,
     QualityRow: _QUALITY_COLUMNS,
     LikelihoodRow: _LIKELIHOOD_COLUMNS,
+    ReconstructionRow: _RECONSTRUCTION_COLUMNS,
     TimingRow: _TIMING_COLUMNS,
 }
 
 
-def metric_names(rows: Sequence[QualityRow]) -> dict[str, str]:
-    """The heads of the distances: FID and KID for Inception, else FD and KD."""
+def metric_names(rows: Sequence[Any]) -> dict[str, str]:
+    """The heads of the distances: FID and KID for Inception, else FD and KD.
+
+    rows: those of QualityRow or ReconstructionRow.
+    """
     if all(row.extractor.startswith("inception") for row in rows):
-        return {"FD": "FID", "KD": "KID"}
+        return {"FD": "FID", "FD of the images": "FID of the images", "KD": "KID"}
     return {"FD": "FD", "KD": "KD"}
 
 
@@ -476,8 +535,8 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     """The texts of such a table, line by line, the heads first."""
     columns = _COLUMNS[type(rows[0])]
     heads = list(columns)
-    if isinstance(rows[0], QualityRow):
-        names = metric_names([row for row in rows if isinstance(row, QualityRow)])
+    if isinstance(rows[0], QualityRow | ReconstructionRow):
+        names = metric_names([row for row in rows if isinstance(row, type(rows[0]))])
         heads = [names.get(head, head) for head in heads]
     return [heads] + [[str(cell(row)) for cell in columns.values()] for row in rows]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from diffjax.build import image_config
 from diffjax.data import image_io
 from diffjax.data.files import atomic_path
 from diffjax.evaluation import frontier, quality, report
@@ -102,11 +103,13 @@ def default_scales(model: TrainedModel) -> list[float]:
 def check_same_data(models: Sequence[TrainedModel]) -> None:
     """Check that models have the same data, and different names.
 
+    Models of latents have the data that the latents were made of.
+
     Raises: ValueError for models of different data, or of one name, or for none.
     """
     if not models:
         raise ValueError("models is empty: use one model or more")
-    data = [f"{model.info.config.data} of {model.info.describe_x()}" for model in models]
+    data = [_describe_images(model) for model in models]
     for model, other in zip(models, data, strict=True):
         if other != data[0]:
             raise ValueError(
@@ -120,6 +123,11 @@ def check_same_data(models: Sequence[TrainedModel]) -> None:
                 f"models have one name, {name!r}, and rows of either could be mistaken: rename a"
                 " folder"
             )
+
+
+def _describe_images(model: TrainedModel) -> str:
+    size = "x".join(map(str, quality.image_shape(model)))
+    return f"{image_config(model.info.config).data} of {size}"
 
 
 # ------------------------------------------------------------------------------- measuring

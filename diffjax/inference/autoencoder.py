@@ -102,19 +102,20 @@ def save_autoencoder(folder: Path, autoencoder: TrainedAutoencoder) -> None:
     autoencoder_kl.save(folder, autoencoder.config, jax.device_get(autoencoder.params))
 
 
-def autoencoder_codec(autoencoder: TrainedAutoencoder, batch: int = BATCH) -> Codec:
+def autoencoder_codec(autoencoder: TrainedAutoencoder, batch: int | None = None) -> Codec:
     """The map between images and scaled latents, on all devices of this process.
 
         x = (mean of latents - shift) * scaling,   images = decode(x/scaling + shift) in [-1, 1]
 
-    It is compiled once per number of images, up to `batch` on each device at a time. Latents have
-    no bounds.
+    It is compiled once per number of images, up to `batch` of them; None for BATCH on each device.
+    Latents have no bounds.
     """
     mesh = parallel.device_mesh(jax.local_devices())
     params = jax.device_put(autoencoder.params, parallel.replicated(mesh))
     module = Autoencoder(autoencoder.config, autoencoder.image_channels)
+    size = BATCH * mesh.size if batch is None else batch
     maps = (
-        parallel.BatchMapper(partial(function, module), params, batch * mesh.size, mesh)
+        parallel.BatchMapper(partial(function, module), params, size, mesh)
         for function in (_encode, _decode)
     )
     return Codec(*(partial(_map, mapper) for mapper in maps), None)
