@@ -35,11 +35,14 @@ def test_dry_run(images, monkeypatch):
     arrived = call((subprocess, "run"), "dry-run digits --target v5e:4x4 --train.batch 48")
     assert arrived.args_[0][-5:] == words_of("digits --target v5e:4x4 --train.batch 48")
     monkeypatch.setenv(dry_run.CHILD, "1")
-    command = f"dry-run digits --target v5e:4x4 {words_from(CONFIG)}"
-    (config,) = call((dry_run, "describe_model"), command).args_
-    found = flat_fields(config)
-    expected = {name.replace("-", "_"): value for name, (_, value) in CONFIG.items()}
-    assert {name: found[name] for name in expected} == expected
+    shift = {name: CONFIG[name] for name in ("diffusion.shift", "diffusion.prediction")}
+    shift |= {"diffusion.schedule": ("flow", "flow")}
+    for values in ({name: CONFIG[name] for name in CONFIG if name != "diffusion.shift"}, shift):
+        command = f"dry-run digits --target v5e:4x4 {words_from(values)}"
+        (config,) = call((dry_run, "describe_model"), command).args_
+        found = flat_fields(config)
+        expected = {name.replace("-", "_"): value for name, (_, value) in values.items()}
+        assert {name: found[name] for name in expected} == expected
     named = "dry-run cifar10 --data.source npz --data.size 6 --data.pad 2 --data.conditions pose"
     info, target = call(
         (benchmark, "report"), named, f"--data.path {images} --target v5e:4x4"

@@ -41,8 +41,8 @@ DIFFUSION = {
     "diffusion.betas": ("0.01 0.3", (0.01, 0.3)),
     "diffusion.zero-terminal-snr": (None, True),
     "diffusion.T": ("30", 30),
-    "diffusion.prediction": ("v", "v"),
-    "diffusion.shift": ("1.5", 1.5),
+    "diffusion.prediction": ("flow", "flow"),
+    "diffusion.shift": ("1.5", 1.5),  # of the schedule flow, which has no betas
     "diffusion.time-scale": ("10.5", 10.5),
     "diffusion.sigma-data": ("0.75", 0.75),
 }
@@ -56,7 +56,7 @@ TRAIN = {
     "train.clip": ("2.5", 2.5),
     "train.ema": ("0.7 0.6", (0.7, 0.6)),
     "train.power-ema": ("0.06 0.12", (0.06, 0.12)),
-    "train.weighting": ("min_snr", "min_snr"),
+    "train.weighting": ("edm", "edm"),
     "train.times": ("log_normal", "log_normal"),
     "train.times-mean": ("-0.55", -0.55),
     "train.times-std": ("0.65", 0.65),
