@@ -14,6 +14,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Training": {
         "train": "Train a diffusion model, or resume its training.",
         "average": "Average the parameters of a run over its training.",
+        "encode": "Encode images to latents, to train a model of latents.",
         "distill": "Distill a trained model into models of few steps.",
         "dry-run": "Print the cost of training and sampling, also on absent TPUs.",
     },

@@ -16,8 +16,14 @@ from diffjax.build import (
 )
 from diffjax.checkpoint import tree_sha256
 from diffjax.data.codec import Codec
+from diffjax.data.latents import AUTOENCODER
 from diffjax.denoiser import Network
 from diffjax.devices import parallel
+from diffjax.inference.autoencoder import (
+    TrainedAutoencoder,
+    autoencoder_codec,
+    load_autoencoder,
+)
 from diffjax.inference.weights import load_weights
 from diffjax.interop import hub
 from diffjax.nn.registry import network_name
@@ -38,20 +44,28 @@ class TrainedModel(NamedTuple):
     weights: str  # "ema", a decay, "raw", or "unknown" where an import does not tell
     step: int
     notes: tuple[str, ...] = ()  # sentences on an imported model
+    autoencoder: TrainedAutoencoder | None = None  # that the codec is of; None for pixels
 
 
-def load_model(source: str | Path, step: int | None = None, weights: str = "ema") -> TrainedModel:
+def load_model(
+    source: str | Path,
+    step: int | None = None,
+    weights: str = "ema",
+    autoencoder: TrainedAutoencoder | None = None,
+) -> TrainedModel:
     """Load the model of a run folder, or a published one.
 
     source: the folder, or for a published model "hf:FOLDER", "hf:OWNER/NAME" or a .pt file.
     step: the checkpoint's training step, None for the latest. weights: "ema", the first moving
-    average; the decay of one, as "0.9999"; or "raw", the parameters as trained.
+    average; the decay of one, as "0.9999"; or "raw", the parameters as trained. autoencoder: of a
+    published network of latents that is stored without one, as in a .pt file.
 
     Raises: FileNotFoundError where there is none; ValueError for weights that it has not, or that
-    are not finite, for a network that cannot be read, or makes no images.
+    are not finite, for a network that cannot be read, or makes no images, and for a model of
+    latents without its autoencoder.
     """
     if hub.is_source(source):
-        return _load_imported(source, step, weights)
+        return _load_imported(source, step, weights, autoencoder)
     workdir = Path(source)
     info, params, weights, step = load_weights(workdir, step, weights)
     if info.imported:
@@ -59,10 +73,37 @@ def load_model(source: str | Path, step: int | None = None, weights: str = "ema"
     name = workdir.resolve().name
     if info.config.distillation.method != "none":  # named by its steps, in a folder with a name
         name = f"{workdir.resolve().parent.name}/{name}"
-    return _model(name, info, params, weights, step)
+    if autoencoder is not None:
+        raise ValueError(
+            f"autoencoder is {autoencoder.source}, and {source} is a run: leave it out"
+        )
+    autoencoder = stored_autoencoder(workdir, info.autoencoder) if info.autoencoder else None
+    return _model(name, info, params, weights, step, autoencoder=autoencoder)
 
 
-def _load_imported(source: str | Path, step: int | None, weights: str) -> TrainedModel:
+def stored_autoencoder(workdir: Path, checksum: str) -> TrainedAutoencoder:
+    """The autoencoder of a run folder whose model is trained on latents.
+
+    Raises: ValueError if it is absent, or has another checksum.
+    """
+    folder = workdir / AUTOENCODER
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} does not exist, and the model is one of latents: copy it from the folder of"
+            " the latents"
+        )
+    found = load_autoencoder(folder)
+    if found.checksum != checksum:
+        raise ValueError(
+            f"{folder} has the checksum {found.checksum[:8]}, and the model was trained on latents"
+            f" of {checksum[:8]}: copy it from the folder of those"
+        )
+    return found
+
+
+def _load_imported(
+    source: str | Path, step: int | None, weights: str, autoencoder: TrainedAutoencoder | None
+) -> TrainedModel:
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights is {weights!r}: use ema or raw")
     if step is not None:
@@ -72,7 +113,23 @@ def _load_imported(source: str | Path, step: int | None, weights: str) -> Traine
     sharding = parallel.replicated(parallel.device_mesh())
     params = jax.device_put(jax.device_get(found.params), sharding)
     name = str(found.info.config.data)
-    return _model(name, found.info, params, weights, found.step, found.notes)
+    info = found.info
+    if found.autoencoder is not None:
+        if autoencoder is not None:
+            raise ValueError(
+                f"autoencoder is {autoencoder.source}, and {source} has its own: leave it out"
+            )
+        config, values = found.autoencoder
+        autoencoder = TrainedAutoencoder(config, values, tree_sha256(values), str(source))
+    if autoencoder is not None:
+        latents = autoencoder.config.latent_channels
+        if info.x_shape[-1] != latents:
+            raise ValueError(
+                f"autoencoder is {autoencoder.source}, of latents of {latents} channels, and"
+                f" {source} has {info.x_shape[-1]}: use the one that it was trained with"
+            )
+        info = info._replace(autoencoder=autoencoder.checksum)
+    return _model(name, info, params, weights, found.step, found.notes, autoencoder)
 
 
 def _imported_weights(source: str | Path, found: str, asked: str) -> str:
@@ -83,7 +140,13 @@ def _imported_weights(source: str | Path, found: str, asked: str) -> str:
 
 
 def _model(
-    name: str, info: ModelInfo, params: Any, weights: str, step: int, notes: tuple[str, ...] = ()
+    name: str,
+    info: ModelInfo,
+    params: Any,
+    weights: str,
+    step: int,
+    notes: tuple[str, ...] = (),
+    autoencoder: TrainedAutoencoder | None = None,
 ) -> TrainedModel:
     config, name = info.config, f"{network_name(info.config.network)} of {name}"
     if config.is_autoencoder:
@@ -91,12 +154,12 @@ def _model(
             f"{name} has no samples: evaluate it, or use a model that is trained on its latents"
         )
     _check_finite(name, params)
-    codec = build_codec(config)
-    channels = _image_channels(info, codec)
+    channels = info.x_shape[-1] if autoencoder is None else autoencoder.image_channels
     if channels not in (1, 3):
         raise ValueError(
             f"{name} has {channels} channels, and images have 1 (grey) or 3 (RGB): use it by the"
-            " library, or a model of images"
+            " library, or a model of images; a published one of latents is converted with their"
+            " autoencoder"
         )
     return TrainedModel(
         name=name,
@@ -105,10 +168,11 @@ def _model(
         params=params,
         parameterization=build_parameterization(config),
         schedule=build_schedule(config),
-        codec=codec,
+        codec=build_codec(config) if autoencoder is None else autoencoder_codec(autoencoder),
         weights=weights,
         step=step,
         notes=notes,
+        autoencoder=autoencoder,
     )
 
 
@@ -120,10 +184,6 @@ def _check_finite(name: str, params: Any) -> None:
                 f"{name} has weights that are not finite, the first ones in {layer}: use another"
                 " checkpoint, or download it again"
             )
-
-
-def _image_channels(info: ModelInfo, codec: Codec) -> int:
-    return codec.decode(np.zeros((1, *info.x_shape), np.float32)).shape[-1]
 
 
 def output_folder(source: str | Path) -> Path:

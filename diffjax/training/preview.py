@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL.Image import Image
 
-from diffjax.build import ModelInfo, build_codec, build_parameterization, build_schedule
+from diffjax.build import ModelInfo, build_parameterization, build_schedule
 from diffjax.data import image_io
 from diffjax.data.batches import first_examples
+from diffjax.data.codec import PIXELS, Codec
 from diffjax.denoiser import Condition, Network
 from diffjax.devices import parallel
 from diffjax.inference.defaults import default_sampler
@@ -67,26 +68,30 @@ class ReconstructionPreview:
         return image_io.grid(shown, columns=columns, titles=titles * (len(rows) // 2))
 
 
-def make_preview(info: ModelInfo, network: Network, held_out: Any) -> Preview:
+def make_preview(
+    info: ModelInfo, network: Network, held_out: Any, codec: Codec = PIXELS
+) -> Preview:
     """The preview of a model with its default sampler, guided where it can be.
 
     That of an autoencoder shows held-out images and their reconstructions. held_out: examples,
-    whose conditions are used where conditions cannot be enumerated.
+    whose conditions are used where conditions cannot be enumerated. codec: of x and images.
     """
     if info.config.is_autoencoder:
         mesh = parallel.device_mesh(jax.local_devices())
         num = min(NUM // 2, len(held_out)) // COLUMNS * COLUMNS or len(held_out)
         return ReconstructionPreview(network, first_examples(held_out, num)[0], mesh)
-    return make_sample_preview(info, network, held_out)
+    return make_sample_preview(info, network, held_out, codec)
 
 
-def make_sample_preview(info: ModelInfo, network: Network, held_out: Any) -> SamplePreview:
+def make_sample_preview(
+    info: ModelInfo, network: Network, held_out: Any, codec: Codec
+) -> SamplePreview:
     """The preview of a diffusion model, as `make_preview`."""
     config, mesh = info.config, parallel.device_mesh(jax.local_devices())
     schedule = build_schedule(config)
     name, steps = default_sampler(config.distillation, schedule)
     plan, _ = make_plan(SamplerRequest(name), schedule, steps)
-    pipeline = Pipeline(info, network, build_parameterization(config), build_codec(config), mesh)
+    pipeline = Pipeline(info, network, build_parameterization(config), codec, mesh)
     num, condition = preview_conditions(info.conditioning, held_out)
     scale = GUIDANCE_SCALE if can_be_guided(info) else config.distillation.guidance
     batch = parallel.round_up(num, mesh.size)

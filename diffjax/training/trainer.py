@@ -17,14 +17,17 @@ from diffjax.checkpoint import FOLDER, Checkpoints, SaveError, latest_config
 from diffjax.config import Config, check_resume
 from diffjax.data import image_io
 from diffjax.data.batches import batch_stream, first_batches
+from diffjax.data.codec import PIXELS
 from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
+from diffjax.inference.autoencoder import autoencoder_codec
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import NotFiniteError, describe_devices
 from diffjax.nn.conditioning import difference, with_names
 from diffjax.nn.registry import network_name
 from diffjax.training.averages import StoredAverages
 from diffjax.training.distill import build_distillation, student_info
+from diffjax.training.latents import keep_autoencoder
 from diffjax.training.lock import take_lock
 from diffjax.training.loop import LoopOptions, PeriodicAction, catch_signals, fit
 from diffjax.training.metrics import JsonlWriter, TensorBoard, plot_curve
@@ -307,6 +310,7 @@ def _open(
         checkpoints = _open_checkpoints(workdir, config, report, lock)
         if checkpoints.steps():  # since this session looked for some
             raise ValueError(f"workdir is {workdir}, where another training has begun: start again")
+    autoencoder = keep_autoencoder(info, workdir, teacher)
     session = Session(info, workdir, state, training, checkpoints, report, batches)
     if config.train.power_ema:
         session.averages = StoredAverages(workdir, config.train.power_ema, start)
@@ -314,7 +318,8 @@ def _open(
     session.held_out = [training.place_batch(batch) for batch in held_out]
     preview = None
     if config.train.preview_every:  # on all processes, so that an error ends all of them
-        preview = make_preview(info, functions.network, dataset.held_out)
+        codec = PIXELS if autoencoder is None else autoencoder_codec(autoencoder)
+        preview = make_preview(info, functions.network, dataset.held_out, codec)
     if jax.process_index() == 0:
         session.preview = preview
         session.metrics = JsonlWriter(workdir / METRICS, start)
@@ -407,6 +412,12 @@ def _check_same_data(workdir: Path, stored: ModelInfo, info: ModelInfo) -> None:
             f"data has x of {info.x_shape}, and {workdir} was trained on {stored.x_shape}: use"
             " another run folder"
         )
+    if info.autoencoder != stored.autoencoder:
+        ours, theirs = (each.autoencoder[:8] or "none" for each in (info, stored))
+        raise ValueError(
+            f"data has latents of the autoencoder {ours}, and {workdir} was trained on those of"
+            f" {theirs}: use the same latents, or another run folder"
+        )
     clause = difference(info.conditioning, stored.conditioning)
     if clause:
         raise ValueError(
@@ -467,15 +478,24 @@ def _load_data(config: Config) -> Dataset:
 
 def _model_info(config: Config, dataset: Dataset, teacher: TrainedModel | None) -> ModelInfo:
     info = model_info(config, dataset)
-    return info if teacher is None else student_info(info, teacher)
+    if teacher is None:
+        return info
+    if info.autoencoder != teacher.info.autoencoder:
+        ours, theirs = (each.autoencoder[:8] or "none" for each in (info, teacher.info))
+        raise ValueError(
+            f"data has latents of the autoencoder {ours}, and {teacher.name} was trained on those"
+            f" of {theirs}: use its data"
+        )
+    return student_info(info, teacher)
 
 
 def _describe_data(info: ModelInfo, dataset: Dataset) -> str:
     """A sentence on the data: images, how many are held out, classes with their names."""
     names = info.conditioning.list_names()
     classes = str(info.conditioning) + (f" ({names})" if names else "")
+    kind = "latents" if info.autoencoder else "images"
     return (
-        f"{info.config.data}: {len(dataset.train)} images of {info.describe_x()} to train on,"
+        f"{info.config.data}: {len(dataset.train)} {kind} of {info.describe_x()} to train on,"
         f" {len(dataset.held_out)} held out, {classes}"
     )
 
