@@ -282,7 +282,7 @@ def flow(T: int = 1000, shift: float = 1.0) -> Schedule:
     if not 0 < shift < np.inf:
         raise ValueError(f"shift is {shift}: use a number above 0")
     s = np.arange(1, _positive(T) + 1) / T
-    total = 1 + (shift - 1) * s
+    total = (1 - s) + shift * s
     return _checked((1 - s) / total, shift * s / total)
 
 

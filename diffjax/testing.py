@@ -22,12 +22,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from hypothesis import strategies as st
 
 from diffjax import sampler, schedule, sde, solvers
 from diffjax.denoiser import Denoiser
-from diffjax.process import append_dims
+from diffjax.loss import TimeSampling
+from diffjax.parameterization import Parameterization
+from diffjax.process import Prediction, append_dims, eps_from_x0, q_sample
 from diffjax.sampler import Plan
 from diffjax.schedule import Level, Schedule, level_at
 
@@ -39,15 +42,21 @@ DATA = Level(0, 1.0, 0.0)
 
 @st.composite
 def schedules(
-    draw: st.DrawFn, most: int = 300, exploding: bool = False, terminal: bool = False
+    draw: st.DrawFn,
+    most: int = 300,
+    exploding: bool = False,
+    terminal: bool = False,
+    flow: bool = False,
 ) -> Schedule:
     """Variance-preserving schedules of 1..most levels, of every kind and of any betas.
 
-    exploding: variance-exploding ones too; terminal: such without signal at level T too.
+    exploding: variance-exploding ones too; terminal: such without signal at level T too; flow:
+    those of flow matching too, which have no signal there either.
     """
     T = draw(st.integers(1, most))
     kinds = ["linear", "scaled_linear", "cosine", "sigmoid", "logsnr", "betas"]
     kinds += ["edm", "exploding"] * exploding + ["terminal"] * (terminal and T > 1)
+    kinds += ["flow"] * flow
     kind = draw(st.sampled_from(kinds))
     if kind == "linear":
         first = draw(st.floats(1e-5, 0.01))
@@ -61,6 +70,8 @@ def schedules(
     if kind == "logsnr":
         top, bottom = draw(st.floats(2, 12)), draw(st.floats(-12, 0))
         return schedule.from_logsnr(lambda u: top + (bottom - top) * u, T)
+    if kind == "flow":
+        return schedule.flow(T, draw(st.floats(0.1, 10)))
     if kind == "edm":
         return schedule.edm(T, draw(st.floats(1e-3, 0.1)), draw(st.floats(1, 100)))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -266,6 +277,93 @@ def assert_plan(plan: Plan, variance: bool = True, tolerance: float = 1e-12) -> 
     assert last == (0, 1, 0, 0, 0), f"x0: the last row is {last}, expected a 0, b 1 and no others"
     numbers = list(range(1, plan.steps + 1))
     assert list(plan.noise_index) == numbers, "noise_index: rows are numbered from 1"
+
+
+def assert_forms(make: Maker, levels: Schedule, t: Any, tolerance: float = 1e-7) -> None:
+    """Check that a path and its variance-preserving form give the same images.
+
+    The denoiser is not linear, and sees x and its level in the latter form; from the same noise, a
+    sampler ends at the same image. tolerance: relative to the largest value.
+    """
+
+    def denoise(x: Any, level: Level) -> Any:
+        with np.errstate(divide="ignore"):
+            half = np.log(level.alpha / level.sigma)
+        return np.tanh(x / np.hypot(level.alpha, level.sigma) + np.tanh(half))
+
+    forms = levels, schedule.variance_preserving(levels)
+    plans = [make(form, t) for form in forms]
+    z = np.random.default_rng(0).normal(size=(plans[0].steps + 1, 4))
+    images = [run_plan(denoise, plan, plan.init_noise_sigma * z[0], z[1:]) for plan in plans]
+    wrong = np.abs(images[0] - images[1]).max()
+    assert wrong <= tolerance * max(1, np.abs(images[1]).max()), (
+        f"images: differ by {wrong:.3g} from those of the variance-preserving form"
+    )
+
+
+def assert_prediction(prediction: Prediction, levels: Schedule, tolerance: float = 1e-9) -> None:
+    """Check that a prediction determines x0 at every noisy level.
+
+    Its two directions are inverse to each other, and an error of x0 moves it by the root of its
+    output_sensitivity. tolerance: relative to the largest value.
+    """
+    x0, eps = np.random.default_rng(0).normal(size=(2, 5))
+    for t in range(1, len(levels.t)):
+        level = schedule.at(levels, t)
+        x_t = q_sample(x0, eps, level)
+        wrong = np.abs(prediction.to_x0(x_t, prediction.target(x0, eps, level), level) - x0).max()
+        assert wrong <= tolerance * np.abs(x0).max(), f"to_x0: off by {wrong:.3g} at level {t}"
+        outputs = [prediction.target(x, eps_from_x0(x_t, x, level), level) for x in (x0, x0 + 1.0)]
+        found, expected = (outputs[1] - outputs[0]) ** 2, prediction.output_sensitivity(level)
+        assert (np.abs(found - expected) <= 1e-5 * expected + 1e-12).all(), (
+            f"output_sensitivity: {expected:.6g} at level {t}, and an error moves it by {found}"
+        )
+
+
+def assert_rescalable(parameterization: Parameterization, levels: Schedule) -> None:
+    """Check that a network serves every rescaled form of a path.
+
+    At factor*x_t, with alpha and sigma times the same factor, it has the same inputs, target and
+    estimate of x0: to 1e-5, since a time may be computed in float32.
+    """
+    x0, eps = np.random.default_rng(0).normal(size=(2, 5))
+    prediction = parameterization.prediction
+    for t in range(1, len(levels.t)):
+        level, values = schedule.at(levels, t), []
+        for factor in (1.0, 0.01, 30.0):
+            scaled = Level(level.t, factor * level.alpha, factor * level.sigma)
+            x_t, target = q_sample(x0, eps, scaled), prediction.target(x0, eps, scaled)
+            values.append(
+                {
+                    "network_time": parameterization.network_time(scaled),
+                    "input_scale": parameterization.input_scale(scaled) * x_t,
+                    "target": target,
+                    "to_x0": prediction.to_x0(x_t, target + 0.1, scaled),
+                }
+            )
+        for name, expected in values[0].items():
+            bound = 1e-5 * max(1, np.abs(expected).max())
+            for other in values[1:]:
+                assert np.abs(other[name] - expected).max() <= bound, (
+                    f"{name}: depends on the scale of the path at level {t}"
+                )
+
+
+def assert_times(times: TimeSampling, levels: Level, probability: Any, draws: int = 20_000) -> None:
+    """Check that each of the noisy levels [T] is drawn with its probability [T].
+
+    The largest difference of the two cumulative distributions is at most 2/sqrt(draws), as it is
+    for one in 1,500 of right ones; and a draw does not depend on how a batch is split.
+    """
+    key, index = jax.random.key(0), np.arange(draws, dtype=np.uint32)
+    t = np.asarray(times(key, index, levels))
+    assert t.min() >= 1, f"t: {t.min()}, below 1"
+    assert t.max() <= len(levels.t), f"t: {t.max()}, above {len(levels.t)}"
+    found = np.bincount(t, minlength=len(levels.t) + 1)[1:] / draws
+    wrong = np.abs(np.cumsum(found - probability)).max()
+    assert wrong <= 2 / draws**0.5, f"probability: cumulated, it differs by {wrong:.3g}"
+    part = np.asarray(times(key, index[7:50], levels))
+    assert (part == t[7:50]).all(), "index: draws depend on the batch that an example is in"
 
 
 def measured_order(

@@ -18,6 +18,7 @@ from diffjax.testing import (
     CHURNING,
     EXCESSIVE,
     MAKERS,
+    assert_forms,
     assert_plan,
     assert_reconstruction,
     finite_denoiser,
@@ -209,7 +210,7 @@ def test_steps_compose(levels, w, eta, seed):
 # ----------------------------------------------------------------------------- tables
 
 
-@given(schedules(exploding=True, terminal=True), st.data())
+@given(schedules(exploding=True, terminal=True, flow=True), st.data())
 def test_plans_obey_their_laws(levels, data):
     """Rows keep mean and variance, and the last lands on data."""
     t = data.draw(visits(levels, fractions=True))
@@ -452,28 +453,53 @@ def test_init_noise(levels, data):
 # ----------------------------------------------------------------------------- one path, two forms
 
 
-@given(schedules(), st.data(), st.integers(0, 99))
-def test_forms_of_a_path_sample_alike(levels, data, seed):
+@given(schedules(), st.floats(0.1, 10), st.data())
+def test_forms_of_a_path_sample_alike(levels, shift, data):
     """A denoiser that sees x/sqrt(alpha**2 + sigma**2) and logsnr cannot tell the
-    variance-preserving form of a path from the exploding one, and no sampler can: all but
-    fixed_large, which is not defined for the other."""
+    variance-preserving form of a path from the exploding one or the straight one, and no sampler
+    can: all but fixed_large, which is not defined for the others."""
     levels = level_at(levels, slice(31))  # alpha far above float64's least
-    t = data.draw(visits(levels))
-
-    def seen(x, level):
-        scale = np.hypot(level.alpha, level.sigma)
-        return np.tanh(x / scale + np.tanh(np.log(level.alpha / level.sigma)))
-
+    straight = schedule.flow(schedule.length(levels), shift)
+    for form in (schedule.variance_exploding(levels), straight):
+        t = data.draw(visits(form, fractions=True))
+        makers = MAKERS | (CHURNING if form.alpha[-1] > 0 else {})
+        for name, make in makers.items():
+            try:
+                assert_forms(make, form, t)
+            except AssertionError as error:
+                raise AssertionError(f"{name}: {error}") from error
     exploding = schedule.variance_exploding(levels)
-    for name, make in (MAKERS | CHURNING).items():
-        plans = make(levels, t), make(exploding, t)
-        noise = np.random.default_rng(seed).normal(size=(plans[0].steps + 1, 4))
-        images = [
-            run_plan(seen, plan, plan.init_noise_sigma * noise[0], noise[1:]) for plan in plans
-        ]
-        np.testing.assert_allclose(*images, atol=1e-7, err_msg=name)
     with pytest.raises(ValueError, match=naming("schedule", "fixed_small", "alpha**2 + sigma**2")):
-        sampler.sigma_hat(exploding, t)
+        sampler.sigma_hat(exploding, [1])
+
+
+def test_another_image_of_a_form_is_caught():
+    def make(levels, t):
+        plan = sampler.ddim(levels, t)
+        return plan._replace(b=plan.b + 1e-3)
+
+    assert_forms(sampler.ddim, schedule.flow(50), [50, 20])
+    with pytest.raises(AssertionError, match=naming("images")):
+        assert_forms(make, schedule.flow(50), [50, 20])
+
+
+@given(st.integers(1, 300), st.floats(0.1, 10), st.data(), st.integers(0, 99))
+def test_ddim_on_flow_is_euler(T, shift, data, seed):
+    """x + (sigma_s - sigma_t)*u, with u = eps - x0: a row of a = sigma_s/sigma_t and b = 1 - a."""
+    levels = schedule.flow(T, shift)
+    t = data.draw(visits(levels))
+    plan, sigma = sampler.ddim(levels, t), schedule.at(levels, np.append(t, 0)).sigma
+    np.testing.assert_allclose(plan.a, sigma[1:] / sigma[:-1], rtol=1e-12)
+    np.testing.assert_allclose(plan.b, 1 - plan.a, atol=1e-12)
+    x = x_t = draw(seed)[0]
+
+    def velocity(x, level):
+        return np.tanh(x + level.sigma)
+
+    for i, each in enumerate(t):
+        x = x + (sigma[i + 1] - sigma[i]) * velocity(x, schedule.at(levels, each))
+    found = run_plan(lambda x, level: process.x0_from_flow(x, velocity(x, level), level), plan, x_t)
+    np.testing.assert_allclose(found, x, atol=1e-12)
 
 
 # ----------------------------------------------------------------------------- stochastic samplers

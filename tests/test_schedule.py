@@ -10,7 +10,7 @@ from diffjax import schedule
 from diffjax.testing import assert_schedule, schedules
 
 
-@given(schedules(exploding=True, terminal=True))
+@given(schedules(exploding=True, terminal=True, flow=True))
 def test_data_to_noise(levels):
     assert_schedule(levels)
 
@@ -143,6 +143,37 @@ def test_one_level():
     assert schedule.linear(1).alpha[1] ** 2 == pytest.approx(1 - 0.02)
 
 
+@given(st.integers(1, 300), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_flow(T, shift, other):
+    """Straight from data to noise; shifts multiply sigma/alpha, one after the other too, and 1 is
+    none."""
+    s = np.arange(T + 1) / T
+    plain, levels = schedule.flow(T), schedule.flow(T, shift)
+    np.testing.assert_allclose(plain.sigma, s, rtol=1e-15)
+    np.testing.assert_allclose(levels.sigma, shift * s / (1 + (shift - 1) * s), rtol=1e-12)
+    np.testing.assert_allclose(levels.alpha + levels.sigma, 1, rtol=1e-12)
+    assert (levels.alpha[-1], levels.sigma[-1]) == (0, 1)
+    twice = other * levels.sigma / (1 + (other - 1) * levels.sigma)
+    np.testing.assert_allclose(schedule.flow(T, shift * other).sigma, twice, rtol=1e-9)
+    inner = slice(1, -1)
+    ratio = (levels.sigma[inner] / levels.alpha[inner]) / (s[inner] / (1 - s[inner]))
+    np.testing.assert_allclose(ratio, shift, rtol=1e-9)
+
+
+def test_more_shift_is_more_noise():
+    for less, more in ((0.5, 1.0), (1.0, 3.0)):
+        assert (schedule.flow(50, more).sigma > schedule.flow(50, less).sigma)[1:-1].all()
+
+
+@given(schedules(exploding=True, flow=True).filter(lambda s: schedule.length(s) > 2), st.data())
+def test_levels_between_of_every_form(levels, data):
+    """A rescaled path has the rescaled levels, between those of the table too."""
+    t = data.draw(st.floats(1, schedule.length(levels) - 1))
+    found = schedule.variance_preserving(schedule.at(levels, t))
+    expected = schedule.at(schedule.variance_preserving(levels), t)
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-9, atol=1e-12)
+
+
 # ----------------------------------------------------------------------------- levels
 
 
@@ -160,7 +191,7 @@ def test_unsigned_levels():
     assert list(schedule.check_levels(schedule.linear(100), t)) == [90, 50, 1]
 
 
-@given(schedules(exploding=True, terminal=True), st.data())
+@given(schedules(exploding=True, terminal=True, flow=True), st.data())
 def test_respacing_is_indexing(levels, data):
     t = data.draw(st.lists(st.integers(0, schedule.length(levels)), min_size=1))
     for given_t in (t, [float(i) for i in t]):
@@ -306,6 +337,11 @@ def test_karras_on_edm():
         (lambda s: schedule.sigmoid(10, 3.0, -3.0), "start 3 end -3"),
         (lambda s: schedule.edm(10, 80.0, 0.002), "smallest 80 largest 0.002"),
         (lambda s: schedule.rescaled_linear(20), "beta_20 1"),
+        (lambda s: schedule.flow(10, 0.0), "shift 0"),
+        (lambda s: schedule.flow(10, np.inf), "shift inf"),
+        (lambda s: schedule.flow(0), "T 0"),
+        (lambda s: schedule.at(schedule.flow(10), 9.5), "t 9.5 logsnr"),
+        (lambda s: schedule.karras(schedule.flow(10), 5), "schedule level 10 trailing"),
         (
             lambda s: schedule.zero_terminal_snr(schedule.edm(10)),
             "schedule zero_terminal_snr alpha**2 + sigma**2 6401 10",

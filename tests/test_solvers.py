@@ -419,13 +419,16 @@ def test_bad_input_is_named(make, words):
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20, 50])
-@pytest.mark.parametrize("form", ["cosine", "zero terminal", "linear", "edm"])
+@pytest.mark.parametrize(
+    "form", ["cosine", "zero terminal", "linear", "edm", "flow", "flow, shifted"]
+)
 def test_few_steps(form, steps):
     """The spread of Gaussian data, exactly, from few levels of every kind of schedule; cosine's
     first step is long."""
     levels = {
         "cosine": schedule.cosine(), "zero terminal": schedule.zero_terminal_snr(schedule.cosine()),
-        "linear": schedule.linear(), "edm": schedule.edm(),
+        "linear": schedule.linear(), "edm": schedule.edm(), "flow": schedule.flow(),
+        "flow, shifted": schedule.flow(shift=3.0),
     }[form]  # fmt: skip
     t = schedule.karras(levels, steps) if form == "edm" else schedule.trailing(levels, steps)
     for name in (
@@ -442,6 +445,19 @@ def test_few_steps(form, steps):
         assert 0.1 < variance**0.5 < 1.5, name
         if steps == 50:  # the noise of DDPM is biased most
             assert variance**0.5 == pytest.approx(0.5, abs=0.1 if name == "ddpm" else 0.05), name
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_solvers_on_flow(name):
+    """From pure noise to where the probability flow of Gaussian data ends, exactly."""
+    levels, x = schedule.flow(4000, 2.0), np.linspace(-2, 2, 5)
+    exact = gaussian_flow(x, schedule.at(levels, 4000), 0.3, 0.5)
+    missed = []
+    for steps in (25, 50, 100, 200):
+        plan = MAKERS[name](levels, schedule.trailing(levels, steps))
+        missed.append(np.abs(run_plan(gaussian_denoiser(0.3, 0.5), plan, x) - exact).max())
+    assert (np.diff(missed) < 0).all()
+    assert missed[-1] < (0.02 if name == "ddim" else 0.005)
 
 
 @pytest.mark.parametrize("spacing", ["karras", "uniform_logsnr", "linspace", "trailing"])
