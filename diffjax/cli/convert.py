@@ -13,7 +13,10 @@ from diffjax.checkpoint import FOLDER, Checkpoints
 from diffjax.cli import common
 from diffjax.cli.options import Text, WeightsOptions
 from diffjax.config import Config, Data, config_names, load_config
+from diffjax.data.latents import AUTOENCODER
+from diffjax.inference.autoencoder import is_autoencoder, load_autoencoder, save_autoencoder
 from diffjax.inference.model import TrainedModel, load_model
+from diffjax.inference.weights import load_weights
 from diffjax.interop import hub
 from diffjax.training.state import init_state, state_to_trees
 
@@ -29,19 +32,20 @@ class Options:
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """hf:FOLDER or hf:OWNER/NAME, or a run folder."""
+    """hf:FOLDER, hf:OWNER/NAME or FILE.pt, or a run folder."""
     destination: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DESTINATION")]
     """New run folder, or hf:FOLDER."""
     data: Text = None
     """Data of an imported network, to train it further: those of a configuration, by its name or
     path, as cifar10 or folder.py, or a data set of tfds; None if not known."""
+    autoencoder: Annotated[str | None, tyro.conf.arg(metavar="AUTOENCODER")] = None
+    """Autoencoder of the latents of a FILE.pt: hf:FOLDER, hf:OWNER/NAME or its run folder."""
     weight: tyro.conf.OmitArgPrefixes[WeightsOptions] = field(default_factory=WeightsOptions)
 
 
 def run(options: Options) -> None:
     """Convert."""
     source, destination = options.source, options.destination
-    config = None
     with common.user_errors():
         is_import = hub.is_source(source)
         if is_import == hub.is_source(destination):
@@ -49,27 +53,75 @@ def run(options: Options) -> None:
                 f"source is {source} and destination {destination}: write hf: before the"
                 " one that is a Hugging Face folder"
             )
-        if options.data and not is_import:
-            raise ValueError(f"data is {options.data}, and {source} records its own: leave it out")
-        model = load_model(source, options.weight.checkpoint, options.weight.weights)
-        if is_import:
-            config = run_config(model, options.data)
-            write_run(model, config, Path(destination))
-        else:
-            folder = Path(destination.removeprefix(hub.PREFIX))
-            if (folder / "config.json").exists():
-                raise ValueError(f"{folder} already has a config.json: use another folder")
-            hub.save(folder, model.info, model.params, model.weights, model.step)
-    for note in model.notes:
-        print(f"{model.name}: {note}")
-    words = shlex.quote(destination)
-    print(f"wrote {destination}: sample from it with: diffjax sample {words}")
-    if config is not None and config.distillation.method == "none":
+        if not is_import:
+            for name in ("data", "autoencoder"):
+                if value := getattr(options, name):
+                    raise ValueError(
+                        f"{name} is {value}, and {source} records its own: leave it out"
+                    )
+        notes, next_steps = (import_model if is_import else export_model)(options)
+    for note in notes:
+        print(note)
+    print(f"wrote {destination}: {next_steps[0]}")
+    for each in next_steps[1:]:
+        print(each)
+
+
+def import_model(options: Options) -> tuple[list[str], list[str]]:
+    """Write the run folder of a published model; returns notes on it, and what to do next.
+
+    Raises: ValueError or OSError for a model that cannot be read, or a folder that has one.
+    """
+    source, weight, words = options.source, options.weight, shlex.quote(options.destination)
+    if is_autoencoder(source):
+        found = hub.load(hub.locate(source))
+        write_run(found, run_config(found, options.data), Path(options.destination))
+        return [], [
+            f"use it with: diffjax encode {words}, or evaluate it with: diffjax evaluate {words}"
+        ]
+    autoencoder = load_autoencoder(options.autoencoder) if options.autoencoder else None
+    model = load_model(source, weight.checkpoint, weight.weights, autoencoder)
+    config = run_config(model, options.data)
+    if model.autoencoder is not None and config.data.known and config.data.source != "latents":
+        raise ValueError(
+            f"data is {options.data}, of images, and {source} is trained on latents: encode them,"
+            " and name a configuration of the latents"
+        )
+    write_run(model, config, Path(options.destination))
+    if model.autoencoder is not None:
+        save_autoencoder(Path(options.destination) / AUTOENCODER, model.autoencoder)
+    then = [f"sample from it with: diffjax sample {words}"]
+    if config.distillation.method == "none":
         named = "" if config.data.known else " --data.name NAME"
-        print(f"train it further with: diffjax train --resume {words}{named}")
+        if model.autoencoder is not None:
+            named = " --data.source latents --data.path FOLDER"
+        then.append(f"train it further with: diffjax train --resume {words}{named}")
+    return [f"{model.name}: {note}" for note in model.notes], then
 
 
-def run_config(model: TrainedModel, data: str | None) -> Config:
+def export_model(options: Options) -> tuple[list[str], list[str]]:
+    """Write the folder of a run's model, for diffusers; returns notes on it, and what to do next.
+
+    Raises: ValueError or OSError for a model that diffusers does not have, or a folder that has
+    one.
+    """
+    source, weight = options.source, options.weight
+    folder, words = Path(options.destination.removeprefix(hub.PREFIX)), options.destination
+    for name in ("config.json", "model_index.json", "unet", "transformer"):
+        if (folder / name).exists():
+            raise ValueError(f"{folder} already has a {name}: use another folder")
+    if is_autoencoder(source):
+        info, params, weights, step = load_weights(Path(source), weight.checkpoint, weight.weights)
+        hub.save(folder, info, params, weights, step)
+        return [], [f"evaluate it with: diffjax evaluate {shlex.quote(words)} --data.config CONFIG"]
+    model = load_model(source, weight.checkpoint, weight.weights)
+    coder = model.autoencoder and (model.autoencoder.config, model.autoencoder.params)
+    hub.save(folder, model.info, model.params, model.weights, model.step, coder)
+    notes = [f"{model.name}: {note}" for note in model.notes]
+    return notes, [f"sample from it with: diffjax sample {shlex.quote(words)}"]
+
+
+def run_config(model: TrainedModel | hub.Imported, data: str | None) -> Config:
     """The configuration of an imported network's run, with further training in it.
 
     Raises: ValueError for a configuration that cannot be read.
@@ -84,7 +136,7 @@ def run_config(model: TrainedModel, data: str | None) -> Config:
     return dataclasses.replace(config, train=train)
 
 
-def write_run(model: TrainedModel, config: Config, workdir: Path) -> None:
+def write_run(model: TrainedModel | hub.Imported, config: Config, workdir: Path) -> None:
     """Write a run folder with one checkpoint, of the source's training step, or 0.
 
     Its moving average and its parameters are the same.

@@ -94,8 +94,8 @@ def read(given: dict[str, Any], weights: Weights, path: Path) -> Published:
         learned_variance=c["out_channels"] == 2 * channels,
         dropout=c["dropout"],
     )
-    classes = int(weights.metadata.get("classes", c["num_embeds_ada_norm"]))
-    tensors = _with_fewer_rows(_without_copies(weights), c["num_embeds_ada_norm"], classes)
+    kept = _without_copies(weights)
+    tensors, classes = _without_padding(kept, weights, c["num_embeds_ada_norm"])
     stored = partial(_stored, depth=network.depth, channels=channels)
     shape, label = (size, size, channels), ClassLabel(classes)
     like = abstract_params(network.build(shape, label), shape, label)
@@ -199,14 +199,15 @@ def _without_copies(weights: Weights) -> dict[str, np.ndarray]:
     return kept
 
 
-def _with_fewer_rows(
-    tensors: dict[str, np.ndarray], rows: int, classes: int
-) -> dict[str, np.ndarray]:
-    name = NAMES["label"] + ".weight"
+def _without_padding(
+    tensors: dict[str, np.ndarray], weights: Weights, rows: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """The tensors with a row for each class and the null label, and the number of classes."""
+    name, classes = NAMES["label"] + ".weight", int(weights.metadata.get("classes", rows))
     table = tensors.get(name)
-    if classes == rows or table is None or len(table) != rows + 1:
-        return tensors
-    return tensors | {name: np.concatenate([table[:classes], table[-1:]])}
+    if table is None or len(table) != rows + 1 or classes >= rows:
+        return tensors, rows
+    return tensors | {name: np.concatenate([table[:classes], table[-1:]])}, classes
 
 
 # ------------------------------------------------------------------------------- Meta's files

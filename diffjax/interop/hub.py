@@ -135,7 +135,8 @@ def load(place: Path) -> Imported:
     )
     weights_are = _kind_of_weights(given, weights, home)
     info = ModelInfo(config, found.x_shape, found.conditioning, imported=weights_are)
-    notes = *_notes(found, weights_are, weights), *told, *scheduler_notes(scheduler)
+    of_scheduler = scheduler_notes(scheduler, is_latent=autoencoder is not None)
+    notes = *_notes(found, weights_are, weights), *told, *of_scheduler
     step = int(weights.metadata.get("step", 0))
     return Imported(info, found.params, weights_are, step, notes, autoencoder)
 
@@ -155,10 +156,9 @@ def _config(
 
 def _load_autoencoder(home: Path) -> Imported:
     found = autoencoder_kl.read(home)
-    info = ModelInfo(
-        _config(home.resolve().name, found, Diffusion()), found.x_shape, found.conditioning,
-        imported="unknown",
-    )  # fmt: skip
+    data = Data(name=f"{PREFIX}{home.resolve().name}", conditions=())
+    config = Config(data=data, network=found.network)
+    info = ModelInfo(config, found.x_shape, found.conditioning, imported="unknown")
     return Imported(info, found.params, "unknown", 0, ())
 
 
@@ -280,21 +280,21 @@ def _load_pt(path: Path) -> Imported:
         )
     weights = Weights(file.tensors, {}, path, file.part)
     found = dit.read_meta(weights)
-    words = {word for word in ("dit", "sit") if word in path.stem.lower()}
+    words = [word for word in ("dit", "sit") if word in path.stem.lower()]
     if len(words) != 1:
         raise ValueError(
             f"{path} has tensors of DiT or of SiT, which have the same names: rename it with one of"
             " the two words in its name, as in DiT-XL-2.pt"
         )
-    if "sit" in words:
-        diffusion = Diffusion(schedule="flow", prediction="sit")
-    else:
-        diffusion = Diffusion(schedule="linear", prediction="eps", T=1000)
+    processes = {"dit": Diffusion(), "sit": Diffusion(schedule="flow", prediction="sit")}
     kind = "ema" if file.part == "ema" else "raw" if file.part else "unknown"
     info = ModelInfo(
-        _config(path.stem, found, diffusion), found.x_shape, found.conditioning, imported=kind
+        _config(path.stem, found, processes[words[0]]),
+        found.x_shape,
+        found.conditioning,
+        imported=kind,
     )
-    notes = *_notes(found, kind, weights), f"the file's name tells that it is a {words.pop()}"
+    notes = *_notes(found, kind, weights), f"taken for a {words[0]}, which the file's name has"
     return Imported(info, found.params, kind, 0, notes)
 
 
@@ -322,6 +322,11 @@ def save(
         autoencoder_kl.save(folder, network, params, info.x_shape[0])
         return
     latent = autoencoder is not None
+    if autoencoder is not None and autoencoder[0].shift and isinstance(network, DiTConfig):
+        raise ValueError(
+            f"the autoencoder has network.shift {autoencoder[0].shift}: DiTPipeline of diffusers"
+            " does not shift latents"
+        )
     if isinstance(network, DiTConfig):
         part, inside = dit.write(info, params, for_pipeline=latent), "transformer"
     elif isinstance(network, UNetConfig):

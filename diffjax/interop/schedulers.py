@@ -85,8 +85,11 @@ def _read_flow(given: dict[str, Any], path: Path) -> Diffusion:
     )
 
 
-def scheduler_notes(given: dict[str, Any]) -> Iterator[str]:
-    """Sentences on what the scheduler does otherwise than sampling does by default."""
+def scheduler_notes(given: dict[str, Any], *, is_latent: bool = False) -> Iterator[str]:
+    """Sentences on what the scheduler does otherwise than sampling does by default.
+
+    is_latent: sampling does not clip latents.
+    """
     kind = given.get("_class_name", "DDPMScheduler")
     variance = given.get("variance_type", "fixed_small")
     if str(variance).startswith("learned"):
@@ -103,8 +106,12 @@ def scheduler_notes(given: dict[str, Any]) -> Iterator[str]:
             f" sample_max_value {largest:g} at most: sampling clips x0 unless it is given a"
             " threshold"
         )
-    elif not given.get("clip_sample", kind.startswith(("DDPM", "DDIM"))):
-        yield "the scheduler does not clip x0, which sampling does by default"
+    elif is_latent == bool(given.get("clip_sample", kind.startswith(("DDPM", "DDIM")))):
+        yield (
+            "the scheduler clips x0, which sampling of latents does not"
+            if is_latent
+            else "the scheduler does not clip x0, which sampling does by default"
+        )
     elif given.get("clip_sample_range", 1.0) != 1:
         yield (
             f"the scheduler has clip_sample_range {given['clip_sample_range']:g}: sampling clips x0"

@@ -154,8 +154,9 @@ class ClassLabel(Conditioning):
     def parse(self, text: str, num: int) -> np.ndarray:
         """Labels as in "3" or "cat,dog", repeated over `num` samples: int32 [num].
 
-        Classes are written by name, or by number from 0, but for names that look like numbers
-        themselves: of the classes "1" to "10" the text "1" is the first, and "0" is none.
+        Classes are written by name, by one of the words between commas of a name if no other name
+        has it, or by number from 0, but for names that look like numbers themselves: of the classes
+        "1" to "10" the text "1" is the first, and "0" is none.
         """
         words, labels = text.split(","), []
         most = 1 + max((name.count(",") for name in self.names), default=0)  # words of a name
@@ -173,7 +174,11 @@ class ClassLabel(Conditioning):
         if word in self.names:
             return self.names.index(word)
         is_number = word.isdecimal() and not self._has_numbers_as_names
-        return int(word) if is_number and int(word) < self.classes else None
+        if is_number:
+            return int(word) if int(word) < self.classes else None
+        # Names of ImageNet are several words for one thing, as "tench, Tinca tinca".
+        meant = [i for i, name in enumerate(self.names) if word in name.split(", ")]
+        return meant[0] if len(meant) == 1 else None
 
     @property
     def _has_numbers_as_names(self) -> bool:

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from diffjax import sampler, schedule
 from diffjax.build import build_module
+from diffjax.cli import main
+from diffjax.inference.guidance import Guidance
+from diffjax.inference.model import load_model
+from diffjax.inference.pipeline import Pipeline, Request
 from diffjax.interop import autoencoder_kl, hub
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -193,3 +198,87 @@ def test_autoencoder_here_and_back(diffusers, tmp_path, name):
             decoded = again.decode(to_torch(latents)).sample
         compare(f"AutoencoderKL, {name}, moments, {folder}", moments, from_torch(theirs))
         compare(f"AutoencoderKL, {name}, images, {folder}", images, from_torch(decoded))
+
+
+# ----------------------------------------------------------------------------- pipelines
+
+
+def run_theirs(pipe, latents, labels, monkeypatch):
+    """The final latents, and the images of 0..255, of guided DDIM in 10 steps."""
+    import diffusers.pipelines.dit.pipeline_dit as module
+
+    found, decode = [], pipe.vae.decode
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: to_torch(latents))
+    monkeypatch.setattr(pipe.vae, "decode", lambda z: (found.append(z), decode(z))[1])
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(labels, guidance_scale=4.0, num_inference_steps=10, output_type="np").images
+    return from_torch(found[0]) * pipe.vae.config.scaling_factor, 255 * images
+
+
+def run_ours(source, latents, labels):
+    """The same of a source; diffusers' DDIM takes levels by their leading spacing."""
+    model = load_model(source)
+    plan = sampler.ddim(model.schedule, schedule.leading(model.schedule, 10))
+    request = Request(
+        num=len(latents), batch=8, seed=0, condition=np.array(labels, np.int32),
+        guidance=Guidance(4.0), x=latents,
+    )  # fmt: skip
+    with jax.default_matmul_precision("highest"):
+        samples = Pipeline.for_model(model)(model.params, plan, request)
+    return samples.x, samples.images
+
+
+def check_pipelines(name, ours, theirs):
+    compare(f"DiTPipeline, {name}, latents of DDIM-10", ours[0], theirs[0], 1e-3)
+    away = np.abs(ours[1] - theirs[1]).max()
+    print(f"DiTPipeline, {name}, images: within {away:.2f} of 255")
+    assert away <= 2
+
+
+def test_whole_pipeline_here_and_back(diffusers, tmp_path, monkeypatch):
+    """The same initial latents, guided: theirs here, ours there, by way of a run folder."""
+    transformer = diffusers.DiTTransformer2DModel(
+        **TINY_DIT | {"num_embeds_ada_norm": 1000, "out_channels": 8}
+    )
+    pipe = diffusers.DiTPipeline(
+        share_embedders(randomize(transformer)),
+        make_autoencoder(diffusers),
+        diffusers.DDIMScheduler(clip_sample=False),
+    )
+    pipe.save_pretrained(tmp_path / "theirs")
+    index = tmp_path / "theirs" / "model_index.json"  # published ones have the names of classes
+    names = {"id2label": {str(i): f"name {i}, other {i}" for i in range(1000)}}
+    index.write_text(json.dumps(json.loads(index.read_text()) | names))
+    labels = [207, 3, 999]
+    latents = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
+    theirs = run_theirs(pipe, latents, labels, monkeypatch)
+    ours = run_ours(f"hf:{tmp_path / 'theirs'}", latents, labels)
+    check_pipelines("theirs here", ours, theirs)
+    conditioning = load_model(f"hf:{tmp_path / 'theirs'}").info.conditioning
+    assert conditioning.parse("name 207, other 207,3,other 999", 3).tolist() == labels
+    main(["convert", f"hf:{tmp_path / 'theirs'}", str(tmp_path / "run")])
+    check_pipelines("their run", run_ours(tmp_path / "run", latents, labels), theirs)
+    main(["convert", str(tmp_path / "run"), f"hf:{tmp_path / 'back'}"])
+    back = diffusers.DiTPipeline.from_pretrained(tmp_path / "back")
+    assert back.get_label_ids(["other 207"]) == [207]
+    back.scheduler = pipe.scheduler  # ours has the trailing spacing
+    check_pipelines("back", ours, run_theirs(back, latents, labels, monkeypatch))
+
+
+def test_our_classes_in_their_pipeline(diffusers, tmp_path, monkeypatch):
+    """A network of 3 classes: its null label is where DiTPipeline takes it, at 1000."""
+    transformer = diffusers.DiTTransformer2DModel(**TINY_DIT | {"num_embeds_ada_norm": 3})
+    share_embedders(randomize(transformer)).save_pretrained(tmp_path / "theirs")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "theirs")
+    make_autoencoder(diffusers).save_pretrained(tmp_path / "vae")
+    found = hub.load(tmp_path / "theirs")
+    coder = autoencoder_kl.load(tmp_path / "vae")
+    hub.save(tmp_path / "ours", found.info, found.params, "ema", 5, coder)
+    pipe = diffusers.DiTPipeline.from_pretrained(tmp_path / "ours")
+    pipe.scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    latents = np.random.default_rng(0).normal(size=(3, 8, 8, 4)).astype(np.float32)
+    labels = [2, 0, 1]
+    ours = run_ours(f"hf:{tmp_path / 'ours'}", latents, labels)
+    check_pipelines("3 classes", ours, run_theirs(pipe, latents, labels, monkeypatch))
+    again = load_model(f"hf:{tmp_path / 'ours'}")
+    assert (again.info.conditioning.classes, again.weights, again.step) == (3, "ema", 5)
