@@ -1,4 +1,5 @@
 from functools import partial
+from statistics import NormalDist
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from helpers import naming
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffjax import loss, parameterization, process, schedule
+from diffjax import loss, parameterization, process, schedule, testing
 from diffjax.testing import schedules
 
 LEVELS = schedule.linear(1000)
@@ -61,6 +62,64 @@ def test_antithetic_neighbours():
 
 
 @pytest.mark.parametrize("name", TIMES)
+def test_probability_of_a_level(name):
+    """1/T; and a law that catches another."""
+    testing.assert_times(TIMES[name], NOISY, np.full(1000, 1e-3))
+    with pytest.raises(AssertionError, match=naming("probability")):
+        testing.assert_times(
+            TIMES[name], NOISY, np.append(np.full(500, 1.2e-3), np.full(500, 8e-4))
+        )
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-1.2, 1.2), (2.0, 0.3)])
+@pytest.mark.parametrize("kind", ["flow", "shifted flow", "edm", "linear", "few"])
+def test_log_normal(kind, mean, std):
+    """log(sigma/alpha) is normal, rounded up to a level; and so its quarters are those of Phi."""
+    levels = {
+        "flow": schedule.flow(1000), "shifted flow": schedule.flow(200, 3.0),
+        "edm": schedule.variance_preserving(schedule.edm(1000)), "linear": LEVELS,
+        "few": schedule.flow(3),
+    }[kind]  # fmt: skip
+    noisy = schedule.level_at(levels, slice(1, None))
+    with np.errstate(divide="ignore"):
+        u = np.log(noisy.sigma / noisy.alpha)
+    below = np.append([NormalDist(mean, std).cdf(each) for each in u[:-1]], 1.0)
+    times = partial(loss.log_normal, mean=mean, std=std)
+    testing.assert_times(times, noisy, np.diff(below, prepend=0.0))
+    if len(u) > 500:
+        drawn = np.sort(u[np.asarray(times(KEY, indices(20_000), noisy)) - 1])
+        for share in (0.25, 0.5, 0.75):
+            expected = NormalDist(mean, std).inv_cdf(share)
+            step = np.diff(u)[np.searchsorted(u, expected)]
+            found = drawn[int(share * 20_000)]
+            assert found == pytest.approx(expected, abs=0.05 * std + step)
+
+
+def test_logit_normal_is_edms_lognormal():
+    """On flow, the logit of sigma is log(sigma/alpha): the same levels are drawn on two schedules
+    of the same noise."""
+    noisy = schedule.level_at(schedule.flow(500), slice(1, 500))
+    sigma = noisy.sigma / noisy.alpha
+    exploding = schedule.Level(noisy.t, np.ones_like(sigma), sigma)
+    drawn = [loss.log_normal(KEY, indices(200), each, -1.2, 1.2) for each in (noisy, exploding)]
+    np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "words"),
+    [
+        (np.nan, 1.0, "mean nan"),
+        (0.0, 0.0, "std 0"),
+        (0.0, -1.0, "std -1"),
+        (0.0, np.inf, "std inf"),
+    ],
+)
+def test_bad_log_normal_is_named(mean, std, words):
+    with pytest.raises(ValueError, match=naming(*words.split())):
+        loss.log_normal(KEY, indices(2), NOISY, mean, std)
+
+
+@pytest.mark.parametrize("name", TIMES)
 def test_t_of_a_split_batch(name):
     """Draws do not depend on how a batch is split."""
     whole = TIMES[name](KEY, indices(50), NOISY)
@@ -84,7 +143,7 @@ def test_weightings(levels, gamma):
         partial(loss.edm, sigma_data=0.7): (1 / snr + 0.49) / (0.49 / snr),
     }
     for weighting, of_x0 in expected.items():
-        for name in ("eps", "x0", "v"):
+        for name in ("eps", "x0", "v", "flow", "edm"):
             prediction = process.PREDICTIONS[name]
             weight = weighting(levels, prediction)[1:]
             noisy = schedule.level_at(levels, slice(1, None))
@@ -94,6 +153,13 @@ def test_weightings(levels, gamma):
                 for x in (x0, x0 + 1)
             ]
             np.testing.assert_allclose(weight * (said[1] - said[0]) ** 2, of_x0, rtol=1e-6)
+
+
+@given(schedules(exploding=True, flow=True), st.floats(0.1, 5))
+def test_edm_weight_of_its_own_output(levels, sigma_data):
+    """It is 1: EDM's loss is the mean squared error of F."""
+    weight = loss.edm(levels, process.edm(sigma_data), sigma_data)
+    np.testing.assert_allclose(weight[1:], 1, rtol=1e-12)
 
 
 def test_min_snr_per_prediction():
@@ -165,7 +231,7 @@ def test_bad_input_is_named(make, words):
 def test_weights_without_signal():
     """v and x0 train at every level."""
     levels = schedule.zero_terminal_snr(LEVELS)
-    for name in ("v", "x0"):
+    for name in ("v", "x0", "flow", "sit", "edm"):
         for weighting in (loss.simple, loss.truncated_snr, loss.edm):
             weight = weighting(levels, process.PREDICTIONS[name])[1:]
             assert np.isfinite(weight).all()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import naming
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,13 @@ from diffjax import denoiser, loss, parameterization, process, sampler, schedule
 from diffjax.parameterization import Parameterization
 from diffjax.process import PREDICTIONS
 from diffjax.schedule import level_at
-from diffjax.testing import gaussian_denoiser, run_plan, schedules, visits
+from diffjax.testing import (
+    assert_rescalable,
+    gaussian_denoiser,
+    run_plan,
+    schedules,
+    visits,
+)
 
 LEVELS = schedule.linear(1000)
 
@@ -46,8 +53,13 @@ def test_ddpm_keeps_the_input():
 
 
 @pytest.mark.parametrize(
-    "make", [parameterization.ddpm, parameterization.variance_preserving, scaled]
-)
+    "make",
+    [
+        parameterization.ddpm, parameterization.variance_preserving, scaled,
+        lambda prediction: parameterization.flow(), lambda prediction: parameterization.sit(),
+        lambda prediction: parameterization.edm(),
+    ],
+)  # fmt: skip
 def test_inputs_of_a_level_given_once_or_per_image(make):
     x = jax.random.normal(jax.random.key(0), (3, 4, 2))
     parameters = make(PREDICTIONS["eps"])
@@ -138,3 +150,132 @@ def test_a_network_serves_every_form_of_a_path(name, data, seed):
     images = [run_plan(denoise, plan, plan.init_noise_sigma * z) for plan in plans]
     np.testing.assert_allclose(*images, atol=1e-9)
     np.testing.assert_allclose(images[0], run_plan(ideal, plans[0], z), atol=1e-9)
+
+
+# ----------------------------------------------------------------------------- flow, sit, edm
+
+
+@settings(max_examples=25)
+@given(schedules(most=20, exploding=True, flow=True), st.floats(0.1, 5), st.floats(0.5, 2000))
+def test_networks_of_every_form_of_a_path(levels, sigma_data, time_scale):
+    presets = [parameterization.flow(time_scale), parameterization.sit()]
+    if levels.alpha[-1] > 0:
+        presets.append(parameterization.edm(sigma_data))
+    for preset in presets:
+        preset.check(levels)
+        assert_rescalable(preset, levels)
+
+
+@pytest.mark.parametrize(
+    ("broken", "word"),
+    [
+        (lambda p: p._replace(network_time=lambda level: level.sigma), "network_time"),
+        (lambda p: p._replace(input_scale=lambda level: 1.0), "input_scale"),
+        (lambda p: p._replace(prediction=PREDICTIONS["v"]), "target"),
+    ],
+)
+def test_a_network_of_one_form_is_caught(broken, word):
+    with pytest.raises(AssertionError, match=naming(word, "level")):
+        assert_rescalable(broken(parameterization.flow()), LEVELS)
+
+
+@given(st.integers(1, 300), st.floats(0.1, 10))
+def test_inputs_on_the_straight_path(T, shift):
+    """x_t as it is; the time is 1000*sigma, or alpha in SiT's direction."""
+    levels = schedule.flow(T, shift)
+    for preset, time in (
+        (parameterization.flow(), 1000 * levels.sigma),
+        (parameterization.flow(1.0), levels.sigma),
+        (parameterization.sit(), levels.alpha),
+    ):
+        np.testing.assert_allclose(preset.network_time(levels), time, rtol=1e-12)
+        np.testing.assert_allclose(preset.input_scale(levels), 1, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@given(st.floats(0.1, 5))
+def test_inputs_of_edm(sigma_data):
+    """c_in and c_noise of its table 1, where alpha is 1; inputs have unit variance."""
+    levels, preset = level_at(schedule.edm(20), slice(1, None)), parameterization.edm(sigma_data)
+    sigma = levels.sigma
+    np.testing.assert_allclose(preset.network_time(levels), np.log(sigma) / 4, rtol=1e-12)
+    scale = preset.input_scale(levels)
+    np.testing.assert_allclose(scale, 1 / np.sqrt(sigma**2 + sigma_data**2), rtol=1e-12)
+    np.testing.assert_allclose(scale**2 * (sigma_data**2 + sigma**2), 1, rtol=1e-12)
+
+
+def straight(x, time, sign):
+    """x_t and its level of a network of `flow` (sign 1) or `sit` (-1)."""
+    sigma = time / 1000 if sign > 0 else 1 - time
+    return x, schedule.Level(0 * sigma, 1 - sigma, sigma)
+
+
+def exploding(x, time, sign):
+    """x_t and its level of a network of `edm`, in the form where alpha is 1."""
+    level = schedule.Level(0 * time, 1 + 0 * time, jnp.exp(4 * time))
+    return x * process.append_dims(process.edm_scale(level, 0.5), x), level
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["flow", "sit", "edm"])
+@settings(max_examples=5)
+@given(data=st.data(), shift=st.floats(0.2, 5))
+def test_published_networks_sample_any_form(name, data, shift):
+    """A network that knows nothing but its own inputs finds the ideal images on every form."""
+    parameters = getattr(parameterization, name)()
+    levels = schedule.flow(40, shift)
+    if name == "edm":
+        levels = level_at(levels, slice(40))  # with signal at every level
+    t, z = data.draw(visits(levels)), np.random.default_rng(0).normal(size=(3, 4))
+    ideal, form = gaussian_denoiser(0.2, 0.7), exploding if name == "edm" else straight
+
+    def network(params, x, time, condition):
+        x_t, level = form(x, time, 1 if name == "flow" else -1)
+        x0 = ideal(x_t, level)
+        return parameters.prediction.target(x0, process.eps_from_x0(x_t, x0, level), level)
+
+    denoise = denoiser.condition_on(denoiser.from_network(network, None, parameters), None)
+    for path in (levels, schedule.variance_preserving(levels)):
+        plan = sampler.ddim(path, t)
+        found = run_plan(denoise, plan, plan.init_noise_sigma * z)
+        expected = run_plan(ideal, plan, plan.init_noise_sigma * z)
+        np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["x0", "v", "flow", "sit", "edm"])
+@given(schedules(exploding=True, flow=True), st.data(), st.integers(0, 99))
+def test_digits_in_float32(name, levels, data, seed):
+    """Nothing is divided by what vanishes: x0 keeps its digits next to data, and next to noise."""
+    prediction = PREDICTIONS[name]
+    exact = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
+    level = schedule.Level(*(np.float32(leaf) for leaf in exact))
+    x0, eps = np.random.default_rng(seed).normal(size=(2, 8)).astype(np.float32)
+    x_t, output = process.q_sample(x0, eps, level), prediction.target(x0, eps, level)
+    found = prediction.to_x0(x_t, output, level)
+    size = np.abs(np.array([x0, eps])).max()
+    assert np.abs(found - x0).max() <= 2e-6 * size
+
+
+def test_levels_that_a_network_cannot_be_called_at():
+    """Before anything is traced."""
+    levels = schedule.flow(50)
+    with pytest.raises(ValueError, match=naming("network_time", "level", "50", "alpha", "0")):
+        parameterization.edm().check(levels)
+    with pytest.raises(ValueError, match=naming("network_time", "50")):
+        parameterization.edm().check(schedule.at(levels, [50, 20]))
+    parameterization.edm().check(schedule.at(levels, [49, 20, 0]))
+    with pytest.raises(ValueError, match=naming("level", "50", "eps")):
+        parameterization.ddpm("eps").check(levels)
+    with pytest.raises(ValueError, match=naming("network_time", "50")):
+        loss.denoising_loss(lambda *inputs: 0.0, parameterization.edm(), levels)
+    broken = parameterization.sit()._replace(input_scale=lambda level: 1 / level.alpha)
+    with pytest.raises(ValueError, match=naming("input_scale", "50")):
+        broken.check(levels)
+
+
+@pytest.mark.parametrize("make", [parameterization.flow, parameterization.edm])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_bad_arguments_are_named(make, value):
+    name = "time_scale" if make is parameterization.flow else "sigma_data"
+    with pytest.raises(ValueError, match=naming(name, value)):
+        make(value)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from diffjax import process, schedule
 from diffjax.schedule import Level
-from diffjax.testing import pairs, schedules
+from diffjax.testing import assert_prediction, pairs, schedules
 
 
 def draw(seed, shape=(5, 2, 3)):
@@ -99,6 +99,84 @@ def test_output_sensitivity(levels, data, name, seed):
     np.testing.assert_allclose((said[1] - said[0]) ** 2, gain, rtol=1e-6, atol=1e-9)
 
 
+DETERMINED = ("x0", "v", "flow", "sit", "edm")  # at every level, without signal too
+
+
+@given(schedules(most=60, exploding=True, terminal=True, flow=True), st.floats(0.1, 10))
+def test_predictions_that_always_determine_x0(levels, sigma_data):
+    for prediction in (
+        *(process.PREDICTIONS[name] for name in DETERMINED),
+        process.edm(sigma_data),
+    ):
+        process.check_prediction(prediction, levels)
+        assert_prediction(prediction, levels)
+
+
+def test_wrong_predictions_are_caught():
+    levels, v = schedule.flow(5), process.PREDICTIONS["v"]
+    eps = process.PREDICTIONS["eps"]
+    with pytest.raises(AssertionError, match=naming("to_x0", "level")):
+        assert_prediction(v._replace(to_x0=process.x0_from_flow), levels)
+    wrong = v._replace(output_sensitivity=eps.output_sensitivity)
+    with pytest.raises(AssertionError, match=naming("output_sensitivity", "level")):
+        assert_prediction(wrong, levels)
+
+
+@given(schedules(exploding=True, flow=True), st.data(), st.floats(0.1, 10), st.integers(0, 99))
+def test_edm_as_published(levels, data, sigma_data, seed):
+    """D(y; s) = c_skip*y + c_out*F of its table 1, at y = x_t/alpha and s = sigma/alpha."""
+    t = data.draw(st.integers(1, schedule.length(levels)))
+    level = schedule.at(levels, t)
+    if level.alpha == 0:
+        level = schedule.at(levels, t - 1)
+    if level.sigma == 0:
+        return
+    x_t, output = draw(seed)
+    s, y = level.sigma / level.alpha, x_t / level.alpha
+    c_skip = sigma_data**2 / (s**2 + sigma_data**2)
+    c_out = s * sigma_data / np.sqrt(s**2 + sigma_data**2)
+    expected = c_skip * y + c_out * output
+    found = process.edm(sigma_data).to_x0(x_t, output, level)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@given(schedules(exploding=True, terminal=True, flow=True), st.data(), st.floats(0.1, 10))
+def test_edm_has_unit_variance(levels, data, sigma_data):
+    """For data of this standard deviation, at every level: a target is linear in x0 and eps, so
+    variances add up. In v it has that for data of standard deviation 1 alone."""
+    level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
+    of_x0, of_eps = (process.edm(sigma_data).target(*unit, level) for unit in np.eye(2))
+    assert (sigma_data * of_x0) ** 2 + of_eps**2 == pytest.approx(1, rel=1e-9)
+
+
+@given(schedules(terminal=True), st.data(), st.integers(0, 99))
+def test_edm_of_unit_data_is_v(levels, data, seed):
+    """Up to its sign, on a variance-preserving schedule."""
+    level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
+    x0, eps = draw(seed)
+    found = process.edm(1.0).target(x0, eps, level)
+    np.testing.assert_allclose(found, -process.v_from(x0, eps, level), atol=1e-9)
+
+
+@given(st.integers(1, 300), st.data(), st.integers(0, 99))
+def test_flow_is_the_velocity(T, data, seed):
+    """On the straight path it is dx/dsigma, and SiT's is its opposite."""
+    levels = schedule.flow(T)
+    t = data.draw(st.integers(1, T))
+    x0, eps = draw(seed)
+    ends = [process.q_sample(x0, eps, schedule.at(levels, i)) for i in (t - 1, t)]
+    slope = (ends[1] - ends[0]) * T
+    for name, sign in (("flow", 1), ("sit", -1)):
+        target = process.PREDICTIONS[name].target(x0, eps, schedule.at(levels, t))
+        np.testing.assert_allclose(sign * target, slope, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_sigma_data_is_named(sigma_data):
+    with pytest.raises(ValueError, match=naming("sigma_data", sigma_data)):
+        process.edm(sigma_data)
+
+
 def test_score_is_the_slope_of_log_density():
     level, x0, x_t, step = Level(1, 0.8, 0.6), 0.3, 1.1, 1e-5
 
@@ -120,7 +198,7 @@ def test_undetermined_x0_is_refused(name):
     with pytest.raises(ValueError, match=naming("level", "50", "alpha", name)):
         process.check_prediction(process.PREDICTIONS[name], schedule.at(levels, [50, 20]))
     process.check_prediction(process.PREDICTIONS[name], schedule.at(levels, [49, 20]))
-    for other in ("v", "x0"):
+    for other in DETERMINED:
         process.check_prediction(process.PREDICTIONS[other], levels)
 
 

@@ -28,6 +28,7 @@ MEANS = np.zeros((2, SIDE, SIDE, 1))
 MEANS[0, :, :2], MEANS[0, :, 2:], MEANS[1, :2], MEANS[1, 2:] = -0.3, 0.2, 0.3, -0.1
 NULL = 2  # the label of a sample of either class
 SPREAD = 0.1
+SHIFT, DATA_SPREAD = 2.0, 0.3  # of the schedule flow, and of the prediction edm
 
 
 def estimate(x, alpha, sigma, label, lean=0.0, spread=SPREAD, np=np):
@@ -46,7 +47,7 @@ def estimate(x, alpha, sigma, label, lean=0.0, spread=SPREAD, np=np):
 
 
 class Oracle(nn.Module):
-    """The denoiser as a network that predicts eps or x0; a level is found by its time, t - 1."""
+    """The denoiser as a network that knows its inputs alone, which depend on what it predicts."""
 
     levels: Level
     predicts: str
@@ -56,12 +57,27 @@ class Oracle(nn.Module):
     def __call__(self, x, t, condition, keys=None):
         lean = self.param("lean", nn.initializers.zeros, ())
         reach = self.param("reach", nn.initializers.zeros, ())
-        half = jnp.interp(t + 1, self.levels.t[1:], schedule.logsnr(self.levels)[1:] / 2)
-        alpha, sigma = jax.nn.sigmoid(2 * half) ** 0.5, jax.nn.sigmoid(-2 * half) ** 0.5
-        x0 = estimate(x, alpha, sigma, condition, lean, self.spread, jnp) + reach * x
+        x_t, alpha, sigma = self.noisy_sample(x, t)
+        x0 = estimate(x_t, alpha, sigma, condition, lean, self.spread, jnp) + reach * x_t
+        alpha, sigma = append_dims(alpha, x), append_dims(sigma, x)
         if self.predicts == "x0":
             return x0
-        return (x - append_dims(alpha, x) * x0) / append_dims(sigma, x)
+        if self.predicts == "eps":
+            return (x_t - alpha * x0) / sigma
+        if self.predicts == "flow":
+            return (x_t - x0) / sigma
+        n = jnp.sqrt(sigma**2 + DATA_SPREAD**2)  # F = (D - c_skip*x)/c_out
+        return (x0 - DATA_SPREAD**2 / n**2 * x_t) * n / (sigma * DATA_SPREAD)
+
+    def noisy_sample(self, x, t):
+        """x_t in a form of the path, and its alpha and sigma [B]."""
+        if self.predicts == "flow":
+            return x, 1 - t / 1000, t / 1000
+        if self.predicts == "edm":
+            sigma = jnp.exp(4 * t)
+            return x * append_dims(jnp.sqrt(sigma**2 + DATA_SPREAD**2), x), 1 + 0 * t, sigma
+        half = jnp.interp(t + 1, self.levels.t[1:], schedule.logsnr(self.levels)[1:] / 2)
+        return x, jax.nn.sigmoid(2 * half) ** 0.5, jax.nn.sigmoid(-2 * half) ** 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +92,19 @@ class OracleConfig(registry.NetworkConfig):
 
     @property
     def levels(self):
+        if self.predicts == "flow":
+            return schedule.variance_preserving(schedule.flow(self.T, SHIFT))
+        if self.predicts == "edm":
+            return schedule.variance_preserving(schedule.edm(self.T))
         return schedule.linear(self.T, self.first, self.last)
+
+    @property
+    def diffusion(self):
+        if self.predicts == "flow":
+            return Diffusion(schedule="flow", T=self.T, prediction="flow", shift=SHIFT)
+        if self.predicts == "edm":
+            return Diffusion(schedule="edm", T=self.T, prediction="edm", sigma_data=DATA_SPREAD)
+        return Diffusion(T=self.T, betas=(self.first, self.last), prediction=self.predicts)
 
     def build(self, x_shape, conditioning):
         return Oracle(self.levels, self.predicts, self.spread)
@@ -88,11 +116,8 @@ registry.register("oracle", OracleConfig)
 def configuration(data, network=None, **train):
     """The configuration of an oracle of the images of a file."""
     network = OracleConfig() if network is None else network
-    diffusion = Diffusion(
-        T=network.T, betas=(network.first, network.last), prediction=network.predicts
-    )
     settings = Train(batch=16, warmup=0, decay="none", **train)
-    return Config(Data(source="npz", path=str(data)), network, diffusion, settings)
+    return Config(Data(source="npz", path=str(data)), network, network.diffusion, settings)
 
 
 def write_images(path, num, spread, seed=0, means=MEANS):

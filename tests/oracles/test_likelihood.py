@@ -44,3 +44,17 @@ def test_bits_per_dimension(tmp_path):
     assert expected - without > 0.15
     assert flow["bits_per_dim"] == pytest.approx(expected, abs=0.08)
     assert bound["bits_per_dim"] > flow["bits_per_dim"] - 0.08
+
+
+def test_bits_of_flow_matching(images, tmp_path):
+    """The density is that of the data with the noise of level 1, whatever the parameterization."""
+    oracle = OracleConfig(predicts="flow", T=400)
+    run = write_run(tmp_path / "run", configuration(images, oracle))
+    main(["likelihood", str(run), "--num", "8", "--repeats", "1", "--evaluations", "399"])
+    flow, bound = json.loads((run / "likelihood.json").read_text())
+    info = load_model(run).info
+    held_out, label = first_examples(build.load_data(info.config).held_out, 8, info.conditioning)
+    expected = bits(held_out, MEANS[label], oracle.spread, oracle, 1)
+    assert flow["bits_per_dim"] == pytest.approx(expected, abs=0.02)
+    # The noise of the chain is drawn, and so the bound has an error of its own.
+    assert abs(bound["bits_per_dim"] - expected) < 4 * bound["error"] < 0.6

@@ -5,7 +5,18 @@ import pytest
 
 from diffjax import sampler, schedule, solvers
 from diffjax.cli import main
-from tests.oracles.oracle import MEANS, NULL, SPREAD, Known, OracleConfig, grey, samples
+from tests.oracles.oracle import (
+    MEANS,
+    NULL,
+    SHIFT,
+    SPREAD,
+    Known,
+    OracleConfig,
+    configuration,
+    grey,
+    samples,
+    write_run,
+)
 
 LEVELS = OracleConfig().levels
 NUM = 16
@@ -84,6 +95,36 @@ def test_samplers_arrive(name, run, tmp_path):
     plain = sampler.ddim(LEVELS, schedule.trailing(LEVELS, 10))
     expected = grey(samples(PLANS[name](), Known(TURNS, seed=3)))
     assert np.abs(expected - grey(samples(plain, Known(TURNS, seed=3)))).max() > 3
+    found = sample(run, tmp_path, "--sampler", name, "--seed", "3")
+    np.testing.assert_allclose(found, expected, atol=0.6)
+
+
+FLOW, EDM = OracleConfig(predicts="flow"), OracleConfig(predicts="edm")
+STRAIGHT = schedule.flow(100, SHIFT)  # the same path as FLOW.levels, and so the same images
+EXPLODING = schedule.edm(100)
+OTHERS = {
+    "ddim:10": (FLOW, lambda: sampler.ddim(STRAIGHT, schedule.trailing(STRAIGHT, 10))),
+    "dpm_solver_pp_2m:10": (
+        FLOW, lambda: solvers.dpm_solver_pp_2m(STRAIGHT, schedule.trailing(STRAIGHT, 10))
+    ),
+    "heun:6": (FLOW, lambda: solvers.heun(STRAIGHT, schedule.trailing(STRAIGHT, 6))),
+    "ddpm(variance=fixed_large):10": (
+        FLOW, lambda: sampler.sigma_hat(FLOW.levels, schedule.trailing(STRAIGHT, 10))
+    ),
+    "heun(spacing=karras):6": (EDM, lambda: solvers.heun(EXPLODING, schedule.karras(EXPLODING, 6))),
+    "ddim(eta=0.7):10": (
+        EDM, lambda: sampler.ddim(EXPLODING, schedule.trailing(EXPLODING, 10), 0.7)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_parameterizations(name, images, tmp_path):
+    """Networks of flow matching and of EDM, by plans on their own paths."""
+    network, plan = OTHERS[name]
+    run = write_run(tmp_path / "run", configuration(images, network))
+    expected = grey(samples(plan(), Known(TURNS, seed=3)))
+    assert np.abs(expected - 127.5).max() > 40  # neither grey, nor noise
     found = sample(run, tmp_path, "--sampler", name, "--seed", "3")
     np.testing.assert_allclose(found, expected, atol=0.6)
 

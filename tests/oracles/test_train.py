@@ -88,12 +88,13 @@ def test_training_leans_to_the_data(trained):
     assert raw < average < 0
 
 
-def test_student_of_one_step(tmp_path):
+@pytest.mark.parametrize("predicts", ["x0", "flow"])
+def test_student_of_one_step(predicts, tmp_path):
     """Its loss is known before it learns; after it, its one step ends where two of its teacher's
     do."""
     spread = 0.5
     data = write_images(tmp_path / "two.npz", 240, spread)
-    teacher = OracleConfig(predicts="x0", spread=spread)
+    teacher = OracleConfig(predicts=predicts, spread=spread)
     run = write_run(tmp_path / "teacher", configuration(data, teacher))
     words = "--start 2 --end 1 --train.steps 30 --train.batch 64 --train.warmup 1 --train.ema 0.5"
     words += " --train.decay none --train.learning-rate 0.01 --train.log-every 1"
