@@ -26,10 +26,16 @@ from diffjax.cli.options import (
 )
 from diffjax.data import image_io
 from diffjax.data.batches import first_examples
-from diffjax.evaluation.quality import image_shape
 from diffjax.evaluation.results import cells_markdown, escape_markdown
 from diffjax.inference.defaults import check_seed
-from diffjax.inference.editing import Editor, EditRequest, Progress, check_mask, trailing_from
+from diffjax.inference.editing import (
+    Editor,
+    EditRequest,
+    Progress,
+    check_mask,
+    mask_of_x,
+    trailing_from,
+)
 from diffjax.inference.guidance import Guidance, can_be_guided, check_guidance
 from diffjax.inference.model import TrainedModel, load_model, output_folder
 from diffjax.nn.conditioning import Condition
@@ -282,7 +288,7 @@ def open_scene(options: EditOptions) -> Scene:
 
 
 def _read_images(names: tuple[str, ...], model: TrainedModel) -> np.ndarray:
-    height, width, channels = image_shape(model)
+    height, width, channels = model.image_shape
     images = []
     for name in names:
         image, changes = image_io.read(Path(name), (height, width, channels))
@@ -423,7 +429,9 @@ def prepare_inpaint(scene: Scene, options: Inpaint) -> Job:
     if options.resample < 1:
         raise ValueError(f"resample is {options.resample}: use 1 or more")
     schedule.trailing(scene.model.schedule, options.steps)
-    mask = check_mask(read_mask(options.mask, scene.images.shape[1:]), scene.images.shape)
+    shape = scene.images.shape
+    mask = check_mask(read_mask(options.mask, shape[1:]), shape)
+    mask_of_x(mask, (len(scene.images), *scene.model.info.x_shape))
     rows = options.steps * options.resample * len(seeds)
     names = [f"{name}-inpainted-seed-{seed}" for seed in seeds for name in scene.names]
     return Job(rows, names, partial(_inpaint, scene, options, guidance, mask, seeds))

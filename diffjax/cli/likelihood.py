@@ -64,8 +64,8 @@ class BoundOptions:
 class Options:
     """Measure bits per dimension by probability flow and by variational bound.
 
-    Less is better; a uniform model of 8-bit images has 8. It needs diffrax: pip install
-    'diffjax[diffrax]'.
+    Less is better; a uniform model of 8-bit images has 8. Those of a model of latents are of the
+    density of latents, which may be below 0. It needs diffrax: pip install 'diffjax[diffrax]'.
     """
 
     model: Model
@@ -127,7 +127,8 @@ def read_examples(options: Options, model: TrainedModel) -> tuple[np.ndarray, Co
         raise ValueError(f"num is {num}: a mean and its error need 2 images or more")
     dataset = load_data(options.data.locate(model.info.config))
     check_conditions(model.info, dataset)
-    x, condition = first_examples(dataset.held_out, num, model.info.conditioning)
+    images, condition = first_examples(dataset.held_out, num, model.info.conditioning)
+    x = model.codec.encode(images)
     if not options.image.condition:
         condition = None
     bits_per_dim.likelihood_condition(model, condition, num)

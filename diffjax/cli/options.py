@@ -7,8 +7,10 @@ from typing import Annotated
 
 import tyro
 
+from diffjax.build import image_config
 from diffjax.cli import common
 from diffjax.config import Config
+from diffjax.data.latents import MANIFEST
 from diffjax.inference.defaults import default_sampler, default_steps
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.samplers import make_plan, parse_sampler
@@ -81,21 +83,28 @@ class DataOptions:
     """Data of the model."""
 
     path: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """Folder or .npz file of the images, where they have moved since training."""
+    """Folder or .npz file of the images, or folder of the latents, where they have moved since
+    training."""
 
     def locate(self, config: Config) -> Config:
-        """The configuration with the images where they are now.
+        """The configuration with the images where they are now: those that latents are of.
 
-        Raises: ValueError for a path of data that are no folder or file.
+        Raises: ValueError for a path of data that are no folder or file, and for latents whose
+        folder is not where it was.
         """
         if self.path is None:
-            return config
+            return image_config(config)
+        moved = replace(config, data=replace(config.data, path=self.path))
+        if config.data.source == "latents":
+            if (Path(self.path) / MANIFEST).is_file():
+                return image_config(moved)
+            return self.locate(image_config(config))
         if config.data.source == "tfds":
             raise ValueError(
                 f"data.path is {self.path!r}, and {config.data} is no folder or .npz file: leave"
                 " it out"
             )
-        return replace(config, data=replace(config.data, path=self.path))
+        return moved
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,10 @@
 Lower is better; a uniform model of 8-bit images has 8. The probability flow gives the exact
 density of images with uniform noise of one grey value, up to its divergence, which random probes
 estimate; the variational bound is that of DDPM over all levels.
+
+Latents are not of 8 bits: of a model of latents, both measure the density of the latents that the
+images are encoded to, -log2 p(x) per number of x, which may be below 0 and cannot be compared with
+bits of images.
 """
 
 from collections.abc import Callable
@@ -49,12 +53,9 @@ class UnsolvedError(ValueError):
 def check_likelihood(model: TrainedModel, options: LikelihoodOptions) -> None:
     """Check that a model has a likelihood, and that the options can be used.
 
-    Raises: ValueError, naming the option, for values out of range; for a distilled model, or a
-    model of latents, which has no likelihood of images.
+    Raises: ValueError, naming the option, for values out of range; and for a distilled model.
     """
     require_undistilled(model)
-    if model.codec.bounds is None:
-        raise ValueError(f"{model.name} is a model of latents: likelihoods are those of pixels")
     check_seed(options.seed)
     for name in ("probes", "repeats"):
         if getattr(options, name) < 1:
@@ -96,8 +97,9 @@ def measure_bits_per_dim(
 ) -> list[LikelihoodRow]:
     """Measure held-out images by the probability flow and the variational bound.
 
-    x: float32 [N, H, W, C] in [-1, 1], N of 2 or more. condition: a pytree [N, ...]; None for the
-    null condition. progress: called as progress(1) after each of `num_batches` batches.
+    x: float32 [N, H, W, C] in [-1, 1], or the latents that images are encoded to, N of 2 or more.
+    condition: a pytree [N, ...]; None for the null condition. progress: called as progress(1) after
+    each of `num_batches` batches.
 
     Raises: ValueError as `check_likelihood` and `likelihood_condition`; UnsolvedError for an image
     whose flow takes too many steps; ImportError without diffrax.
@@ -111,7 +113,7 @@ def measure_bits_per_dim(
     context = vars(ModelContext.of_model(model)) | {
         "given": given,
         "images": len(x),
-        "data": f"{model.info.config.data}, held out",
+        "data": f"{'latents of ' * _is_of_latents(model)}{model.info.config.data}, held out",
     }
     flow = _measure_flow(model, images, options, progress)
     bound = _measure_bound(model, images, options, progress)
@@ -155,11 +157,12 @@ def _measure_flow(
             f"tolerance is {options.tolerance}, at which the flow of image {image} takes too many"
             " steps: use a larger one"
         )
-    bits = likelihood.bits_per_dim(nats, images.x.shape[1:], density=True)
+    density = not _is_of_latents(model)
+    bits = likelihood.bits_per_dim(nats, images.x.shape[1:], density=density)
     evaluations = STAGES * float(steps.mean()) + INITIAL
     probes = f"{options.probes} probe{'s' * (options.probes > 1)}"
     return {
-        "measure": f"probability flow, tsit5 to {options.tolerance:g}, {probes}",
+        "measure": f"probability flow, tsit5 to {options.tolerance:g}, {probes}{_space(model)}",
         "bits_per_dim": float(bits.mean()),
         "error": _standard_error(bits.mean(0)),
         "spread": float(bits.mean(1).std(ddof=1)) if options.repeats > 1 else None,
@@ -180,7 +183,8 @@ def _measure_bound(
     nats = mapper((images.x, images.condition, images.keys(1)), progress)
     bits = likelihood.bits_per_dim(nats, images.x.shape[1:], density=False)
     return {
-        "measure": f"variational bound, ddpm({options.variance}) in {T} steps, clipped",
+        "measure": f"variational bound, ddpm({options.variance}) in {T} steps"
+        f"{_space(model) or ', clipped'}",
         "bits_per_dim": float(bits.mean()),
         "error": _standard_error(bits),
         "spread": None,
@@ -200,7 +204,8 @@ def _flow(
     probe_keys: Array,
 ) -> likelihood.Likelihood:
     denoise = denoiser.from_network(model.network, params, model.parameterization)
-    x0 = likelihood.dequantise(x0, bin_keys)
+    if not _is_of_latents(model):
+        x0 = likelihood.dequantise(x0, bin_keys)
     return likelihood.log_density(
         denoise, model.schedule, x0, condition, probe_keys, options.probes, options.tolerance
     )
@@ -221,9 +226,18 @@ def _bound(
         return jnp.clip(denoise(x_t, level, condition), *model.codec.bounds or (None, None))
 
     t = schedule.trailing(model.schedule, schedule.length(model.schedule))
+    bin_width = None if _is_of_latents(model) else likelihood.BIN
     return likelihood.variational_bound(
-        clipped, model.schedule, t, x0, condition, keys, std, evaluations
+        clipped, model.schedule, t, x0, condition, keys, std, evaluations, bin_width
     )
+
+
+def _is_of_latents(model: TrainedModel) -> bool:
+    return model.codec.bounds is None
+
+
+def _space(model: TrainedModel) -> str:
+    return ", density of latents" if _is_of_latents(model) else ""
 
 
 def _mapper(model: TrainedModel, function: Callable[..., Any], num: int) -> BatchMapper:

@@ -109,7 +109,7 @@ def read_reference(
 
 def image_shape(model: TrainedModel) -> tuple[int, ...]:
     """The shape [H, W, C] of a model's images, which for latents is not that of x."""
-    return model.codec.decode(np.zeros((1, *model.info.x_shape), np.float32)).shape[1:]
+    return model.image_shape
 
 
 def _build_extractor(dataset: Dataset, name: str, options: ReferenceOptions) -> Extractor:

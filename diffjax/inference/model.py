@@ -46,6 +46,15 @@ class TrainedModel(NamedTuple):
     notes: tuple[str, ...] = ()  # sentences on an imported model
     autoencoder: TrainedAutoencoder | None = None  # that the codec is of; None for pixels
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape [H, W, C] of images, which for a model of latents is not that of x."""
+        if self.autoencoder is None:
+            return self.codec.decode(np.zeros((1, *self.info.x_shape), np.float32)).shape[1:]
+        height, width, _ = self.info.x_shape
+        factor = self.autoencoder.config.factor
+        return height * factor, width * factor, self.autoencoder.image_channels
+
 
 def load_model(
     source: str | Path,

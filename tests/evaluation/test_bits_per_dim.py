@@ -126,13 +126,28 @@ def test_models_without_likelihood(digits_model):
     distilled = digits_model(distillation=Distillation(method="progressive", steps=4))
     with pytest.raises(ValueError, match=naming("unet of x", "distilled")):
         measure_bits_per_dim(distilled, x, condition, OPTIONS)
-    latents = model._replace(codec=Codec(model.codec.encode, model.codec.decode, None))
-    with pytest.raises(ValueError, match=naming("unet of x", "latents")):
-        measure_bits_per_dim(latents, x, condition, OPTIONS)
     with pytest.raises(ValueError, match=naming("num", 1)):
         measure_bits_per_dim(model, x[:1], condition[:1], OPTIONS)
     with pytest.raises(ValueError, match=naming("condition", "unet of x", "condition_dropout")):
         measure_bits_per_dim(digits_model(dropout=0.0), x, None, OPTIONS)
+
+
+def test_density_of_latents(digits_model):
+    """Of standard normal latents both measures are the normal density: nothing is dequantised."""
+    model = digits_model("unconditional", dropout=0.0)
+    sigma = jnp.asarray(model.schedule.sigma, jnp.float32)
+
+    def network(params, x, t, condition, keys=None):
+        level = jnp.interp(t + 1, jnp.arange(len(sigma)), sigma)
+        return jnp.expand_dims(level, (1, 2, 3)) * x  # the best estimate of the noise
+
+    latents = model._replace(network=network, codec=Codec(lambda x: x, lambda x: x, None))
+    x = 1.5 * np.random.default_rng(0).normal(size=(4, 8, 8, 1)).astype(np.float32)
+    options = dataclasses.replace(OPTIONS, tolerance=1e-4, evaluations=None, repeats=1, probes=1)
+    rows = measure_bits_per_dim(latents, x, None, options)
+    expected = (x**2 / 2 + np.log(2 * np.pi) / 2).mean() / np.log(2)
+    assert [row.bits_per_dim for row in rows] == pytest.approx([expected] * 2, rel=0.03)
+    assert all("latents" in row.measure and "latents of" in row.data for row in rows)
 
 
 def test_likelihood_condition(digits_model):
