@@ -153,7 +153,8 @@ class Diffusers:
         )
         x = tensor(x)
         for t in scheduler.timesteps:
-            output = network(scheduler.scale_model_input(x, t), float(t), self.torch)
+            scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # that of flow has none
+            output = network(scale(x, t), float(t), self.torch)
             x = scheduler.step(output, t, x, **arguments).prev_sample
         return x.numpy()
 
@@ -299,6 +300,32 @@ def test_variance_exploding_samplers(diffusers, name, spacing, called):
     plan = plan_of(levels, schedule.SPACINGS[spacing](levels, 20))
     found = diffusers.run(diffusers.scheduler(of, 20, sigma_schedule=called, **config), x, z)
     diffusers.check(found, run_plan(edm_denoise, plan, x, z))
+
+
+@pytest.mark.parametrize("plan_of", [sampler.ddim, solvers.consistency])
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 10), (3.0, 1), (3.0, 28)])
+def test_flow(diffusers, shift, steps, plan_of):
+    """DDIM on the straight path, over the sigmas that diffusers chooses; its network sees
+    1000*sigma, and ours the time of `parameterization.flow`. Its table is `schedule.flow`. Where it
+    is stochastic, it is the sampler of consistency models."""
+    stochastic, z = plan_of is solvers.consistency, noise(steps)
+    scheduler = diffusers.scheduler(
+        "FlowMatchEulerDiscreteScheduler", steps, shift=shift, stochastic_sampling=stochastic
+    )
+    table = type(scheduler)(shift=shift).sigmas.numpy()
+    diffusers.check(table[::-1], schedule.flow(1000, shift).sigma[1:], single=1e-6)
+    sigma = scheduler.sigmas.numpy()[-2::-1].astype(np.float64)
+    levels, preset = schedule.from_alphas(1 - sigma, sigma), parameterization.flow()
+
+    def denoise(x, level):
+        output = network(preset.input_scale(level) * x, preset.network_time(level), np)
+        return preset.prediction.to_x0(x, output, level)
+
+    for path in (levels, schedule.variance_preserving(levels)):
+        plan = plan_of(path, np.arange(steps, 0, -1))
+        found = run_plan(denoise, plan, plan.init_noise_sigma * start(), z)
+        diffusers.check(diffusers.run(scheduler, start(), z), found)
+        scheduler.set_timesteps(steps)  # back to its first step
 
 
 # Both consistency schedulers mix x into the network's x0, each in its way, so that level 1
