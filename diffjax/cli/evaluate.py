@@ -200,9 +200,12 @@ def check_autoencoder_options(options: Options) -> None:
                 f"{name} is {value}, and {options.model} is an autoencoder, which is not sampled:"
                 " leave it out"
             )
-    for name, value in (("num", options.image.num), ("batch", options.batch.batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: use 1 or more")
+    for name, value, least in (
+        ("num", options.image.num, quality.LEAST_IMAGES),
+        ("batch", options.batch.batch, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}: use {least} or more")
 
 
 def find_images(

@@ -136,6 +136,24 @@ class QualityContext(Context):
         _check_complete(self, QualityContext)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionContext(ModelContext):
+    """All that the quality of reconstructions depends on: an autoencoder, images and features."""
+
+    latent_size: str  # as in "8x8x4"
+    scaling: float
+    images: int
+    batch: int
+    data: str  # of the images, with their split
+    extractor: str  # of the features
+    reference: str  # the real images, with their split and number
+
+    def __post_init__(self) -> None:
+        """Check that nothing is missing, as `NetworkContext`."""
+        super().__post_init__()
+        _check_complete(self, ReconstructionContext)
+
+
 @functools.cache
 def versions() -> str:
     """The versions of the libraries that figures depend on."""
@@ -299,33 +317,16 @@ class LikelihoodRow(ModelContext):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReconstructionRow(QualityMetrics, ModelContext):
+class ReconstructionRow(QualityMetrics, ReconstructionContext):
     """How much of held-out images an autoencoder keeps.
 
     The distances are those of the reconstructions from the reference, as of generated images.
     """
 
-    latent_size: str  # as in "8x8x4"
-    images: int
-    batch: int
-    data: str  # with its split
-    extractor: str  # of the features
-    reference: str  # the real images, with their split and number
     psnr: float  # dB, of the mean squared error of all images
     ssim: float | None  # mean over images; None for images smaller than its window
     images_fd: float  # of the images themselves from the reference
     latent_std: float  # of the means of their latents, without scaling
-    scaling: float
-
-    def __post_init__(self) -> None:
-        """Check that nothing is missing, as `NetworkContext`.
-
-        Raises: ValueError, naming the field, for an empty text or None.
-        """
-        ModelContext.__post_init__(self)
-        for name in ("latent_size", "data", "extractor", "reference"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty: a row of results needs its whole context")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -313,3 +313,71 @@ def test_bad_arguments():
         metrics.inception_score(np.full((20, 2), 1.5))
     with pytest.raises(ValueError, match=naming("neighbours", "0")):
         metrics.precision_recall(real, real, 0)
+
+
+# ------------------------------------------------------------------------------- pairs of images
+
+
+@given(seeds, st.floats(0.5, 60))
+def test_peak_signal_to_noise(seed, shift):
+    """An error of `shift` in a quarter of the numbers has a known ratio; equal images, infinity."""
+    images = np.random.default_rng(seed).integers(0, 190, (3, 4, 4, 2)).astype(np.float64)
+    others = images.copy()
+    others[:, ::2, ::2] += shift
+    expected = 20 * np.log10(255 / shift) + 10 * np.log10(4)
+    assert metrics.peak_signal_to_noise(images, others) == pytest.approx(expected)
+    smaller = metrics.peak_signal_to_noise(images / 255, others / 255, peak=1)
+    assert smaller == pytest.approx(expected)
+    assert metrics.peak_signal_to_noise(images, images) == np.inf
+
+
+@given(st.floats(0, 255), st.floats(0, 255))
+def test_similarity_of_constant_images(a, b):
+    """Without structure the means remain."""
+    images, others = (np.full((2, 11, 13, 1), value) for value in (a, b))
+    c = 2.55**2
+    expected = (2 * a * b + c) / (a * a + b * b + c)
+    np.testing.assert_allclose(metrics.structural_similarity(images, others), expected, rtol=1e-9)
+
+
+def similarity_pixel_by_pixel(a, b, peak):
+    """The formula under each place of the window, for grey images [H, W]."""
+    row = np.array([np.exp(-(i**2) / 4.5) for i in range(-5, 6)])
+    window = np.outer(row, row) / row.sum() ** 2
+    found = []
+    for i in range(a.shape[0] - 10):
+        for j in range(a.shape[1] - 10):
+            p, q = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
+            m, n = (window * p).sum(), (window * q).sum()
+            covariance = (window * (p - m) * (q - n)).sum()
+            variances = (window * (p - m) ** 2).sum() + (window * (q - n) ** 2).sum()
+            c, d = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+            first, second = (2 * m * n + c) / (m * m + n * n + c), 2 * covariance + d
+            found.append(first * second / (variances + d))
+    return np.mean(found)
+
+
+@pytest.mark.parametrize("peak", [1.0, 255.0])
+def test_similarity_is_its_formula(peak):
+    """Image by image, and the mean over channels; it is symmetric, and 1 of equal images."""
+    r = np.random.default_rng(0)
+    images = peak * r.uniform(size=(2, 13, 16, 3))
+    others = np.clip(images + 0.2 * peak * r.normal(size=images.shape), 0, peak)
+    found = metrics.structural_similarity(images, others, peak)
+    expected = [
+        np.mean([similarity_pixel_by_pixel(a[..., c], b[..., c], peak) for c in range(3)])
+        for a, b in zip(images, others, strict=True)
+    ]
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+    assert (found < 0.99).all()
+    np.testing.assert_allclose(metrics.structural_similarity(others, images, peak), found)
+    np.testing.assert_allclose(metrics.structural_similarity(images, images, peak), 1)
+
+
+def test_pairs_that_cannot_be_compared():
+    a, b = np.zeros((2, 12, 12, 1)), np.zeros((2, 12, 10, 1))
+    for function in (metrics.peak_signal_to_noise, metrics.structural_similarity):
+        with pytest.raises(ValueError, match=naming("[2, 12, 12, 1]", "[2, 12, 10, 1]")):
+            function(a, b)
+    with pytest.raises(ValueError, match=naming("12x10", "11x11")):
+        metrics.structural_similarity(b, b)

@@ -18,6 +18,8 @@ from diffjax.evaluation.results import (
     NetworkContext,
     QualityContext,
     QualityRow,
+    ReconstructionContext,
+    ReconstructionRow,
     SamplingRow,
     TimingRow,
     as_dict,
@@ -48,6 +50,13 @@ LIKELIHOOD_ROW = LikelihoodRow(
     spread=0.003, repeats=3, evaluations=61.0, derivatives=61.0, given="condition", images=64,
     data="digits, held out",
 )  # fmt: skip
+RECONSTRUCTION_ROW = ReconstructionRow(
+    **MODEL, latent_size="4x4x2", scaling=0.5, images=100, batch=16, data="digits, held out",
+    extractor="cnn-64, 98%", reference="digits, train, 1,597 images",
+    fd=3.25, kd=0.01, kd_error=0.002, inception_score=8.5, precision=0.75, recall=0.5,
+    class_accuracy=0.991, real_class_accuracy=0.976, psnr=23.456, ssim=None, images_fd=1.25,
+    latent_std=1.75,
+)  # fmt: skip
 TIMING_ROW = TimingRow(
     **NETWORK, what="forward", steps=None, nfe=None, guidance="", seconds=0.5, spread=0.03,
     repeats=9, flops=1e9, ceiling=4e9, peak_bytes=2_000_000, compile_seconds=1.0,
@@ -56,6 +65,7 @@ TIMING_ROW = TimingRow(
 ROWS = {
     SamplingRow: (SAMPLING_ROW, Context), QualityRow: (QUALITY_ROW, QualityContext),
     LikelihoodRow: (LIKELIHOOD_ROW, ModelContext), TimingRow: (TIMING_ROW, NetworkContext),
+    ReconstructionRow: (RECONSTRUCTION_ROW, ReconstructionContext),
 }  # fmt: skip
 
 
@@ -146,6 +156,23 @@ def test_weights_are_hashed_once(digits_model, monkeypatch):
     known = len(results._WEIGHTS)
     del calls[:], other
     assert len(results._WEIGHTS) < known  # what is gone takes no memory
+
+
+def test_table_of_reconstructions():
+    """Figures stand under their heads; what is unknown is empty."""
+    head, _, line = table_markdown([RECONSTRUCTION_ROW]).splitlines()
+    cells = [[cell.strip() for cell in text.split("|")[1:-1]] for text in (head, line)]
+    found = dict(zip(*cells, strict=True))
+    expected = {
+        "latents": "4x4x2", "PSNR dB": "23.46", "SSIM": "", "FD": "3.25", "std of latents": "1.75",
+        "FD of the images": "1.25", "scaling": "0.5", "images": "100 of 8x8x1, digits, held out",
+        "weights": "ema, step 7", "class accuracy": "99.1%", "real class accuracy": "97.6%",
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+    of_inception = dataclasses.replace(RECONSTRUCTION_ROW, extractor="inception-v3")
+    head = table_markdown([of_inception]).splitlines()[0]
+    assert "FID of the images" in head
+    assert as_dict(RECONSTRUCTION_ROW) == dataclasses.asdict(RECONSTRUCTION_ROW)
 
 
 def test_quality_row_of_context():
