@@ -125,7 +125,7 @@ def load(place: Path) -> Imported:
     _check_latents(found, autoencoder, home)
     path = _scheduler_path(root, home)
     scheduler = read_json(path)
-    found, told = _with_names(found, weights, _index(root))
+    found, told = name_classes(found, weights, _index(root))
     distillation = json.loads(weights.metadata.get("distillation", "{}"))
     config = _config(
         root.resolve().name,
@@ -242,10 +242,10 @@ def _notes(found: Published, kind: str, weights: Weights) -> Iterator[str]:
 # ------------------------------------------------------------------------------- names of classes
 
 
-def _with_names(
+def name_classes(
     found: Published, weights: Weights, index: dict[str, Any]
 ) -> tuple[Published, list[str]]:
-    """The network with the names of its classes, and notes on them."""
+    """The network with the names of its classes, of its file or of model_index.json, and notes."""
     label, notes = found.conditioning, []
     if not isinstance(label, ClassLabel):
         return found, notes

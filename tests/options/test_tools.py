@@ -17,7 +17,7 @@ from diffjax.config import flat_fields
 from diffjax.inference.model import load_model
 from diffjax.inference.pipeline import Pipeline
 from diffjax.interop import hub
-from diffjax.nn.conditioning import Vector
+from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Vector
 from tests.options.observations import observes
 from tests.options.probe import call, calls, words_of, write_run
 from tests.options.values import DATA, DIFFUSION, NETWORK, TRAIN, words_from
@@ -52,6 +52,20 @@ def test_dry_run(images, monkeypatch):
     assert info.config.data.path == str(images)
 
 
+@observes("dry-run --x-shape", "dry-run --classes")
+def test_dry_run_without_data(monkeypatch):
+    """What x is, and its number of classes, in place of data that are not there."""
+    monkeypatch.setattr(dry_run, "describe_model", None)
+    words = "dry-run folder --target cpu --data.path nowhere"
+    for options, shape, conditioning in (
+        ("--x-shape 6,4,3 --classes 7", (6, 4, 3), ClassLabel(7)),
+        ("--x-shape 2,2,1 --data.conditions", (2, 2, 1), UNCONDITIONAL),
+    ):
+        info, _ = call((benchmark, "report"), words, options).args_
+        assert (info.x_shape, info.conditioning) == (shape, conditioning)
+        assert info.config.data.path == "nowhere"
+
+
 @observes("demo model", "demo --num", "demo --seed")
 def test_demo(images, tmp_path):
     """The first sampler runs the model for so many images, from the seed."""
@@ -68,7 +82,7 @@ def test_demo(images, tmp_path):
 
 @observes(
     "convert source", "convert destination", "convert --weights", "convert --checkpoint",
-    "convert --data",
+    "convert --data", "convert --autoencoder",
 )  # fmt: skip
 def test_convert(run, other_run, tmp_path, monkeypatch):
     """The weights that are named arrive in the folder; an imported network has the data."""
@@ -89,12 +103,16 @@ def test_convert(run, other_run, tmp_path, monkeypatch):
         return load_model(run)
 
     monkeypatch.setattr(convert, "load_model", load)
+    monkeypatch.setattr(convert, "is_autoencoder", lambda source: False)
     for name in ("one", "two"):
         main(words_of("convert hf:somewhere", tmp_path / name, "--data", name))
         model = load_model(tmp_path / name)
         assert (model.info.config.data.name, model.step) == (name, 7)
         assert float(model.params["idle"]) == np.float32(0.5)
     assert opened == ["hf:somewhere"] * 2
+    monkeypatch.setattr(convert, "load_autoencoder", lambda source: f"loaded {source}")
+    words = "convert somewhere.pt", tmp_path / "three", "--autoencoder hf:vae"
+    assert call((convert, "load_model"), *words).args_[0::3] == ("somewhere.pt", "loaded hf:vae")
 
 
 # ------------------------------------------------------------------------------- bench
