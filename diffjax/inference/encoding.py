@@ -83,8 +83,8 @@ class Encoding:
 
         Raises: ValueError or OSError for images that cannot be read, or files not written.
         """
-        stored = read_manifest(self.folder)
-        shards = self.shards()
+        stored, shards = read_manifest(self.folder), self.shards()
+        _wait("open")  # all have seen the folder as it was
         if jax.process_index() == 0 and (shards or stored is None):
             self.manifest.write(self.folder)
         _wait("begin")
@@ -229,7 +229,7 @@ def _check_folder(folder: Path, manifest: Manifest, autoencoder: TrainedAutoenco
         raise ValueError(f"out is {folder}, which is a file: use a folder")
     stored = read_manifest(folder)
     if stored is None:
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.suffix != ".part" for path in folder.iterdir()):
             raise ValueError(f"out is {folder}, which has other files: use an empty folder")
         return
     scale = ("scaling", "shift") if autoencoder.config.scaling != 1 else ()
