@@ -1,10 +1,7 @@
 """Features of images: pixels, a small network trained here, or Inception-v3."""
 
 import hashlib
-import importlib
-import importlib.util
 import os
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,13 +23,13 @@ from diffjax.checkpoint import tree_sha256
 from diffjax.data.files import atomic_path
 from diffjax.devices.parallel import BatchMapper
 from diffjax.evaluation import inception as inception_v3
+from diffjax.interop.torch_file import read_pt
 
 URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-CONVERT = "safetensors.torch.save_file(torch.load(PTH, weights_only=True), SAFETENSORS)"
 NETWORK_SECONDS = 10.0
 
 FEATURES = 64  # of the small network
@@ -234,9 +231,9 @@ def inception(weights: Path | None = None) -> Extractor:
 
     2048 features, 1008 classes. Grey images are repeated to RGB.
 
-    weights: a .safetensors file of the tensors that `inception_v3.from_tensors` names, or a .pth
-    file of them, which torch must read. None for the file of URL's name in `cache_folder()`, as
-    .safetensors or .pth, which is downloaded once.
+    weights: a .safetensors or .pth file of the tensors that `inception_v3.from_tensors` names. None
+    for the file of URL's name in `cache_folder()`, as .safetensors or .pth, which is downloaded
+    once.
 
     Raises: ValueError, with the remedy, for weights that are missing or cannot be used.
     """
@@ -245,8 +242,9 @@ def inception(weights: Path | None = None) -> Extractor:
         raise ValueError(
             f"inception is {path}, which is missing: use a .safetensors or .pth file of its weights"
         )
+    tensors = _tensors(path)
     try:
-        params = inception_v3.from_tensors(_tensors(path))
+        params = inception_v3.from_tensors(tensors)
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
     mapper = BatchMapper(_run_inception, params, 32)
@@ -317,33 +315,17 @@ def _cached_weights() -> Path:
     safetensors = path.with_suffix(".safetensors")
     if safetensors.is_file():
         return safetensors
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError(
-            f"{safetensors} is missing, and torch, which reads {URL}, is not installed: pip install"
-            f" torch, or write the file on a machine that has it by {CONVERT}"
-        )
     fetch(URL, SHA256, path)
     return path
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"it is damaged, or no safetensors file ({error})") from error
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    if path.suffix != ".safetensors":
+        return read_pt(path).tensors
     try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        raise ValueError(
-            "torch, which reads it, is not installed: install it, or write a .safetensors file on a"
-            f" machine that has it by {CONVERT}"
-        ) from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"it is damaged, or no file of weights ({reason})") from error
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error})") from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,9 @@
 """PyTorch's .pt files, read without torch and without running what they hold.
 
-A file is a zip of ROOT/data.pkl, a pickle, and of ROOT/data/KEY, the raw bytes of each storage. The
-pickle is a program for a stack machine. It is interpreted here, by the opcodes that dictionaries of
-tensors need: names of classes and functions are looked up in a table of a few, none is imported,
-and nothing is called.
+A file is a zip of ROOT/data.pkl, a pickle, and of ROOT/data/KEY, the raw bytes of each storage;
+before torch 1.6 it was these one after the other. The pickle is a program for a stack machine. It
+is interpreted here, by the opcodes that dictionaries of tensors need: names of classes and
+functions are looked up in a table of a few, none is imported, and nothing is called.
 """
 
 import io
@@ -31,6 +31,7 @@ DTYPES = {
     "BoolStorage": np.dtype(np.bool_),
 }
 PARTS = ("ema", "model", "state_dict")  # of a checkpoint, in the order of preference
+MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # at the start of files of before torch 1.6
 LONGEST = 300  # characters of a reason, which may quote the file
 
 
@@ -47,9 +48,8 @@ def read_pt(path: Path) -> TorchFile:
     Tensors may be of any layout in their storage, and share it. What else is in the dictionary, as
     a number of steps, is left out.
 
-    Raises: ValueError, naming the file, for one that is damaged, has the format of torch before
-    1.6, or has anything but tensors, dictionaries, lists and numbers, which is named; OSError for
-    one that cannot be opened.
+    Raises: ValueError, naming the file, for one that is damaged, or has anything but tensors,
+    dictionaries, lists and numbers, which is named; OSError for one that cannot be opened.
     """
     with path.open("rb") as file:
         try:
@@ -61,21 +61,27 @@ def read_pt(path: Path) -> TorchFile:
 
 def _read(file: Any) -> TorchFile:
     size = os.fstat(file.fileno()).st_size
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
-        if file.read(1) == b"\x80":
-            raise ValueError(
-                "it is a bare pickle, the format before torch 1.6: load it and torch.save it again"
-            )
-        raise ValueError("it is no zip archive")
-    with zipfile.ZipFile(file) as archive:
-        entries = _Entries(archive, size)
-        part, found = _choose(_run(entries.read("data.pkl")))
-        tensors = {
-            name: entries.tensor(name, value)
-            for name, value in found.items()
-            if isinstance(name, str) and isinstance(value, _Tensor)
-        }
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            entries = _Entries(archive, size)
+            value, _ = _run(io.BytesIO(entries.read("data.pkl")))
+            return _assemble(value, lambda key: entries.read(f"data/{key}"))
+    file.seek(0)
+    if file.read(1) != b"\x80":
+        raise ValueError("it is neither a zip archive nor a pickle")
+    file.seek(0)
+    value, data = _read_old(file, size)
+    return _assemble(value, lambda key: data[key])
+
+
+def _assemble(value: Any, read: Callable[[str], bytes]) -> TorchFile:
+    part, found = _choose(value)
+    storages = _Storages(read)
+    tensors = {
+        name: storages.tensor(name, each)
+        for name, each in found.items()
+        if isinstance(name, str) and isinstance(each, _Tensor)
+    }
     return TorchFile(tensors, part)
 
 
@@ -114,10 +120,10 @@ class _Tensor(NamedTuple):
 
 
 class _Entries:
-    """The files of an archive, and the storages read so far."""
+    """The files of an archive."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
-        self._archive, self._storages = archive, {}
+        self._archive = archive
         self._files = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in self._files if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -135,6 +141,49 @@ class _Entries:
         if self._root + name not in self._files:
             raise ValueError(f"it has no {name}")
         return self._archive.read(self._files[self._root + name])
+
+
+def _read_old(file: Any, size: int) -> tuple[Any, dict[str, bytes]]:
+    """The value and the storages, by their keys, of a file of before torch 1.6.
+
+    Five pickles, a magic number, a version, the kind of machine, the value and the keys of its
+    storages; then of each of these the size in 8 bytes, and its numbers.
+    """
+    bounded = _Bounded(file, size)
+    (magic, _), (version, _), (machine, _) = (_run(bounded) for _ in range(3))
+    if type(magic) is not int or magic != MAGIC or version != VERSION:
+        raise ValueError("it is a pickle of another program than torch")
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise ValueError("it has another byteorder than little")
+    (value, storages), (keys, _) = (_run(bounded) for _ in range(2))
+    expected, data = {each.key: each for each in storages}, {}
+    for key in keys:
+        count = int.from_bytes(file.read(8), "little")
+        if type(key) is not str or key not in expected or count != expected[key].size:
+            raise ValueError("it has a storage of another size or key than its tensors")
+        length = count * DTYPES[expected[key].kind].itemsize
+        if length > size - file.tell():
+            raise ValueError(f"it ends before storage {key} does")
+        data[key] = file.read(length)
+    return value, data
+
+
+class _Bounded:
+    """A file of which no more is read than there is, since memory for it would be taken first."""
+
+    def __init__(self, file: Any, size: int) -> None:
+        self._file, self._size = file, size
+        self.tell, self.readline = file.tell, file.readline
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, self._size - self._file.tell()))
+
+
+class _Storages:
+    """The storages read so far."""
+
+    def __init__(self, read: Callable[[str], bytes]) -> None:
+        self._read, self._found = read, {}
 
     def tensor(self, name: str, tensor: _Tensor) -> np.ndarray:
         """A tensor as a view of its storage, all of which is inside."""
@@ -156,15 +205,15 @@ class _Entries:
     def _storage(self, name: str, storage: Any) -> np.ndarray:
         if not isinstance(storage, _Storage):
             raise ValueError(f"tensor {name} has no storage")
-        if storage not in self._storages:
-            data, dtype = self.read(f"data/{storage.key}"), DTYPES[storage.kind]
+        if storage not in self._found:
+            data, dtype = self._read(storage.key), DTYPES[storage.kind]
             if len(data) != storage.size * dtype.itemsize:
                 raise ValueError(
-                    f"data/{storage.key} has {len(data)} bytes, and {storage.size} numbers of"
+                    f"storage {storage.key} has {len(data)} bytes, and {storage.size} numbers of"
                     f" {dtype.name} are expected"
                 )
-            self._storages[storage] = np.frombuffer(data, dtype)
-        return self._storages[storage]
+            self._found[storage] = np.frombuffer(data, dtype)
+        return self._found[storage]
 
 
 def _are_sizes(*values: Any) -> bool:
@@ -218,13 +267,13 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 MARK = object()
 
 
-def _run(pickle: bytes) -> Any:
-    """The value of a pickle.
+def _run(file: Any) -> tuple[Any, list[_Storage]]:
+    """The value of the pickle that a file is at, and the storages that it names.
 
     Raises: ValueError, naming it, for an opcode or a name that is not known.
     """
-    stack, memo = [], {}
-    for opcode, argument, _ in pickletools.genops(io.BytesIO(pickle)):
+    stack, memo, storages = [], {}, []
+    for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
         if name in VALUES:
             stack.append(argument)
@@ -248,8 +297,10 @@ def _run(pickle: bytes) -> Any:
             stack.append(_known(".".join(_pop(stack, 2))))
         elif name in CHANGES:
             CHANGES[name](stack)
+            if name == "BINPERSID":
+                storages.append(stack[-1])
         elif name == "STOP":
-            return stack.pop()
+            return stack.pop(), storages
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"its pickle has the opcode {name}, which tensors do not need")
     raise ValueError("its pickle has no end")
@@ -291,8 +342,13 @@ def _reduce(stack: list[Any]) -> None:
 
 
 def _persistent(stack: list[Any]) -> None:
-    kind, name, key, _, size = stack.pop()
-    known = kind == "storage" and isinstance(name, _Name) and name.name in STORAGES
+    kind, name, key, _, size, *view = stack.pop()
+    known = (
+        kind == "storage"
+        and view in ([], [None])
+        and isinstance(name, _Name)
+        and name.name in STORAGES
+    )
     if not known or type(key) is not str or type(size) is not int:
         raise ValueError("its pickle has a persistent object that is no storage")
     stack.append(_Storage(STORAGES[name.name], key, size))

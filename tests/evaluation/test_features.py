@@ -1,5 +1,4 @@
 import http.server
-import importlib.util
 import re
 import threading
 from hashlib import sha256
@@ -217,11 +216,7 @@ def test_missing_weights_have_a_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(
         features, "URL", "http://127.0.0.1:9/weights-of-2015.pth"
     )  # where nobody listens
-    place = tmp_path / "diffjax" / "weights-of-2015"
-    torch = importlib.util.find_spec("torch") is not None
-    missing = (
-        naming(f"{place}.pth", features.URL) if torch else naming(f"{place}.safetensors", "torch")
-    )
+    missing = naming(tmp_path / "diffjax" / "weights-of-2015.pth", features.URL)
     with pytest.raises(ValueError, match=missing):
         features.inception()
     with pytest.raises(ValueError, match=naming(tmp_path / "none.pth")):

@@ -5,6 +5,7 @@ import hashlib
 import chex
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from diffjax.evaluation import features, inception, metrics
 
@@ -127,13 +128,14 @@ def random_weights():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Random weights as .pth, and as .safetensors by the way that features.CONVERT advises."""
+    """Random weights as .pth, of both formats of torch, and as .safetensors."""
     torch = pytest.importorskip("torch", reason=MISSING)
     pytest.importorskip("torch_fidelity", reason=MISSING)
     tensors, path = random_weights(), tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, path)
-    files = {"PTH": path, "SAFETENSORS": path.with_suffix(".safetensors")}
-    exec(f"import safetensors.torch; {features.CONVERT}", {"torch": torch, **files})
+    values = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    torch.save(values, path)
+    torch.save(values, path.with_suffix(".old"), _use_new_zipfile_serialization=False)
+    save_file(tensors, path.with_suffix(".safetensors"))
     return path
 
 
@@ -169,8 +171,9 @@ def test_inception(torch, weights):
 
 
 def test_pth_and_safetensors_agree(weights):
-    of_pth, of_safetensors = (
+    of_pth, of_old, of_safetensors = (
         inception.from_tensors(features._tensors(path))
-        for path in (weights, weights.with_suffix(".safetensors"))
+        for path in (weights, weights.with_suffix(".old"), weights.with_suffix(".safetensors"))
     )
     chex.assert_trees_all_equal(of_pth, of_safetensors)
+    chex.assert_trees_all_equal(of_old, of_safetensors)

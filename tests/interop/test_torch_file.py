@@ -16,6 +16,7 @@ from diffjax.interop.torch_file import DTYPES, read_pt
 
 R = np.random.default_rng(0)
 BASE = R.normal(size=24)
+VALUES = BASE.astype(np.float32)
 
 
 # A writer of the format that needs no torch: the classes below are pickled under torch's names.
@@ -77,10 +78,12 @@ class Bytes:
 class Writer(pickle._Pickler):
     """A pickler that takes the classes above for torch's, and keeps storages apart."""
 
+    rest = ()  # of the identity of a storage
+
     def persistent_id(self, obj):
         if isinstance(obj, Bytes):
             kind = KINDS[obj.values.dtype.name]
-            return "storage", kind, obj.key, "cpu", obj.size
+            return "storage", kind, obj.key, "cpu", obj.size, *self.rest
         return None
 
     def save_global(self, obj, name=None):
@@ -102,6 +105,21 @@ def write(path, value, storages, root="archive", compression=zipfile.ZIP_STORED,
             archive.writestr(f"{root}/{name}", text)
         for each in storages:
             archive.writestr(f"{root}/data/{each.key}", each.values.tobytes())
+    return path
+
+
+def write_old(path, value, storages, little_endian=True, view=None):
+    """The format of before torch 1.6: five pickles, and the storages one after the other."""
+    data = io.BytesIO()
+    machine = {"protocol_version": 1001, "little_endian": little_endian, "type_sizes": {"int": 4}}
+    keys = [each.key for each in storages]
+    for each in (0x1950A86A20F9469CFC6C, 1001, machine, value, keys):
+        writer = Writer(data, 2)
+        writer.rest = (view,)
+        writer.dump(each)
+    for each in storages:
+        data.write(each.size.to_bytes(8, "little") + each.values.tobytes())
+    path.write_bytes(data.getvalue())
     return path
 
 
@@ -179,6 +197,34 @@ def test_parts_of_a_checkpoint(tmp_path, keys, part):
     np.testing.assert_array_equal(found.tensors["w"], np.full(2, keys.index(part)))
 
 
+def test_the_format_of_before_torch_1_6(tmp_path):
+    tensors = {"a": stored(VALUES), "b": Parameter(stored(VALUES.astype(np.float16), "1"))}
+    storages = [each.storage for each in tensors.values()]
+    values = {"ema": OrderedDict(tensors), "steps": 3}
+    found = read_pt(write_old(tmp_path / "a.pt", values, storages))
+    assert found.part == "ema"
+    np.testing.assert_array_equal(found.tensors["a"], VALUES)
+    np.testing.assert_array_equal(found.tensors["b"], VALUES.astype(np.float16))
+    mistakes = {
+        "big": ({"little_endian": False}, ["byteorder"]),
+        "views": ({"view": ("2", 0, 1)}, ["storage"]),
+    }
+    for name, (options, names) in mistakes.items():
+        path = write_old(tmp_path / name, values, storages, **options)
+        with pytest.raises(ValueError, match=naming(path, *names)):
+            read_pt(path)
+    for missing in ([], storages[:1]):
+        with pytest.raises(ValueError, match=naming(tmp_path / "b.pt")):
+            read_pt(write_old(tmp_path / "b.pt", values, missing))
+    path = write_old(tmp_path / "c.pt", values, storages)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=naming(path, "ends", 1)):
+        read_pt(path)
+    storages[1].size = 2**50
+    with pytest.raises(ValueError, match=naming(tmp_path / "d.pt")):
+        read_pt(write_old(tmp_path / "d.pt", values, storages))
+
+
 # ----------------------------------------------------------------------------- what is refused
 
 
@@ -202,7 +248,6 @@ def test_names_of_code_are_refused_by_name(tmp_path):
     assert not ran.exists()
 
 
-VALUES = BASE.astype(np.float32)
 REFUSED = {
     "outside": (stored(VALUES, offset=1), ["w", (24,), 24]),
     "repeated": (stored(VALUES, shape=(10, 24), strides=(0, 1)), ["w", (10, 24), 24]),
@@ -227,7 +272,7 @@ def test_views_that_are_not_inside(tmp_path, case):
 def test_sizes_that_lie(tmp_path):
     lying = stored(VALUES)
     lying.storage.size = 2**40
-    with pytest.raises(ValueError, match=naming("data/0", 96, 2**40)):
+    with pytest.raises(ValueError, match=naming("storage", 0, 96, 2**40)):
         read_pt(save(tmp_path / "a.pt", {"w": lying}))
     with pytest.raises(ValueError, match=naming("data/0")):
         read_pt(write(tmp_path / "b.pt", {"w": stored(VALUES)}, []))
@@ -254,7 +299,8 @@ def test_a_nest_that_doubles_is_not_walked(tmp_path, place):
 
 def test_other_files(tmp_path):
     cases = {
-        "old.pt": (pickle.dumps({"w": 1}), ["1.6"]),
+        "other.pt": (3 * pickle.dumps({"w": 1}, 2), ["pickle", "torch"]),
+        "short.pt": (pickle.dumps({"w": 1}, 2), []),
         "text.pt": (b"no archive", ["zip"]),
         "empty.pt": (b"", ["zip"]),
     }
@@ -266,10 +312,10 @@ def test_other_files(tmp_path):
     big = write(tmp_path / "big.pt", {"w": stored(VALUES)}, [], byteorder="big")
     with pytest.raises(ValueError, match=naming(big, "byteorder")):
         read_pt(big)
-    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
         archive.writestr("a/b", "c")
     with pytest.raises(ValueError, match=naming("data.pkl")):
-        read_pt(tmp_path / "other.pt")
+        read_pt(tmp_path / "zip.pt")
     with pytest.raises(OSError, match=r"none\.pt"):
         read_pt(tmp_path / "none.pt")
 
@@ -277,16 +323,18 @@ def test_other_files(tmp_path):
 def test_damaged_files(tmp_path):
     """2,000 files with bytes changed, cut out or put in: a ValueError, or a dictionary of arrays.
 
-    In half of them the pickle alone is damaged, and the archive is right.
+    In a part of them the pickle alone is damaged, and the archive is right; a part has the format
+    of before torch 1.6.
     """
     r, path = np.random.default_rng(0), tmp_path / "damaged.pt"
     tensors = {"a": stored(VALUES), "b": Parameter(stored(VALUES.astype(np.float16), "1"))}
     data, inner = io.BytesIO(), io.BytesIO()
     write(data, OrderedDict(ema=OrderedDict(tensors)), [each.storage for each in tensors.values()])
     Writer(inner, 2).dump(OrderedDict(tensors))
-    refused = 0
+    old = write_old(path, tensors, [each.storage for each in tensors.values()]).read_bytes()
+    sources, refused = (inner.getvalue(), data.getvalue(), old), 0
     for i in range(2000):
-        changed = bytearray((data if i % 2 else inner).getvalue())
+        changed = bytearray(sources[i % 3])
         for _ in range(r.integers(1, 4)):
             at, kind = int(r.integers(len(changed))), r.integers(3)
             if kind == 0:
@@ -295,7 +343,7 @@ def test_damaged_files(tmp_path):
                 del changed[at : at + int(r.integers(1, 9))]
             else:
                 changed[at:at] = r.bytes(int(r.integers(1, 9)))
-        if i % 2:
+        if i % 3:
             path.write_bytes(changed)
         else:
             with zipfile.ZipFile(path, "w") as archive:
@@ -325,12 +373,15 @@ def test_torch_reads_the_same(tmp_path):
     tensors |= {"transposed": base.T, "sliced": base[1:3, ::2], "scalar": base[2, 3]}
     tensors |= {"empty": base[:0], "parameter": torch.nn.Parameter(base[:2].float())}
     layer = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    for protocol in (2, 4):
+    for protocol in (2, 4, "old"):
         for part, given in (("", tensors), ("ema", layer.state_dict())):
             path = tmp_path / f"{protocol}{part}.pt"
             value = {"ema": given, "steps": 1} if part else given
-            torch.save(value, path, pickle_protocol=protocol)
-            found, expected = read_pt(path), torch.load(path, weights_only=protocol == 2)
+            if protocol == "old":
+                torch.save(value, path, _use_new_zipfile_serialization=False)
+            else:
+                torch.save(value, path, pickle_protocol=protocol)
+            found, expected = read_pt(path), torch.load(path, weights_only=protocol != 4)
             assert found.part == part
             expected = expected[part] if part else expected
             assert list(found.tensors) == list(expected)
