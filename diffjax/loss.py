@@ -5,9 +5,9 @@ keyed by (key of the step, global index of the example), so that nothing depends
 split over devices.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -95,7 +95,7 @@ def log_normal(
     if not 0 < std < np.inf:
         raise ValueError(f"std is {std}: use a number above 0")
     below = level_at(levels, slice(None, -1))
-    cdf = [NormalDist(mean, std).cdf(u) for u in -logsnr(below) / 2]
+    cdf = [math.erfc((mean - u) / (std * 2**0.5)) / 2 for u in -logsnr(below) / 2]
     draws = jax.vmap(jax.random.uniform)(example_keys(key, index))
     return 1 + jnp.searchsorted(jnp.asarray(cdf, jnp.float32), draws, "right").astype(jnp.int32)
 

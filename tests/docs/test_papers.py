@@ -13,7 +13,9 @@ QUOTES = re.findall(
 def test_quotes_are_the_code():
     """Each quoted line is in the function that it is said to be in."""
     names = [function for function, _, _ in QUOTES]
-    assert names == ["ddpm_step", "ddim_step", "guided_estimate", "probability_flow"]
+    assert names == [
+        "ddpm_step", "ddim_step", "guided_estimate", "probability_flow", "x0_from_flow",
+    ]  # fmt: skip
     for function, file, lines in QUOTES:
         body = (ROOT / file).read_text().split(f"def {function}(")[1].split("\n\n\n")[0]
         assert lines.rstrip() in body, function
