@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from diffjax import sampler, schedule
+from diffjax.bench.loops import NO_PRODUCTS, Products, uncounted
 from diffjax.build import (
     ModelInfo,
     abstract_params,
@@ -30,6 +31,7 @@ from diffjax.build import (
     build_parameterization,
     build_schedule,
     count_parameters,
+    network_conditioning,
 )
 from diffjax.config import Config
 from diffjax.devices import parallel
@@ -197,7 +199,13 @@ def _batches(info: ModelInfo, mesh: Mesh) -> dict[str, Any]:
     """The shapes of batches [1, B, ...], in the form that the step takes."""
     train = info.config.train
     pmapped = train.parallel == "pmap"
-    shares = (mesh.size, train.batch // mesh.size) if pmapped else (train.batch,)
+    return _batch_shapes(
+        info, *((mesh.size, train.batch // mesh.size) if pmapped else (train.batch,))
+    )
+
+
+def _batch_shapes(info: ModelInfo, *shares: int) -> dict[str, Any]:
+    """The shapes of one batch, [1, *shares, ...]."""
 
     def share(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1, *shares, *leaf.shape[1:]), leaf.dtype)
@@ -224,13 +232,34 @@ def lower_sampler(info: ModelInfo, mesh: Mesh) -> Any:
     return pipeline.lower(params, rows, config.train.batch, guided=can_be_guided(info))
 
 
+def uncounted_of_step(info: ModelInfo, devices: int) -> Products:
+    """The products of a device's train step in loops within its network."""
+    train, training = info.config.train, build_training(info)
+    state = jax.eval_shape(training.init, jax.random.key(0))
+    batches = _batch_shapes(info, train.batch // devices)
+    return uncounted(training.step, state, batches, loops=train.accumulate)
+
+
+def uncounted_of_sampler(info: ModelInfo, devices: int) -> Products:
+    """The products of a row of a device's sampler in loops within its network."""
+    module = build_module(info)
+    batch = info.config.train.batch // devices * (2 if can_be_guided(info) else 1)
+    x = jax.ShapeDtypeStruct((batch, *info.x_shape), jnp.float32)
+    condition = network_conditioning(info).zeros(batch)
+    params = abstract_params(info, module)
+    return uncounted(build_network(info, module), params, x, jnp.zeros(batch), condition)
+
+
 # ------------------------------------------------------------------------------- cost
 
 
-def compile_cost(lowered: Any, memory_limit: float, loops: int = 1) -> Cost:
+def compile_cost(
+    lowered: Any, memory_limit: float, loops: int = 1, beside: Products = NO_PRODUCTS
+) -> Cost:
     """Compile a lowered program, and read its cost.
 
-    loops: the times that its loop runs, since XLA counts the body of a loop once.
+    loops: the times that its loop runs, since XLA counts the body of a loop once. beside: the
+    products of loops within it, as `uncounted` finds them.
     """
     began = time.perf_counter()
     try:
@@ -246,8 +275,8 @@ def compile_cost(lowered: Any, memory_limit: float, loops: int = 1) -> Cost:
     counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Cost(
-        flops=loops * counted["flops"],
-        bytes=loops * counted["bytes accessed"],
+        flops=loops * counted["flops"] + beside.flops,
+        bytes=loops * counted["bytes accessed"] + beside.bytes,
         peak=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
         memory_limit=memory_limit,
         collectives=find_collectives(compiled.as_text()),
@@ -303,8 +332,10 @@ def report(info: ModelInfo, target: str) -> tuple[str, str]:
     """
     devices, config = find_devices(target), info.config
     mesh, limit = parallel.device_mesh(devices), memory_limit(devices[0], sharing(devices))
-    step = compile_cost(lower_step(info, mesh), limit, config.train.accumulate)
-    sampling = compile_cost(lower_sampler(info, mesh), limit)
+    lowered, count = lower_step(info, mesh), len(devices)
+    step = compile_cost(lowered, limit, config.train.accumulate, uncounted_of_step(info, count))
+    beside = uncounted_of_sampler(info, count)
+    sampling = compile_cost(lower_sampler(info, mesh), limit, 1, beside)
     name = "guided DDIM" if can_be_guided(info) else "DDIM"
     table = _table(["each device", "train step", f"{name}, a row"], [step, sampling])
     head = _describe(info, target, devices, limit)

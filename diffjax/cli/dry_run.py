@@ -12,10 +12,11 @@ import tyro
 
 import diffjax
 from diffjax.bench import dry_run
-from diffjax.build import describe_model
+from diffjax.build import ModelInfo, describe_model
 from diffjax.cli import common
-from diffjax.cli.options import ConfigName
+from diffjax.cli.options import ConfigName, Count
 from diffjax.config import Config
+from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel
 
 CHILD = "DIFFJAX_DRY_RUN_CHILD"  # a variable of the environment of the process that compiles
 PROGRAM = (sys.executable, "-m", "diffjax", "dry-run")
@@ -32,6 +33,10 @@ class Options:
     """Name of a configuration, or path of a Python file that defines `config`."""
     target: Annotated[str, tyro.conf.arg(metavar="TARGET")]
     """Devices: TPUs as in v5e:2x2, which takes libtpu, or cpu for those of this machine."""
+    x_shape: Annotated[str | None, tyro.conf.arg(metavar="N,N,N")] = None
+    """Shape of x in place of that of the data, which are then not read: 32,32,4 for latents."""
+    classes: Count = None
+    """With --x-shape, the number of classes of a network that is conditioned on labels."""
     experiment: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -57,11 +62,38 @@ def run(request: Request) -> None:
         run_child(request)
         return
     with common.user_errors():
-        info = describe_model(options.experiment)
+        info = describe(options)
         table, too_large = dry_run.report(info, options.target)
     print(table)
     if too_large:
         raise common.UserError(too_large)
+
+
+def describe(options: Options) -> ModelInfo:
+    """The description of the model, from its data or from the options in their place.
+
+    Raises: ValueError for options that do not describe x and its condition.
+    """
+    config, classes = options.experiment, options.classes
+    conditions = config.data.conditions
+    if options.x_shape is None:
+        if classes is not None:
+            raise ValueError(f"classes is {classes}, for data without --x-shape: leave it out")
+        return describe_model(config)
+    sides = options.x_shape.split(",")
+    if len(sides) != 3 or not all(side.strip().isdecimal() and int(side) for side in sides):
+        raise ValueError(
+            f"x_shape is {options.x_shape!r}: use height, width and channels, as in 32,32,4"
+        )
+    if (classes is None) == bool(conditions) or conditions not in ((), ("label",)):
+        raise ValueError(
+            f"classes is {classes} and data.conditions {conditions}: with --x-shape use a number of"
+            " classes for the condition label, or no condition and no classes"
+        )
+    if classes is not None and classes < 1:
+        raise ValueError(f"classes is {classes}: use 1 or more")
+    conditioning = UNCONDITIONAL if classes is None else ClassLabel(classes)
+    return ModelInfo(config, tuple(map(int, sides)), conditioning)
 
 
 def run_child(request: Request) -> None:

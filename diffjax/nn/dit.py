@@ -230,10 +230,12 @@ class DiT(nn.Module):
         return unpatchify(h, c.patch, height, width)
 
     def _embed(self, t: Array, condition: Condition) -> Array:
+        # Weights of the usual size, as the UNet's, where the paper has N(0, 0.02): beside class
+        # tables as `embed` has them the time would be too small to learn from.
         width, shift = self.config.width, self.config.frequency_shift
-        small = nn.initializers.normal(0.02)
-        h = _dense(width, "time_in", small)(time_features(t, TIME_FEATURES, shift=shift))
-        h = _dense(width, "time_out", small)(nn.silu(h))
+        features = time_features(t, TIME_FEATURES, shift=shift)
+        h = nn.Dense(width, name="time_in")(features)
+        h = nn.Dense(width, name="time_out")(nn.silu(h))
         return h + self.conditioning.embed(condition, width)
 
     def _check(self, x: Array, condition: Condition) -> None:

@@ -1,4 +1,4 @@
-"""The layers of a UNet, in the form that XLA compiles to fast code."""
+"""Layers of networks, in the form that XLA compiles to fast code."""
 
 from collections.abc import Callable
 from functools import partial
