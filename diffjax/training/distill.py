@@ -5,7 +5,7 @@ its teacher, the stage before it. A network that predicts eps cannot teach a stu
 predict eps, which at the noisiest level determines nothing of x0; nor can its outputs be read as v.
 So the first stage, "any", learns at all levels to predict v (or x0) from the teacher's estimates,
 with guidance at any scale in one evaluation where that is asked for; the stages after it halve the
-number of steps, or make the student consistent.
+number of steps, or make the student consistent. Students of other teachers keep their prediction.
 """
 
 import dataclasses

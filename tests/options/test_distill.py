@@ -16,7 +16,7 @@ from diffjax.training import distill as distillation
 from diffjax.training import trainer
 from diffjax.training.trainer import TrainResult
 from tests.options.observations import observes
-from tests.options.probe import call, words_of
+from tests.options.probe import call, words_of, write_run
 from tests.options.values import DATA, TRAIN, words_from
 
 DONE = TrainResult("already_done", 5)
@@ -77,6 +77,29 @@ def test_chain(run):
         ("consistency", "consistency", 8, 8, 3.0, "v"),
     ]
     assert chain("--method guidance --guidance 2.5") == [("any", "guidance", 0, 0, 2.5, "x0")]
+
+
+def test_prediction_of_students(images, tmp_path):
+    """The teacher's own, with what belongs to it; another needs a first stage, and v is that of a
+    teacher of eps."""
+    flow = {"schedule": "flow", "prediction": "flow", "shift": 2.0, "time_scale": 7.0}
+    edm = {"schedule": "edm", "prediction": "edm", "sigma_data": 0.8}
+    weighted = "--prediction x0 --train.weighting edm"
+    cases = [  # teacher, words, then the names of students, their prediction and its arguments
+        (flow, "", (["2"], "flow", 2.0, 7.0, 0.5)),
+        (flow, "--prediction v", (["any", "2"], "v", 2.0, 1000.0, 0.5)),
+        (edm, "", (["2"], "edm", 1.0, 1000.0, 0.8)),
+        (edm, "--prediction x0", (["any", "2"], "x0", 1.0, 1000.0, 0.5)),
+        (edm, weighted, (["any", "2"], "x0", 1.0, 1000.0, 0.8)),
+        ({"prediction": "eps"}, "", (["any", "2"], "v", 1.0, 1000.0, 0.5)),
+    ]
+    for i, (diffusion, words, expected) in enumerate(cases):
+        run = write_run(tmp_path / str(i), images, {1: (0.1, 0.2, 0.3)}, **diffusion)
+        found = students(run, "--start 4 --end 2", words)
+        d = found[-1].config.diffusion
+        names = [each.name for each in found]
+        assert (names, d.prediction, d.shift, d.time_scale, d.sigma_data) == expected
+        found[-1].config.check()
 
 
 @observes(
