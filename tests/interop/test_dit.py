@@ -12,13 +12,23 @@ import pytest
 from helpers import naming
 from safetensors.numpy import load_file, save_file
 
-from diffjax.build import ModelInfo, abstract_params, build_module
+from diffjax import denoiser, sampler
+from diffjax.build import (
+    ModelInfo,
+    abstract_params,
+    build_module,
+    build_network,
+    build_parameterization,
+    build_schedule,
+)
 from diffjax.config import Config, Diffusion
 from diffjax.interop import dit, hub
 from diffjax.interop.files import Weights
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel
 from diffjax.nn.dit import SIZES, DiTConfig, positions
 from diffjax.nn.dit import dit as size_of_paper
+from diffjax.testing import run_plan
+from tests.interop.test_torch_file import save, stored
 from tests.interop.test_unet2d import edit, make_params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -316,6 +326,31 @@ def test_meta_files_are_the_same_function(monkeypatch):
         ours = np.asarray(jax.jit(module.apply)({"params": found.params}, *inputs))
     theirs = forward(tensors, x.transpose(0, 3, 1, 2), t, label, 2).transpose(0, 2, 3, 1)
     assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 2e-5
+
+
+def test_sit_runs_from_noise_to_data(monkeypatch, tmp_path):
+    """SiT's own equation: Euler steps of dx/dt = v(x, t) from noise at t = 0 to data at t = 1.
+
+    The network gets t itself; ours are the rows of DDIM on the path of flow matching.
+    """
+    monkeypatch.setattr(dit, "SIZES", TINY)
+    tensors, label, steps = meta_tensors(), np.array([0, 2]), 4
+    noise = np.random.default_rng(1).normal(size=(2, 6, 6, 4))
+    x = noise.transpose(0, 3, 1, 2)
+    for k in range(steps):
+        velocity = forward(tensors, x, np.full(2, k / steps), label, 2)[:, :4]
+        x = x + velocity / steps
+    path = save(tmp_path / "sit.pt", {name: stored(v, name) for name, v in tensors.items()})
+    found = hub.load(path)
+    info, config = found.info, found.info.config
+    network, levels = build_network(info, build_module(info)), build_schedule(config)
+    condition = denoiser.from_network(network, found.params, build_parameterization(config))
+    denoise = jax.jit(denoiser.condition_on(condition, label))
+    plan = sampler.ddim(levels, np.array([1000, 750, 500, 250]))
+    with jax.default_matmul_precision("highest"):
+        ours = run_plan(lambda x, level: np.asarray(denoise(np.float32(x), level)), plan, noise)
+    theirs = x.transpose(0, 2, 3, 1)
+    assert np.abs(ours - theirs).max() / np.abs(theirs).max() < 1e-4
 
 
 def test_sizes_of_meta_files():
