@@ -210,8 +210,8 @@ def encode(schedule: Schedule, t: Any) -> Plan:
     Run it without clipping, which cannot be inverted.
 
     The first row is called at the least noisy level with the data as they are, x = alpha*x +
-    sigma*eps, since no network is trained at level 0. What is encoded at a level T without signal
-    is pure noise, and cannot be decoded.
+    sigma*eps, since no network is trained at level 0. At a level T without signal it ends in eps
+    itself, from which the flow leads back all the same.
 
     Raises: ValueError for other levels.
     """

@@ -916,6 +916,18 @@ def test_reconstruction():
         assert (np.divide(errors[:-1], errors[1:]) > 2).all()  # of order one at least, squared
 
 
+def test_reconstruction_from_pure_noise():
+    """The flow leads back from a level without signal too, and on a straight path in fewer
+    steps."""
+    generator, steps = np.random.default_rng(0), [10, 50, 200]
+    points = generator.uniform(-1, 1, (8, 3))
+    x0 = points + 0.1 * generator.normal(size=points.shape)
+    denoise, levels = finite_denoiser(points, 0.1), schedule.flow(1000)
+    assert_reconstruction(denoise, x0, levels, steps)
+    errors = [reconstruction_errors(denoise, x0, form, steps) for form in (levels, LEVELS)]
+    assert (errors[0] < errors[1]).all()
+
+
 def test_broken_reconstruction_is_caught():
     with pytest.raises(AssertionError, match=naming("steps", "(10, 20, 50)")):
         assert_reconstruction(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import naming
 
-from diffjax import sampler, schedule
+from diffjax import parameterization, sampler, schedule
 from diffjax.config import Distillation
 from diffjax.data.codec import Codec
 from diffjax.data.image_io import to_uint8
@@ -353,6 +353,14 @@ def test_a_prediction_that_is_not_usable_is_named(tiny_model):
         on_devices(model, 1)(
             model.params, sampler.ddim(levels, [100, 50]), Request(num=1, batch=1, seed=0)
         )
+
+
+def test_a_level_without_a_finite_time_is_named(tiny_model):
+    """EDM's time is infinite at a level without signal."""
+    model = tiny_model("unconditional")._replace(parameterization=parameterization.edm())
+    plan, request = sampler.ddim(schedule.flow(100), [100, 50]), Request(num=1, batch=1, seed=0)
+    with pytest.raises(ValueError, match=naming("network_time", "level", "100")):
+        on_devices(model, 1)(model.params, plan, request)
 
 
 @pytest.mark.parametrize("bound", [None, Clip()])
