@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -355,7 +356,7 @@ def assert_times(times: TimeSampling, levels: Level, probability: Any, draws: in
     The largest difference of the two cumulative distributions is at most 2/sqrt(draws), as it is
     for one in 1,500 of right ones; and a draw does not depend on how a batch is split.
     """
-    key, index = jax.random.key(0), np.arange(draws, dtype=np.uint32)
+    key, index = jax.random.key(0), jnp.arange(draws, dtype=jnp.uint32)
     t = np.asarray(times(key, index, levels))
     assert t.min() >= 1, f"t: {t.min()}, below 1"
     assert t.max() <= len(levels.t), f"t: {t.max()}, above {len(levels.t)}"
