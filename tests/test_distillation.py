@@ -43,7 +43,7 @@ def grids(draw, least=1, **kinds):
     return levels, draw(st.integers(1, min(64, schedule.length(levels) // least)))
 
 
-@given(grids(least=2, exploding=True, terminal=True), st.integers(0, 99))
+@given(grids(least=2, exploding=True, terminal=True, flow=True), st.integers(0, 99))
 def test_progressive_target_is_two_steps_in_one(grid, seed):
     (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
     rows = distillation.halving_levels(levels, steps)
@@ -61,7 +61,7 @@ def test_progressive_target_is_two_steps_in_one(grid, seed):
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-12, atol=1e-12)
 
 
-SCHEDULES = ("linear", "rescaled_linear", "scaled_linear", "cosine", "sigmoid")
+SCHEDULES = ("linear", "rescaled_linear", "scaled_linear", "cosine", "sigmoid", "flow")
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -72,6 +72,7 @@ def test_chain_of_perfect_students_is_the_teacher(name, emptied):
     With no signal at level T too; 100 levels are not even divisible by 64.
     """
     levels = getattr(schedule, name)(100)
+    levels = schedule.variance_preserving(levels)
     levels = schedule.zero_terminal_snr(levels) if emptied else levels
     x = np.random.default_rng(0).normal(size=(2, 2, 2))
     end = testing.run_plan(curved, sampler.ddim(levels, schedule.trailing(levels, 64)), x)
@@ -89,7 +90,7 @@ def test_chain_of_perfect_students_is_the_teacher(name, emptied):
         np.testing.assert_allclose(testing.run_plan(student, plan, x), end, rtol=0, atol=1e-9)
 
 
-@given(grids(exploding=True, terminal=True), st.integers(0, 99))
+@given(grids(exploding=True, terminal=True, flow=True), st.integers(0, 99))
 @settings(max_examples=30)
 def test_end_of_the_path_is_a_fixed_point_of_consistency(grid, seed):
     (levels, steps), x = grid, np.random.default_rng(seed).normal(size=(3, 2, 2))
@@ -116,14 +117,14 @@ def test_broken_targets_are_caught():
 # ----------------------------------------------------------------------------- levels
 
 
-@given(testing.schedules(exploding=True, terminal=True))
+@given(testing.schedules(exploding=True, terminal=True, flow=True))
 def test_all_levels_are_those_of_the_schedule(levels):
     (found,) = distillation.all_levels(levels)
     for leaf, expected in zip(found, level_at(levels, slice(1, None)), strict=True):
         np.testing.assert_array_equal(leaf, expected)
 
 
-@given(grids(least=2, exploding=True, terminal=True))
+@given(grids(least=2, exploding=True, terminal=True, flow=True))
 def test_students_are_called_where_trailing_calls_them(grid):
     """The least noisy level first; a teacher's are twice as many, and every other one a
     student's."""

@@ -202,7 +202,7 @@ def test_undetermined_x0_is_refused(name):
         process.check_prediction(process.PREDICTIONS[other], levels)
 
 
-@given(schedules(), st.data(), st.integers(0, 99))
+@given(schedules(flow=True), st.data(), st.integers(0, 99))
 def test_eps_follows_a_clipped_x0(levels, data, seed):
     x_t, x0 = draw(seed)
     level = schedule.at(levels, data.draw(st.integers(1, schedule.length(levels))))
@@ -231,7 +231,7 @@ def test_posterior_by_bayes(levels, seed):
     np.testing.assert_allclose(found_std**2 * precision, 1, rtol=1e-9)
 
 
-@given(pairs(), st.integers(0, 99))
+@given(pairs(flow=True), st.integers(0, 99))
 def test_posterior_keeps_the_marginal(levels, seed):
     """The posterior of x_t ~ q(x_t | x0) is q(x_s | x0): the mean maps alpha_t*x0 to alpha_s*x0,
     variances add up."""
