@@ -15,14 +15,16 @@ from diffjax.cli import distill, main
 from diffjax.config import Config, Data, Diffusion, Distillation, Train
 from diffjax.inference.defaults import distillation_warning
 from diffjax.inference.model import describe_weights, load_model
+from diffjax.nn import registry
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel
-from diffjax.nn.unet import UNetConfig
 from diffjax.training.state import init_state, state_to_trees
+from tests.plugin.small import SmallConfig
 
+registry.register("small", SmallConfig)
 LABELS = ClassLabel(10)
 TEACHER = Config(
     data=Data(name="digits"),
-    network=UNetConfig(channels=4, norm_groups=1, multipliers=(1,), attention=(), heads=1),
+    network=SmallConfig(),
     diffusion=Diffusion(schedule="cosine", T=20),
     train=Train(batch=8, save_every=1, log_every=1),
 )
@@ -86,7 +88,7 @@ MISTAKES = {
         "undropped", "condition_dropout", "0",
     ),
     "{runs}/teacher --workdir {new} --method guidance": (
-        "method", "guidance", "unet of teacher", "1",
+        "method", "guidance", "small of teacher", "1",
     ),
     "{runs}/two --workdir {new} --method guidance": ("method", "guidance", "{runs.name}/two"),
     "{runs}/teacher --workdir {new} --start 4 --train.condition-dropout 0.1": "condition_dropout",

@@ -8,14 +8,16 @@ import pytest
 from diffjax.build import ModelInfo, build_module, build_optimizer, init_params
 from diffjax.checkpoint import Checkpoints
 from diffjax.config import Config, Data, Diffusion, Distillation, Train
+from diffjax.nn import registry
 from diffjax.nn.conditioning import ClassLabel
-from diffjax.nn.unet import UNetConfig
 from diffjax.training.state import init_state, state_to_trees
+from tests.plugin.small import SmallConfig
 
+registry.register("small", SmallConfig)
 SHAPE, LABEL = (8, 8, 1), ClassLabel(10)
 CONFIG = Config(
     data=Data(name="digits"),
-    network=UNetConfig(channels=4, norm_groups=1, multipliers=(1,), attention=(), heads=1),
+    network=SmallConfig(),
     diffusion=Diffusion(schedule="cosine", T=20),
     train=Train(batch=8, save_every=1, log_every=1, eval_every=0, preview_every=0),
 )
