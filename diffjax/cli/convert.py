@@ -68,7 +68,7 @@ def run(options: Options) -> None:
 
 
 def import_model(options: Options) -> tuple[list[str], list[str]]:
-    """Write the run folder of a published model; returns notes on it, and what to do next.
+    """Write the run folder of a published model; return notes and next steps.
 
     Raises: ValueError or OSError for a model that cannot be read, or a folder that has one.
     """
@@ -100,14 +100,14 @@ def import_model(options: Options) -> tuple[list[str], list[str]]:
 
 
 def export_model(options: Options) -> tuple[list[str], list[str]]:
-    """Write the folder of a run's model, for diffusers; returns notes on it, and what to do next.
+    """Write a run's model for diffusers; return notes and next steps.
 
     Raises: ValueError or OSError for a model that diffusers does not have, or a folder that has
     one.
     """
     source, weight = options.source, options.weight
     folder, words = Path(options.destination.removeprefix(hub.PREFIX)), options.destination
-    for name in ("config.json", "model_index.json", "unet", "transformer"):
+    for name in ("config.json", "model_index.json", *hub.NETWORKS):
         if (folder / name).exists():
             raise ValueError(f"{folder} already has a {name}: use another folder")
     if is_autoencoder(source):
@@ -115,7 +115,7 @@ def export_model(options: Options) -> tuple[list[str], list[str]]:
         hub.save(folder, info, params, weights, step)
         return [], [f"evaluate it with: diffjax evaluate {shlex.quote(words)} --data.config CONFIG"]
     model = load_model(source, weight.checkpoint, weight.weights)
-    coder = model.autoencoder and (model.autoencoder.config, model.autoencoder.params)
+    coder = None if model.autoencoder is None else model.autoencoder[:2]
     hub.save(folder, model.info, model.params, model.weights, model.step, coder)
     notes = [f"{model.name}: {note}" for note in model.notes]
     return notes, [f"sample from it with: diffjax sample {shlex.quote(words)}"]

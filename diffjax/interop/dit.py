@@ -1,4 +1,4 @@
-"""DiT of diffusers and of Meta's .pt files, to and from the DiT; SiT's files have the same names.
+"""DiT of diffusers, and of Meta's .pt files, which are SiT's too.
 
 The two differ in what the network computes: diffusers divides the exponents of the frequencies of
 the time by half - 1 where Meta divides by half, and adds 1e-5 to the variance of the norms before
@@ -115,8 +115,8 @@ def write(info: ModelInfo, params: Any, *, for_pipeline: bool = False) -> Part:
     network, label = info.config.network, info.conditioning
     if not isinstance(network, DiTConfig):
         raise ValueError(f"network is {type(network).__name__}: {CLASS} takes a DiTConfig")
-    is_label = isinstance(label, ClassLabel) and label.field == "label"
-    if not is_label or not label.has_null_label or info.config.distillation.guidance_conditioned:
+    is_label = isinstance(label, ClassLabel) and label.field == "label" and label.has_null_label
+    if not isinstance(label, ClassLabel) or not is_label or _takes_a_scale(info):
         raise ValueError(
             f"conditioning is {label!r}: {CLASS} takes a ClassLabel of the field 'label', with a"
             " null label and without a guidance scale"
@@ -127,8 +127,25 @@ def write(info: ModelInfo, params: Any, *, for_pipeline: bool = False) -> Part:
             f"conditioning has {label.classes} classes: DiTPipeline of diffusers has {NULL_ROW} at"
             " most"
         )
-    rows, channels = NULL_ROW if for_pipeline else label.classes, info.x_shape[-1]
-    settings = {
+    rows = NULL_ROW if for_pipeline else label.classes
+    stored = partial(_stored, depth=network.depth, channels=info.x_shape[-1])
+    tensors = dict(to_tensors(params, stored))
+    table = tensors[NAMES["label"] + ".weight"]
+    nulls = np.repeat(table[-1:], rows - label.classes, axis=0)
+    tensors[NAMES["label"] + ".weight"] = np.concatenate([table[:-1], nulls, table[-1:]])
+    for name in [name for name in tensors if name.startswith(FIRST)]:
+        for i in range(1, network.depth):
+            tensors[name.replace(".0.", f".{i}.", 1)] = tensors[name]
+    return Part(_settings(network, info.x_shape, rows), tensors, {"classes": str(label.classes)})
+
+
+def _takes_a_scale(info: ModelInfo) -> bool:
+    return info.config.distillation.guidance_conditioned
+
+
+def _settings(network: DiTConfig, x_shape: tuple[int, ...], rows: int) -> dict[str, Any]:
+    channels = x_shape[-1]
+    return {
         "_class_name": CLASS,
         "num_attention_heads": network.heads,
         "attention_head_dim": network.width // network.heads,
@@ -137,7 +154,7 @@ def write(info: ModelInfo, params: Any, *, for_pipeline: bool = False) -> Part:
         "num_layers": network.depth,
         "dropout": network.dropout,
         "attention_bias": True,
-        "sample_size": info.x_shape[0],
+        "sample_size": x_shape[0],
         "patch_size": network.patch,
         "activation_fn": "gelu-approximate",
         "num_embeds_ada_norm": rows,
@@ -145,15 +162,6 @@ def write(info: ModelInfo, params: Any, *, for_pipeline: bool = False) -> Part:
         "norm_elementwise_affine": False,
         "norm_eps": network.mlp_norm_epsilon,
     }
-    stored = partial(_stored, depth=network.depth, channels=channels)
-    tensors = dict(to_tensors(params, stored))
-    table = tensors[NAMES["label"] + ".weight"]
-    nulls = np.repeat(table[-1:], rows - label.classes, axis=0)
-    tensors[NAMES["label"] + ".weight"] = np.concatenate([table[:-1], nulls, table[-1:]])
-    for name in [name for name in tensors if name.startswith(FIRST)]:
-        for i in range(1, network.depth):
-            tensors[name.replace(".0.", f".{i}.", 1)] = tensors[name]
-    return Part(settings, tensors, {"classes": str(label.classes)})
 
 
 def _check_fields(c: Fields) -> None:
@@ -191,7 +199,7 @@ def _without_copies(weights: Weights) -> dict[str, np.ndarray]:
         match = COPY.fullmatch(name)
         if match is None or match[1] == FIRST:
             kept[name] = value
-        elif not np.array_equal(value, weights.tensors.get(FIRST + match[2])):
+        elif not np.array_equal(value, weights.tensors.get(FIRST + match[2], np.zeros(0))):
             raise ValueError(
                 f"{weights.file} has the layer {name}, which is not equal to that of the first"
                 " block: the DiT here has one embedding for all blocks"

@@ -65,7 +65,7 @@ def short_name(source: str | Path) -> str:
 
 
 def locate(source: str | Path) -> Path:
-    """The folder or the .pt file of a source, after a download from the hub where needed.
+    """The folder or the .pt file of a source, downloaded from the hub if needed.
 
     Raises: ValueError if there is none.
     """
@@ -245,7 +245,10 @@ def _notes(found: Published, kind: str, weights: Weights) -> Iterator[str]:
 def name_classes(
     found: Published, weights: Weights, index: dict[str, Any]
 ) -> tuple[Published, list[str]]:
-    """The network with the names of its classes, of its file or of model_index.json, and notes."""
+    """The network with the names of its classes, and notes on them.
+
+    They are in its file, or in the id2label of model_index.json.
+    """
     label, notes = found.conditioning, []
     if not isinstance(label, ClassLabel):
         return found, notes
@@ -261,7 +264,7 @@ def name_classes(
 
 
 def unique(names: list[str]) -> tuple[str, ...]:
-    """Names of classes, each different: to one that is there twice its number is added."""
+    """Names of classes made different: a name of two classes gets their numbers."""
     counts = Counter(names)
     return tuple(f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names))
 
@@ -337,14 +340,7 @@ def save(
             f" {dit.CLASS} for DiTConfig and {autoencoder_kl.CLASS} for AutoencoderConfig"
         )
     scheduler = scheduler_config(info.config, is_latent=latent)
-    label = info.conditioning
-    metadata = {
-        "weights": weights,
-        "step": str(step),
-        "names": json.dumps(label.names if isinstance(label, ClassLabel) else ()),
-        "distillation": json.dumps(dataclasses.asdict(info.config.distillation)),
-        **part.metadata,
-    }
+    metadata = _metadata(info, weights, step) | part.metadata
     home, of_scheduler = (folder / inside, folder / "scheduler") if latent else (folder, folder)
     write_part(home, part.settings, part.tensors, metadata)
     write_json(of_scheduler / "scheduler_config.json", scheduler)
@@ -352,11 +348,24 @@ def save(
         config, values = autoencoder
         autoencoder_kl.save(folder / "vae", config, values, info.x_shape[0] * config.factor)
     if latent and isinstance(network, DiTConfig):
-        write_json(folder / "model_index.json", _dit_pipeline(label, scheduler["_class_name"]))
+        index = _dit_pipeline(_names(info.conditioning), scheduler["_class_name"])
+        write_json(folder / "model_index.json", index)
 
 
-def _dit_pipeline(label: Conditioning, scheduler: str) -> dict[str, Any]:
-    names = label.names if isinstance(label, ClassLabel) else ()
+def _metadata(info: ModelInfo, weights: str, step: int) -> dict[str, str]:
+    return {
+        "weights": weights,
+        "step": str(step),
+        "names": json.dumps(_names(info.conditioning)),
+        "distillation": json.dumps(dataclasses.asdict(info.config.distillation)),
+    }
+
+
+def _names(label: Conditioning) -> tuple[str, ...]:
+    return label.names if isinstance(label, ClassLabel) else ()
+
+
+def _dit_pipeline(names: tuple[str, ...], scheduler: str) -> dict[str, Any]:
     return {
         "_class_name": "DiTPipeline",
         "_diffusers_version": "0.36.0",

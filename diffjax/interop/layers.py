@@ -154,7 +154,7 @@ OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.
 
 
 def convolutional(path: Keys, levels: int) -> Stored:
-    """A parameter of a network of blocks at several resolutions, as diffusers stores it.
+    """The tensors of a parameter of a UNet or an autoencoder in diffusers.
 
     ("up_1_0_attention", "qkv", "kernel") of 2 levels is up_blocks.0.attentions.0.to_q.weight,
     ...to_k.weight and ...to_v.weight.

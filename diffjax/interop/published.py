@@ -24,11 +24,11 @@ class Published(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A network as diffusers stores it: config.json, tensors, and what their file says of them."""
+    """A network as diffusers stores it."""
 
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # of config.json
     tensors: dict[str, Any]
-    metadata: dict[str, str]
+    metadata: dict[str, str]  # of the file of tensors
 
 
 class Fields:
@@ -43,7 +43,7 @@ class Fields:
         return self._given.get(name, self._defaults[name])
 
     def refuse(self, name: str, expected: str) -> NoReturn:
-        """Raise a ValueError that names the file, the field, its value and what is expected."""
+        """Raise a ValueError of the file, the field, its value and what is expected."""
         value = self._given.get(name, self._defaults.get(name))
         raise ValueError(f"{self._path} has {name} {value!r}: {expected}")
 
@@ -57,7 +57,7 @@ class Fields:
                 self.refuse(name, f"the {network} here has {' or '.join(map(repr, values))}")
 
     def check_known(self, network: str) -> None:
-        """Check that there are no other fields than those with a default, but for empty ones.
+        """Check that all fields have a default, but for empty ones.
 
         Raises: ValueError, naming the first one.
         """

@@ -43,7 +43,7 @@ class TorchFile(NamedTuple):
 
 
 def read_pt(path: Path) -> TorchFile:
-    """Read a dictionary of tensors, or the moving average or the model of a checkpoint.
+    """Read a dictionary of tensors, or the average or the model of a checkpoint.
 
     Tensors may be of any layout in their storage, and share it. What else is in the dictionary, as
     a number of steps, is left out.
@@ -292,7 +292,7 @@ def _run(file: Any) -> tuple[Any, list[_Storage]]:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "GLOBAL":
-            stack.append(_known(argument.replace(" ", ".")))
+            stack.append(_known(str(argument).replace(" ", ".")))
         elif name == "STACK_GLOBAL":
             stack.append(_known(".".join(_pop(stack, 2))))
         elif name in CHANGES:

@@ -78,7 +78,9 @@ def read(given: dict[str, Any], weights: Weights, path: Path) -> Published:
 
 
 def write(info: ModelInfo, params: Any) -> Part:
-    """The network as diffusers stores it; the null label is the last row of the class table.
+    """The network as diffusers stores it.
+
+    The null label is the last row of the class table.
 
     Raises: ValueError for a network that diffusers does not have.
     """
