@@ -123,7 +123,7 @@ def model_info(config: Config, dataset: Any) -> ModelInfo:
 
 
 def image_config(config: Config) -> Config:
-    """The configuration with the images that its data are made of, which latents are not.
+    """The configuration with the images that its latents are of, if it has latents.
 
     Raises: ValueError for latents whose folder is not where it was.
     """

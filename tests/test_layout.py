@@ -143,6 +143,9 @@ ABOUT_LABELS = {
     "evaluation/features.py": {"label", "labels"},  # the classes of a classifier
     "evaluation/frontier.py": {"label", "labels"},  # the legend of a plot
     "evaluation/quality.py": {"labels", "image_shape"},  # accuracy of classes; decoded images
+    "inference/model.py": {"image_shape"},  # of decoded images
+    "inference/editing.py": {"image_shape"},  # of images to encode
+    "inference/encoding.py": {"image_shape"},  # of images to encode
 }
 
 

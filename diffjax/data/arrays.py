@@ -64,11 +64,12 @@ def load_npz(path: Path) -> Dataset:
 
 
 def from_columns(path: Path, train: Columns, held_out: Columns | None = None) -> Dataset:
-    """The data set of columns: `image`, uint8 [N, H, W, C], labels of any values, and vectors.
+    """The data set of columns.
 
-    The labels that occur are the classes, in order and named by their values, and a note tells so
-    unless they are 0, 1, ... Without columns to hold out, a tenth is held out, by
-    `train_holdout_split` of the images' bytes.
+    They are `image`, uint8 [N, H, W, C], `label` of any values, and vectors. The labels that occur
+    are the classes, in order and named by their values, and a note tells so unless they are 0, 1,
+    ... Without columns to hold out, a tenth is held out, by `train_holdout_split` of the images'
+    bytes.
 
     Raises: ValueError, naming the path, for splits that differ, or too few images to split.
     """

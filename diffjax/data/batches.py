@@ -88,7 +88,7 @@ def first_batches(
 def first_examples(
     source: Any, num: int, conditioning: Conditioning = UNCONDITIONAL
 ) -> tuple[np.ndarray, Condition]:
-    """The first examples of a split: x and conditions, [num, ...]; latents are their mode.
+    """The first examples of a split: x (latents: the mode), conditions, [num, ...].
 
     Raises: ValueError for fewer than `num` examples.
     """

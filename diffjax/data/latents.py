@@ -1,4 +1,4 @@
-"""Data sets of latents: the moments that an autoencoder encodes images to, in shards.
+"""Data sets of latents: what an autoencoder encodes images to, in shards.
 
 A folder has `manifest.json`, shards of ArrayRecord, and the autoencoder in `autoencoder`. A record
 is one example: its moments, those of the mirrored image if these are stored, and the fields that a

@@ -1,4 +1,4 @@
-"""Encode a data set of images to the moments of latents, in shards, on all devices.
+"""Encode a data set of images to the moments of latents, on all devices.
 
 A shard that is there is not encoded again, so that what was interrupted goes on. Of several
 processes each encodes its own shards.
@@ -157,9 +157,10 @@ def _wait(name: str) -> None:
 
 
 def measure_std(folder: Path, manifest: Manifest) -> float:
-    """The standard deviation of latents, drawn from their moments, of the split to train on.
+    """The standard deviation of latents of the split to train on.
 
-    It is that of all numbers of SAMPLED examples at equal distances, or of all examples.
+    It is that of all numbers, drawn from their moments, of SAMPLED examples at equal distances, or
+    of all examples.
     """
     shards = Shards(folder, manifest, TRAIN)
     rows = np.unique(np.linspace(0, len(shards) - 1, SAMPLED).round().astype(int))
@@ -181,7 +182,7 @@ def open_encoding(
     folder: Path,
     options: EncodeOptions,
 ) -> Encoding:
-    """Check that images can be encoded into a folder, which may have some of them already.
+    """Check that images can be encoded into a folder, which may have some already.
 
     config: of the data set, which is of images.
 

@@ -14,9 +14,9 @@ from diffjax.inference.model import TrainedModel, stored_autoencoder
 def keep_autoencoder(
     info: ModelInfo, workdir: Path, teacher: TrainedModel | None = None
 ) -> TrainedAutoencoder | None:
-    """The autoencoder of the latents to train on, of which process 0 puts a copy into the run.
+    """The autoencoder of the latents to train on; None for images.
 
-    It is None for images. teacher: of a student.
+    Process 0 puts a copy into the run folder. teacher: of a student.
 
     Raises: ValueError if the run or the teacher has another one, or the folder of the latents.
     """
