@@ -77,14 +77,20 @@ def x64():
         yield
 
 
+def shared_folder(tmp_path_factory):
+    """The temporary folder of all processes of the tests."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory):
-    """A cache of compiled programs, of this process and those that it starts.
+    """A cache of compiled programs, of all processes of the tests and those that they start.
 
     It is the one that the environment names, or a new one.
     """
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = given or str(tmp_path_factory.mktemp("compiled"))
+    folder = given or str(shared_folder(tmp_path_factory) / "compiled")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return folder
@@ -100,10 +106,12 @@ def data_dir(tmp_path_factory):
 def environment(compiled, data_dir):
     """The environment of a program that is started as a user does, on one device.
 
-    It has the suite's data sets and compiled programs.
+    It has the suite's data sets and compiled programs, and finds the networks of tests/plugin.
     """
     own = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    plugin = str(ROOT / "tests" / "plugin")
     return own | {
+        "PYTHONPATH": os.pathsep.join([own.get("PYTHONPATH", plugin), plugin]),
         "TFDS_DATA_DIR": str(data_dir),
         "JAX_COMPILATION_CACHE_DIR": compiled,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -152,8 +160,7 @@ def digits_training(request, tmp_path_factory, program):
     if not any("digits_run" in item.fixturenames for item in request.session.items):
         yield None
         return
-    base = tmp_path_factory.getbasetemp()
-    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    home = shared_folder(tmp_path_factory) / "trained"
     try:
         home.mkdir()
     except FileExistsError:  # another process of the tests trains it
