@@ -84,13 +84,10 @@ def _is_published(source: str | Path) -> bool:
 def _load_published(source: str | Path) -> tuple[AutoencoderConfig, Any]:
     if not hub.is_source(source):
         return autoencoder_kl.load(Path(source))
-    found = hub.load(hub.locate(source))
-    network = found.info.config.network
-    if isinstance(network, AutoencoderConfig):
-        return network, found.params
-    if found.autoencoder is None:
+    found = hub.load_autoencoder(hub.locate(source))
+    if found is None:
         raise ValueError(f"{source} has no autoencoder: use one with an AutoencoderKL")
-    return found.autoencoder
+    return found
 
 
 def save_autoencoder(folder: Path, autoencoder: TrainedAutoencoder) -> None:

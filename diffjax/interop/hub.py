@@ -141,6 +141,17 @@ def load(place: Path) -> Imported:
     return Imported(info, found.params, weights_are, step, notes, autoencoder)
 
 
+def load_autoencoder(place: Path) -> tuple[AutoencoderConfig, Any] | None:
+    """Read the autoencoder of a folder or of a pipeline; None if it has none.
+
+    Raises: as `load`.
+    """
+    path = place / "config.json"
+    if path.is_file() and read_json(path).get("_class_name") == autoencoder_kl.CLASS:
+        return autoencoder_kl.load(place)
+    return _read_autoencoder(_pipeline(place)) if place.is_dir() else None
+
+
 def _config(
     name: str, found: Published, diffusion: Diffusion, distillation: Distillation | None = None
 ) -> Config:
@@ -165,7 +176,7 @@ def _load_autoencoder(home: Path) -> Imported:
 def _pipeline(home: Path) -> Path:
     """The folder of the pipeline that a network belongs to, or else its own."""
     parent = home.resolve().parent
-    is_part = home.name.startswith(NETWORKS) or (parent / "model_index.json").exists()
+    is_part = home.name.removesuffix("_ema") in NETWORKS or (parent / "model_index.json").exists()
     return (home.parent if home.name else parent) if is_part else home
 
 

@@ -210,7 +210,10 @@ def test_an_autoencoder_is_converted(folder, tmp_path, monkeypatch, capsys):
     assert (found.config, found.checksum) == (expected.config, expected.checksum)
     found.info.config.check()
     main(["convert", "run", "hf:again"])
-    assert load_autoencoder("hf:again").checksum == expected.checksum
+    for source in ("hf:again", f"hf:{folder}", f"hf:{folder / 'transformer'}"):
+        assert load_autoencoder(source).checksum == expected.checksum
+    with pytest.raises(ValueError, match=naming("hf:run", "AutoencoderKL")):
+        load_autoencoder("hf:run")
 
 
 def test_a_pt_file_is_converted_with_an_autoencoder(folder, tmp_path, monkeypatch, capsys):

@@ -243,8 +243,12 @@ def test_names_of_code_are_refused_by_name(tmp_path):
     ran = tmp_path / "ran"
     for function in (os.system, subprocess.check_output, eval, getattr, pickle.loads, np.zeros):
         path = write(tmp_path / "a.pt", {"w": Call(function, f"touch {ran}")}, [])
-        with pytest.raises(ValueError, match=f"{function.__module__}.{function.__name__}"):
-            read_pt(path)
+        named = write(tmp_path / "b.pt", {"w": stored(VALUES), "x": [function]}, [])
+        for each in (path, named):
+            with pytest.raises(
+                ValueError, match=f"names {function.__module__}.{function.__name__}"
+            ):
+                read_pt(each)
     assert not ran.exists()
 
 
