@@ -1,4 +1,4 @@
-"""Distances between generated and real images: of sets by their features, of pairs by pixels.
+"""Distances between generated and real images, of sets of them and of pairs.
 
 All are computed in float64 on the host. Features are rows of numbers, one per image, by one
 extractor for both sets: a distance depends on the extractor and on the number of images as much as
@@ -270,15 +270,15 @@ def peak_signal_to_noise(images: np.ndarray, others: np.ndarray, peak: float = 2
 def structural_similarity(
     images: np.ndarray, others: np.ndarray, peak: float = 255.0
 ) -> np.ndarray:
-    """The structural similarity of pairs of images, [N], 1 for equal ones (Wang et al. 2004).
+    """The structural similarity of pairs of images, 1 for equal ones.
 
         (2 m_a m_b + c_1)(2 s_ab + c_2) / ((m_a^2 + m_b^2 + c_1)(s_a^2 + s_b^2 + c_2))
 
     with means, variances and covariance under a Gaussian window of 11x11 pixels and standard
     deviation 1.5, c_1 = (0.01 peak)^2, c_2 = (0.03 peak)^2: its mean over all places of the window
-    inside the image, and over channels.
+    inside the image, and over channels (Wang et al. 2004).
 
-    images, others: [N, H, W, C], 0..peak.
+    images, others: [N, H, W, C], 0..peak. Returns [N].
 
     Raises: ValueError for images of different shapes, or smaller than the window.
     """

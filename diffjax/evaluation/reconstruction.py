@@ -1,4 +1,4 @@
-"""The quality of an autoencoder: what reconstructions of held-out images keep of them."""
+"""The quality of an autoencoder, by its reconstructions of held-out images."""
 
 from typing import Any
 
@@ -88,5 +88,5 @@ def _accuracy(extractor: Extractor, examples: list[Any], found: Outputs) -> floa
     """
     if extractor.accuracy is None or found.probabilities is None:
         return None
-    labels = np.array([example["label"] for example in examples])
-    return float(np.mean(found.probabilities.argmax(1) == labels))
+    classes = np.array([example["label"] for example in examples])
+    return float(np.mean(found.probabilities.argmax(1) == classes))

@@ -138,7 +138,7 @@ class QualityContext(Context):
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionContext(ModelContext):
-    """All that the quality of reconstructions depends on: an autoencoder, images and features."""
+    """All that the quality of reconstructions depends on."""
 
     latent_size: str  # as in "8x8x4"
     scaling: float

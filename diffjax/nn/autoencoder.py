@@ -23,23 +23,23 @@ LOGVAR_RANGE = (-30.0, 20.0)  # of the log variance of a latent
 
 
 def mode(moments: Array) -> Array:
-    """The mean of the latents. moments: [..., 2c], mean | log variance; returns [..., c]."""
+    """The mean of the latents, [..., c]. moments: [..., 2c], mean | log variance."""
     return jnp.split(moments, 2, axis=-1)[0]
 
 
 def draw(moments: Array, keys: Array) -> Array:
-    """Latents mean + std * noise. moments: [B, ..., 2c]; keys: [B]; returns [B, ..., c]."""
+    """Latents mean + std * noise, [B, ..., c]. moments: [B, ..., 2c]; keys: [B]."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
     return mean + jnp.exp(logvar / 2) * noise
 
 
 def kl_divergence(moments: Array) -> Array:
-    """The divergence of latents from standard normal ones, in nats per image (arXiv:1312.6114).
+    """The divergence of latents from standard normal ones, in nats per image.
 
         KL(N(mean, std**2) | N(0, 1)) = (mean**2 + std**2 - 1 - log std**2)/2, over all latents
 
-    moments: [B, ..., 2c]; returns [B].
+    moments: [B, ..., 2c]. Returns [B] (arXiv:1312.6114, appendix B).
     """
     mean, logvar = jnp.split(moments, 2, axis=-1)
     each = (mean**2 + jnp.exp(logvar) - 1 - logvar) / 2

@@ -47,7 +47,7 @@ class SamplePreview:
 
 @dataclass(frozen=True)
 class ReconstructionPreview:
-    """A function from an autoencoder's parameters to a grid of images and what becomes of them."""
+    """A function from an autoencoder's parameters to a grid of reconstructions."""
 
     network: Network
     images: np.ndarray  # [N, H, W, C]

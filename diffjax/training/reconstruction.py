@@ -1,4 +1,4 @@
-"""The training objective of an autoencoder, for the same train step as a denoiser's."""
+"""The training objective of an autoencoder."""
 
 from typing import Any
 
