@@ -21,7 +21,9 @@ from diffjax.nn.registry import abstract_params
 from tests.interop.test_unet2d import edit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CONFIG = AutoencoderConfig(channels=(4, 8), blocks=1, latent_channels=2, norm_groups=2)
+CONFIG = AutoencoderConfig(
+    channels=(4, 8), blocks=1, latent_channels=2, norm_groups=2, scaling=0.3, shift=0.25
+)
 
 
 def make_params(config, channels=3, seed=0):
@@ -155,7 +157,7 @@ def test_old_files(folder):
             tensors[f"{name}{before}.weight"] = kernel[:, :, None, None]
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     found, params = autoencoder_kl.load(folder)
-    assert found == dataclasses.replace(CONFIG, scaling=0.18215)
+    assert found == dataclasses.replace(CONFIG, scaling=0.18215, shift=0.0)
     jax.tree.map(np.testing.assert_array_equal, params, make_params(CONFIG))
 
 
