@@ -28,7 +28,6 @@ from diffjax.guidance import autoguidance, classifier_free_guidance, in_interval
 from diffjax.inference.guidance import Guidance
 from diffjax.inference.model import TrainedModel
 from diffjax.parameterization import Parameterization
-from diffjax.process import check_prediction
 from diffjax.sampler import Carry, Plan
 
 
@@ -66,8 +65,8 @@ class ClassifierFree:
     """Classifier-free guidance, without its scale and null, which are arguments."""
 
     rescale: float = 0.0
-    channels: int | None = None  # the first ones, which alone are guided; None for all
     batched: bool = True
+    channels: int | None = None  # the first ones, which alone are guided; None for all
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Autoguidance:
 
     network: Network
     parameterization: Parameterization
-    channels: int | None = None
     rescale: float = 0.0
+    channels: int | None = None
 
 
 class Replicated(NamedTuple):
@@ -278,12 +277,13 @@ class Pipeline:
     ) -> Samples:
         """Run a plan for the samples that are requested.
 
-        Raises: ValueError for a batch that devices cannot share equally, a prediction that is not
-        usable at a level of the plan, a condition that the network does not know, or arrays that
-        are not for the samples that are requested; NotFiniteError for samples that are not finite.
+        Raises: ValueError for a batch that devices cannot share equally, a parameterization that
+        is not usable at a level of the plan, a condition that the network does not know, or arrays
+        that are not for the samples that are requested; NotFiniteError for samples that are not
+        finite.
         """
         parallel.check_divisible(request.batch, len(self._mesh.devices))
-        check_prediction(self._parameterization.prediction, plan.level)
+        self._parameterization.check(plan.level)
         self._info.conditioning.check(request.condition)
         request.check(self._info.x_shape)
         specs, spec_index = self._specs(plan, request)
