@@ -111,11 +111,11 @@ def autoencoder_codec(autoencoder: TrainedAutoencoder, batch: int | None = None)
     params = jax.device_put(autoencoder.params, parallel.replicated(mesh))
     module = Autoencoder(autoencoder.config, autoencoder.image_channels)
     size = BATCH * mesh.size if batch is None else batch
-    maps = (
+    encoder, decoder = (
         parallel.BatchMapper(partial(function, module), params, size, mesh)
         for function in (_encode, _decode)
     )
-    return Codec(*(partial(_map, mapper) for mapper in maps), None)
+    return Codec(partial(_map, encoder), partial(_map, decoder), None)
 
 
 def _map(mapper: parallel.BatchMapper, values: np.ndarray) -> np.ndarray:
