@@ -32,7 +32,7 @@ settings.load_profile("diffjax")
 
 
 # Fixtures that train a model or start processes, which take long.
-SLOW = {"digits_run", "run_program", "mixer_run", "unconditional_run"}
+SLOW = {"digits_run", "run_program", "dit_run", "unconditional_run"}
 
 
 def pytest_collection_modifyitems(items):
