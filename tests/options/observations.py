@@ -17,6 +17,7 @@ import tyro
 
 from diffjax import cli
 from diffjax.inference.samplers import SAMPLERS
+from diffjax.nn.dit import DiTConfig
 
 OBSERVED: dict[str, list[str]] = {}  # names of tests, by option
 
@@ -69,8 +70,13 @@ def options_of(kind, prefix="") -> Iterator[str]:
             yield from options_of(group, "" if omitted else f"{name}.")
 
 
+OTHER_NETWORKS = {"dit": DiTConfig}  # their own options, as "dit --network.patch"
+
+
 def all_options() -> list[str]:
-    """Every option of every command, and every option of a sampler's text."""
+    """Every option of every command, of other networks, and of a sampler's text."""
     found = [f"{name} {option}" for name, kind in programs() for option in options_of(kind)]
+    for name, kind in OTHER_NETWORKS.items():
+        found += [f"{name} {option}" for option in options_of(kind, "network.")]
     found += [f"sampler {name}({option})" for name in SAMPLERS for option in SAMPLERS[name].options]
     return found
