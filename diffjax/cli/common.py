@@ -242,9 +242,11 @@ def print_report(markdown: str, file: Path | None = None) -> None:
         print(f"wrote {file}")
 
 
-def progress_bar(total: int, description: str = "", unit: str = "step") -> tqdm:
+def progress_bar(
+    total: int, description: str = "", unit: str = "step", *, disable: bool = False
+) -> tqdm:
     """A progress bar on stderr, as wide as the terminal."""
-    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True)
+    return tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, disable=disable)
 
 
 def compiling(bar: tqdm, description: str, after: str = "") -> Callable[[int], None]:

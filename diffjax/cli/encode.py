@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from diffjax.build import load_data
@@ -12,6 +13,7 @@ from diffjax.cli.options import DataOptions, Flag, Folder
 from diffjax.config import Config, load_config
 from diffjax.data.latents import HELD_OUT, TRAIN, Manifest
 from diffjax.devices import parallel
+from diffjax.devices.distributed import DistributedOptions, initialize_distributed
 from diffjax.inference.autoencoder import TrainedAutoencoder, load_autoencoder
 from diffjax.inference.encoding import Dtype, EncodeOptions, Encoding, open_encoding
 
@@ -62,17 +64,21 @@ class Options:
     """Also encode the mirror of each image, for data.flip."""
     dtype: Dtype = "float32"
     """Type of the stored moments; float16 takes half of the space, and rounds to 3 digits."""
+    hosts: tyro.conf.OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
 
 
 def run(options: Options) -> None:
-    """Encode, write, print."""
+    """Encode, write, print; the last two on process 0."""
     with common.user_errors():
+        initialize_distributed(options.hosts)
         autoencoder = load_autoencoder(options.autoencoder)
         encoding = open_images(options, autoencoder)
-    bar = common.progress_bar(encoding.images, "encoding", unit="image")
+    is_first = jax.process_index() == 0
+    bar = common.progress_bar(encoding.images, "encoding", unit="image", disable=not is_first)
     with bar, common.user_errors():
         manifest = encoding.run(common.compiling(bar, "encoding"))
-    print(describe(options.out, manifest))
+    if is_first:
+        print(describe(options.out, manifest))
 
 
 def open_images(options: Options, autoencoder: TrainedAutoencoder) -> Encoding:
@@ -84,7 +90,7 @@ def open_images(options: Options, autoencoder: TrainedAutoencoder) -> Encoding:
         raise ValueError(f"batch is {options.batch}: use 1 or more")
     config = options.data.read_config(autoencoder)
     dataset = load_data(config)
-    for note in dataset.notes:
+    for note in dataset.notes if jax.process_index() == 0 else ():
         print(note)
     asked = EncodeOptions(
         batch=parallel.round_up(options.batch, len(parallel.device_mesh().local_devices)),

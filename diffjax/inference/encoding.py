@@ -89,7 +89,9 @@ class Encoding:
             self.manifest.write(self.folder)
         _wait("begin")
         module = self.autoencoder.config.build(self.dataset.image_shape)
-        mapper = BatchMapper(partial(_encode, module), self.autoencoder.params, self.options.batch)
+        mapper = BatchMapper(
+            partial(_encode, module), jax.device_get(self.autoencoder.params), self.options.batch
+        )
         for split, number in shards:
             rows = self.manifest.rows_of(split, number)
             records = self._records(mapper, self.splits[split], rows, progress)

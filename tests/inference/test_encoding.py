@@ -13,6 +13,7 @@ from helpers import ROOT, naming
 
 from diffjax.build import load_data
 from diffjax.config import Config, Data
+from diffjax.data.dataset import MappedSource
 from diffjax.data.image_io import to_float
 from diffjax.data.latents import Shards, load_latents, read_manifest
 from diffjax.inference import encoding
@@ -221,6 +222,11 @@ def test_other_latents_are_refused(encoded, autoencoder, images, tmp_path):
     write_images(changed, seed=1)
     with pytest.raises(ValueError, match=naming(folder)):
         encode(autoencoder, changed, folder)
+    config = Config(data=Data(source="npz", path=str(images)))
+    dataset = load_data(config)
+    negative = MappedSource(dataset.train, lambda e: {**e, "image": 255 - e["image"]})
+    with pytest.raises(ValueError, match=naming(folder, "digest")):
+        open_encoding(autoencoder, config, dataset._replace(train=negative), folder, OPTIONS)
     for name, value in (("mirror", False), ("dtype", "float16"), ("shard", 30)):
         options = dataclasses.replace(OPTIONS, **{name: value})
         with pytest.raises(ValueError, match=naming(folder, value)):

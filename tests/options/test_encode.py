@@ -1,5 +1,6 @@
 """Options of `diffjax encode`: the images that are encoded, by what, and to where."""
 
+import jax
 import pytest
 
 from diffjax.checkpoint import tree_sha256
@@ -54,3 +55,14 @@ def test_options(runs, tmp_path):
     assert encoding(runs[0], *words)[-1] == EncodeOptions(batch=64)
     given = encoding(runs[0], *words, "--batch 20 --mirror --dtype float16")[-1]
     assert given == EncodeOptions(batch=24, mirror=True, dtype="float16")
+
+
+@observes("encode --distributed", "encode --processes", "encode --process")
+def test_processes(runs, tmp_path):
+    """They arrive in JAX, which connects the processes."""
+    words = "encode", runs[0], "--out", tmp_path / "a"
+    place = jax.distributed, "initialize"
+    address = call(place, *words, "--distributed host:123 --processes 5 --process 3")
+    assert (address.args_, address.kwargs) == (("host:123", 5, 3), {})
+    automatic = call(place, *words, "--distributed auto")
+    assert (automatic.args_, automatic.kwargs) == ((), {})
