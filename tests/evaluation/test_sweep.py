@@ -6,6 +6,7 @@ import pytest
 from helpers import naming
 
 from diffjax.config import Distillation, load_config
+from diffjax.data.codec import Codec
 from diffjax.evaluation import quality, sweep
 from diffjax.evaluation.quality import ReferenceOptions
 from diffjax.evaluation.sweep import Sweep, SweepOptions
@@ -116,6 +117,25 @@ def test_check_same_data(digits_model):
     larger = other._replace(info=other.info._replace(x_shape=(16, 16, 1)))
     with pytest.raises(ValueError, match=naming("unet of y", "16x16x1", "unet of x", "8x8x1")):
         sweep.check_same_data([model, larger])
+
+
+def test_models_of_latents_beside_those_of_images(digits_model, monkeypatch):
+    """They have the same data if their latents were made of it, and decode to its size."""
+    model = digits_model()
+    images = model.info.config
+    data = dataclasses.replace(images.data, source="latents", path="z")
+    info = model.info._replace(config=dataclasses.replace(images, data=data), x_shape=(4, 4, 2))
+
+    def latent_model(side):
+        codec = Codec(lambda images: images, lambda x: np.zeros((len(x), side, side, 1)), None)
+        return model._replace(name="dit of z", info=info, codec=codec)
+
+    monkeypatch.setattr(
+        sweep, "image_config", lambda config: images if config.data == data else config
+    )
+    sweep.check_same_data([model, latent_model(8)])
+    with pytest.raises(ValueError, match=naming("dit of z", "16x16x1", "unet of x", "8x8x1")):
+        sweep.check_same_data([model, latent_model(16)])
 
 
 # ------------------------------------------------------------------------------- measuring

@@ -255,7 +255,8 @@ def test_likelihood(run, tmp_path, monkeypatch):
         flows.append((probes, tolerance))
         return Likelihood(drawn(keys), jnp.ones(len(x0)), jnp.ones(len(x0), bool))
 
-    def bound(denoise, levels, t, x0, condition, keys, std, evaluations):
+    def bound(denoise, levels, t, x0, condition, keys, std, evaluations, bin_width):
+        assert bin_width == likelihood.BIN  # of pixels
         bounds.append((std, evaluations))
         return drawn(keys)
 
