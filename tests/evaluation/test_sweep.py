@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from helpers import naming
 
