@@ -12,6 +12,7 @@ from diffjax.checkpoint import silence_orbax
 from diffjax.cli import common
 from diffjax.cli.options import Folder
 from diffjax.training.averages import make_average
+from diffjax.training.latents import copy_autoencoder
 from diffjax.training.run_folder import write_run
 
 LARGEST_ERROR = 0.05  # of a profile, without a warning
@@ -45,6 +46,8 @@ def run(options: Options) -> None:
         config = dataclasses.replace(average.info.config, train=train)
         info = average.info._replace(config=config, imported=f"average of {options.length:g}")
         write_run(info, average.params, average.step, Path(options.out))
+        if info.autoencoder:
+            copy_autoencoder(Path(options.run), Path(options.out))
     print(
         f"averaged {options.run} up to step {average.step} from {average.stored} stored averages:"
         f" the weights of the steps are off by {average.error:.2%}"

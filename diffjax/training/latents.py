@@ -35,11 +35,19 @@ def keep_autoencoder(
     if copy.exists():
         _check_same(path, found, str(workdir), stored_autoencoder(workdir, info.autoencoder))
     elif jax.process_index() == 0:
-        part = copy.with_name(f"{AUTOENCODER}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(path / AUTOENCODER, part)
-        part.rename(copy)
+        copy_autoencoder(path, workdir)
     return found
+
+
+def copy_autoencoder(source: Path, workdir: Path) -> None:
+    """Copy the autoencoder of a run or of latents into a run folder, whole or not at all.
+
+    Raises: OSError for a folder that cannot be read or written.
+    """
+    part = workdir / f"{AUTOENCODER}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source / AUTOENCODER, part)
+    part.rename(workdir / AUTOENCODER)
 
 
 def _space(autoencoder: TrainedAutoencoder) -> tuple[str, float, float]:

@@ -27,7 +27,9 @@ config = Config(
     data=Data(source="latents", path={path!r}, flip=True),
     network=DiTConfig(width=8, depth=1, heads=1),
     diffusion=Diffusion(schedule="cosine", T=20, prediction="v"),
-    train=Train(steps=2, batch=16, warmup=0, save_every=2, eval_every=2, preview_every=2),
+    train=Train(
+        steps=2, batch=16, warmup=0, save_every=2, eval_every=2, preview_every=2, power_ema=(0.1,)
+    ),
 )
 """
 
@@ -227,6 +229,14 @@ def test_students(place, tmp_path):
     assert model.info.autoencoder == load_model(place.run).info.autoencoder
     decoded = model.codec.decode(np.zeros((8, *model.info.x_shape), np.float32))
     assert decoded.shape == (8, *SHAPE)
+
+
+def test_average(place, tmp_path):
+    """The run folder of an average has the autoencoder too."""
+    run("average", place.run, "--length 0.1 --out", tmp_path / "average")
+    model, averaged = load_model(place.run), load_model(tmp_path / "average")
+    assert averaged.info.autoencoder == model.info.autoencoder
+    assert averaged.autoencoder.config == model.autoencoder.config
 
 
 def test_dry_run(place, capsys):
