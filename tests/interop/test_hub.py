@@ -210,7 +210,7 @@ def test_an_autoencoder_is_converted(folder, tmp_path, monkeypatch, capsys):
     assert (found.config, found.checksum) == (expected.config, expected.checksum)
     found.info.config.check()
     main(["convert", "run", "hf:again"])
-    for source in ("hf:again", f"hf:{folder}", f"hf:{folder / 'transformer'}"):
+    for source in ("hf:again", f"hf:{folder}"):
         assert load_autoencoder(source).checksum == expected.checksum
     with pytest.raises(ValueError, match=naming("hf:run", "AutoencoderKL")):
         load_autoencoder("hf:run")
