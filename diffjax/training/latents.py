@@ -40,7 +40,9 @@ def keep_autoencoder(
 
 
 def copy_autoencoder(source: Path, workdir: Path) -> None:
-    """Copy the autoencoder of a run or of latents into a run folder, whole or not at all.
+    """Copy the autoencoder of a run, or of latents, into a run folder.
+
+    It is there whole or not at all.
 
     Raises: OSError for a folder that cannot be read or written.
     """
