@@ -19,6 +19,7 @@ from diffjax.build import ModelInfo, abstract_params, build_module, count_parame
 from diffjax.config import Config, Train
 from diffjax.devices import parallel
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
+from diffjax.nn.dit import DiTConfig
 from diffjax.nn.unet import UNetConfig
 
 NETWORK = UNetConfig(channels=16, multipliers=(1,), attention=(), middle_attention=False)
@@ -254,6 +255,23 @@ def test_a_program_that_does_not_fit_has_remedies(monkeypatch):
     words = "network.remat", "train.accumulate", 2, "train.batch", 8
     assert re.search(naming(*words), too_large)
     assert "| no " in table
+
+
+def test_loops_within_networks_are_counted(monkeypatch):
+    """All blocks but one, of a device's share: twice the batch if guided, thrice to train."""
+    found = []
+    cost = dry_run.Cost(1.0, 1.0, 1.0, 2.0, (), 0.0)
+    monkeypatch.setattr(
+        dry_run, "compile_cost", lambda *arguments: found.append(arguments[2:]) or cost
+    )
+    network = DiTConfig(width=16, depth=3, heads=2)
+    for scan in (False, True):
+        looped = dataclasses.replace(network, scan=scan)
+        dry_run.report(info_of(network=looped, batch=32, accumulate=2), "cpu")
+    block = 2 * 12 * 16**2 * 4 + 2 * 2 * 4**2 * 16 + 2 * 6 * 16**2  # of four patches
+    assert [(loops, beside.flops) for loops, beside in found] == [
+        (2, 0), (1, 0), (2, 3 * 4 * 2 * block), (1, 2 * 4 * 2 * block),
+    ]  # fmt: skip
 
 
 def test_remedies_are_what_is_left(monkeypatch):

@@ -254,6 +254,9 @@ def test_initial_weights_are_those_of_the_paper(initial):
         assert 0.95 * bound < np.abs(kernel).max() <= bound
         assert kernel.std() == pytest.approx(bound / np.sqrt(3), rel=0.1)
     assert not np.array_equal(*params["blocks"]["qkv"]["kernel"])  # blocks differ
+    # Every gate is 0, and so is the output.
+    zeros = params["blocks"]["modulation"], params["modulation"], params["out"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(zeros))
 
 
 def test_bfloat16_is_near_float32():
