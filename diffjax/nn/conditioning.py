@@ -430,7 +430,7 @@ def select(fields: Mapping[str, Conditioning], names: Sequence[str]) -> Conditio
 
 
 def check_structure(conditioning: Conditioning, condition: Condition) -> None:
-    """Check that a network gets a condition where it is conditioned, and of the right structure.
+    """Check that a network gets its condition, of the right structure.
 
     Raises: ValueError for a condition missing or unexpected.
     """

@@ -74,7 +74,7 @@ class DiTConfig(NetworkConfig):
         return DiT(self, x_shape[-1] * (2 if self.learned_variance else 1), conditioning)
 
 
-SIZES: dict[str, dict[str, int]] = {  # arXiv:2212.09748, table 1
+SIZES: dict[str, dict[str, Any]] = {  # arXiv:2212.09748, table 1
     "S": {"width": 384, "depth": 12, "heads": 6},
     "B": {"width": 768, "depth": 12, "heads": 12},
     "L": {"width": 1024, "depth": 24, "heads": 16},
@@ -115,7 +115,7 @@ def positions(height: int, width: int, features: int) -> np.ndarray:
 
 
 def patchify(x: Array, patch: int) -> Array:
-    """Cut x [B, H, W, C] into patches, [B, (H/p)(W/p), p*p*C] in rows; channels run fastest."""
+    """Cut x [B, H, W, C] into patches, [B, (H/p)(W/p), p*p*C], row by row."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.swapaxes(2, 3).reshape(batch, -1, patch * patch * channels)
@@ -142,7 +142,7 @@ def modulate(x: Array, shift: Array, scale: Array, epsilon: float) -> Array:
 
 
 class Block(nn.Module):
-    """A block of attention and MLP, conditioned by adaLN-Zero: it starts as the identity.
+    """A block of attention and MLP, by adaLN-Zero: it starts as the identity.
 
         x <- x + gate*attention(norm(x)*(1 + scale) + shift);  x <- x + the same with the MLP
 
@@ -225,7 +225,8 @@ class DiT(nn.Module):
         # Float32 at any dtype: at the noisy end an error of eps is multiplied by sigma/alpha, which
         # is about 160.
         changes = _dense(2 * c.width, "modulation", ZEROS)(nn.silu(embedding))
-        h = modulate(h.astype(jnp.float32), *jnp.split(changes, 2, axis=-1), c.norm_epsilon)
+        shift, scale = jnp.split(changes, 2, axis=-1)
+        h = modulate(h.astype(jnp.float32), shift, scale, c.norm_epsilon)
         h = _dense(c.patch**2 * self.out_channels, "out", ZEROS)(h)
         return unpatchify(h, c.patch, height, width)
 
