@@ -1,4 +1,4 @@
-"""Moving averages of parameters over a training: their decays, and their lengths chosen afterwards.
+"""Moving averages of parameters, with lengths that may be chosen afterwards.
 
 An average after update n is average <- beta*average + (1 - beta)*params. An average by a power
 function (EDM2, arXiv:2312.02696) takes beta = (1 - 1/n)**(gamma + 1), so that update k of n has
@@ -28,7 +28,7 @@ def ema_decay(step: Any, limit: float) -> Array:
 
 
 def power_decay(step: Any, length: float) -> Array:
-    """The decay (1 - 1/n)**(gamma + 1) of an average of a relative length, for n = step + 1.
+    """The decay (1 - 1/n)**(gamma + 1), n = step + 1, for a relative length.
 
     Section 3.1 of arXiv:2312.02696. step: updates before this one; the first decay is 0.
 
@@ -59,7 +59,7 @@ class Profiles(NamedTuple):
 
     @staticmethod
     def of(updates: Any, lengths: Any) -> "Profiles":
-        """The profiles of averages of these relative lengths after these numbers of updates.
+        """The profiles of averages of relative lengths after numbers of updates.
 
         Raises: ValueError as `gamma_of_length`.
         """
@@ -75,7 +75,7 @@ class Combination(NamedTuple):
 
 
 def combine(stored: Profiles, target: Profiles) -> Combination:
-    """The combination of stored averages whose profile is nearest to that of the target.
+    """Combine stored averages to the profile that is nearest to the target.
 
     Least squares over profiles, section 3.2 of arXiv:2312.02696: weights = A^-1 b for the inner
     products A of the stored profiles, and b of these with the target. stored: [N], all different;

@@ -34,15 +34,10 @@ def measure(name: str) -> list[dict[str, float]]:
 
 def _write_run(name: str, workdir: Path) -> None:
     from diffjax.bench.models import bench_model
-    from diffjax.build import build_optimizer
-    from diffjax.checkpoint import Checkpoints
-    from diffjax.training.state import init_state, state_to_trees
+    from diffjax.training.run_folder import write_run
 
     model = bench_model(name)
-    checkpoints = Checkpoints(workdir)
-    state = init_state(model.params, build_optimizer(model.info.config)[0])
-    checkpoints.save(0, state_to_trees(state), model.info.to_dict())
-    checkpoints.close()
+    write_run(model.info, model.params, 0, workdir)
 
 
 def _measure_in_process(run: Path, environment: dict[str, str]) -> dict[str, float]:

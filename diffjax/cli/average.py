@@ -1,4 +1,4 @@
-"""Average the parameters of a run over its training, with a length chosen afterwards."""
+"""Average the parameters of a run over its training."""
 
 import dataclasses
 import shlex
@@ -20,7 +20,7 @@ LARGEST_ERROR = 0.05  # of a profile, without a warning
 
 @dataclass(frozen=True)
 class Options:
-    """Average the parameters of a run over its training, with a length chosen afterwards.
+    """Average the parameters of a run over a chosen length of its training.
 
     The run stores averages at every save, where it is trained with --train.power-ema 0.05 0.1.
     As in: diffjax average runs/cifar10 --length 0.12 --out runs/cifar10-0.12

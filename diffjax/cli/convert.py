@@ -8,8 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from diffjax.build import build_optimizer
-from diffjax.checkpoint import FOLDER, Checkpoints
 from diffjax.cli import common
 from diffjax.cli.options import Text, WeightsOptions
 from diffjax.config import Config, Data, config_names, load_config
@@ -18,7 +16,7 @@ from diffjax.inference.autoencoder import is_autoencoder, load_autoencoder, save
 from diffjax.inference.model import TrainedModel, load_model
 from diffjax.inference.weights import load_weights
 from diffjax.interop import hub
-from diffjax.training.state import init_state, state_to_trees
+from diffjax.training.run_folder import write_run
 
 # For further training: an imported network does not need the high rate of a new one.
 STEPS, LEARNING_RATE = 10_000, 1e-4
@@ -75,7 +73,8 @@ def import_model(options: Options) -> tuple[list[str], list[str]]:
     source, weight, words = options.source, options.weight, shlex.quote(options.destination)
     if is_autoencoder(source):
         found = hub.load(hub.locate(source))
-        write_run(found, run_config(found, options.data), Path(options.destination))
+        info = found.info._replace(config=run_config(found, options.data))
+        write_run(info, found.params, found.step, Path(options.destination))
         return [], [
             f"use it with: diffjax encode {words}, or evaluate it with: diffjax evaluate {words}"
         ]
@@ -87,7 +86,8 @@ def import_model(options: Options) -> tuple[list[str], list[str]]:
             f"data is {options.data}, of images, and {source} is trained on latents: encode them,"
             " and name a configuration of the latents"
         )
-    write_run(model, config, Path(options.destination))
+    info = model.info._replace(config=config)
+    write_run(info, model.params, model.step, Path(options.destination))
     if model.autoencoder is not None:
         save_autoencoder(Path(options.destination) / AUTOENCODER, model.autoencoder)
     then = [f"sample from it with: diffjax sample {words}"]
@@ -134,22 +134,3 @@ def run_config(model: TrainedModel | hub.Imported, data: str | None) -> Config:
         named = load_config(data).data if is_config else Data(name=data)
         config = dataclasses.replace(config, data=dataclasses.replace(named, conditions=conditions))
     return dataclasses.replace(config, train=train)
-
-
-def write_run(model: TrainedModel | hub.Imported, config: Config, workdir: Path) -> None:
-    """Write a run folder with one checkpoint, of the source's training step, or 0.
-
-    Its moving average and its parameters are the same.
-
-    Raises: ValueError for a folder that has checkpoints; OSError if it cannot be written.
-    """
-    if (workdir / FOLDER).is_dir():
-        raise ValueError(f"{workdir} already has checkpoints: use another folder")
-    optimizer, _ = build_optimizer(config)
-    state = init_state(model.params, optimizer, len(config.train.ema))
-    state = state._replace(step=state.step + model.step)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(
-        model.step, state_to_trees(state), model.info._replace(config=config).to_dict()
-    )
-    checkpoints.close()

@@ -1,4 +1,4 @@
-"""Averages by power functions that a run stores, and averages of any length from them.
+"""Stored averages by power functions, and averages of any length from them.
 
 Every save of a run with `train.power_ema` stores them in the folder `averages` of the run, where
 all are kept: what an average of another length needs is spread over the whole training

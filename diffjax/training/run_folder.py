@@ -9,9 +9,9 @@ from diffjax.training.state import init_state, state_to_trees
 
 
 def write_run(info: ModelInfo, params: Any, step: int, workdir: Path) -> None:
-    """Write a run folder with one checkpoint, of a training step, to sample from or train further.
+    """Write a run folder with one checkpoint, to sample from or train further.
 
-    Its parameters and all of its moving averages are the same.
+    step: of training. Its parameters and all of its moving averages are the same.
 
     Raises: ValueError for a folder that has checkpoints; OSError if it cannot be written.
     """
