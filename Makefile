@@ -1,5 +1,6 @@
 # make demo: train on real digits and sample from them. make frontier, distill: the quality and time of samplers and students.
-# make mnist, mnist-distill: the same of MNIST, on CPUs. make bench: what networks cost. make results: the tables of docs/results.
+# make mnist, mnist-distill: the same of MNIST, on CPUs. make fashion: models of pixels and of latents of Fashion-MNIST.
+# make bench: what networks cost. make results: the tables of docs/results.
 # make test, test-fast, crash, parity, lint, docs, lesson: checks. make mutants: plant faults and print those that no test catches.
 # make clean: remove what these have installed and built.
 # Everything is installed into .venv, but for the peers of make parity. PYTHON chooses another interpreter of 3.11 or newer, and
@@ -20,7 +21,7 @@ SHARED = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 # $(call insert,NAME,FILE,PAGE): put a file between the marks of this name in a page of results.
 insert = sed -i -e "/<!-- $(1) -->/,/<!-- \/$(1) -->/{//!d}" -e "/<!-- $(1) -->/r $(2)" docs/results/$(3).md
 
-.PHONY: demo demo-check frontier distill mnist mnist-distill bench results
+.PHONY: demo demo-check frontier distill mnist mnist-distill fashion bench results
 .PHONY: test test-fast crash mutants parity lint docs lesson clean
 
 # ------------------------------------------------------------------------------- runs
@@ -85,6 +86,21 @@ mnist-distill: mnist
 		--out runs/mnist-small/frontier
 	cp runs/mnist-small/frontier/frontier.png $(IMAGES)/mnist-frontier.png
 	$(call insert,mnist-frontier,runs/mnist-small/frontier/frontier.md,mnist)
+
+# Fashion-MNIST on CPUs: a UNet and a DiT of pixels, and a DiT of the latents of an autoencoder. IDX names the folder of its
+# files, where they are not where Debian puts them.
+PATH_OF_IMAGES = $(if $(IDX),--data.path $(IDX))
+fashion: .venv/installed
+	$(BIN)/diffjax train fashion_unet $(PATH_OF_IMAGES) --workdir runs/fashion-unet
+	$(BIN)/diffjax train fashion_dit $(PATH_OF_IMAGES) --workdir runs/fashion-dit
+	$(BIN)/diffjax train fashion_autoencoder $(PATH_OF_IMAGES) --workdir runs/fashion-autoencoder
+	$(BIN)/diffjax evaluate runs/fashion-autoencoder --num 2000 --report runs/fashion-autoencoder/quality.md
+	$(BIN)/diffjax encode runs/fashion-autoencoder --out runs/fashion-latents
+	$(BIN)/diffjax train fashion_latent_dit --workdir runs/fashion-latent-dit
+	for run in unet dit latent-dit; do \
+		$(BIN)/diffjax sample runs/fashion-$$run --guidance 2 --num 30 --out $(IMAGES)/fashion-$$run.png; done
+	$(BIN)/diffjax frontier runs/fashion-unet runs/fashion-dit runs/fashion-latent-dit \
+		--sampler ddim:50,dpm_solver_pp_2m:10 --guidance 1,2 --num 2000 --out runs/fashion-frontier
 
 # Beside diffusers, where make parity has installed it.
 bench: .venv-parity/installed

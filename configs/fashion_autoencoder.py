@@ -6,7 +6,7 @@
 The images are those of Debian's package dataset-fashion-mnist, where that puts them; elsewhere
 `--data.path` names their folder.
 Hardware: two CPU cores; a step takes 0.85 seconds of CPU time.
-Expected: see docs/results/fashion.md (`make fashion`).
+Expected: not measured yet (`make fashion`).
 """
 
 from diffjax.config import Config, Data, Train

@@ -5,8 +5,8 @@
 
 The network predicts eps - x0 on the path alpha = 1 - sigma (arXiv:2209.03003), and levels are drawn
 with a normal logsnr (arXiv:2403.03206).
-Hardware: two CPU cores, at about 0.5 seconds a step.
-Expected: see docs/results/fashion.md (`make fashion`).
+Hardware: two CPU cores.
+Expected: not measured yet (`make fashion`).
 """
 
 from diffjax.config import Config, Data, Diffusion, Train

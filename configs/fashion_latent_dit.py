@@ -5,8 +5,8 @@
     diffjax train fashion_latent_dit --workdir runs/fashion-latent-dit
 
 The latents are 8x8x4; `--data.path` names another folder of them.
-Hardware: two CPU cores, at about 0.5 seconds a step.
-Expected: see docs/results/fashion.md (`make fashion`).
+Hardware: two CPU cores.
+Expected: not measured yet (`make fashion`).
 """
 
 from diffjax.config import Config, Data, Diffusion, Train

@@ -5,7 +5,7 @@
 
 The images are MNIST's file format, padded to 32x32; `--data.path` names another folder of them.
 Hardware: two CPU cores, at about 0.8 seconds a step.
-Expected: see docs/results/fashion.md (`make fashion`).
+Expected: not measured yet (`make fashion`).
 """
 
 from diffjax.config import Config, Data, Train
