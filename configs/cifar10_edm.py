@@ -1,4 +1,4 @@
-"""CIFAR-10, unconditional, with EDM's preconditioning and training: 57,443,075 parameters.
+"""CIFAR-10, unconditional, with EDM's training: 57,443,075 parameters.
 
     diffjax train cifar10_edm --workdir runs/cifar10_edm
     diffjax sample runs/cifar10_edm --sampler "heun(spacing=karras):18"

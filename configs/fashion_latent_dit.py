@@ -3,6 +3,7 @@
     diffjax train fashion_autoencoder --workdir runs/fashion-autoencoder
     diffjax encode runs/fashion-autoencoder --out runs/fashion-latents
     diffjax train fashion_latent_dit --workdir runs/fashion-latent-dit
+    diffjax sample runs/fashion-latent-dit --sampler "ddim:50" --guidance 2 --num 30
 
 The latents are 8x8x4; `--data.path` names another folder of them.
 Hardware: two CPU cores.

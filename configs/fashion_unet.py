@@ -1,9 +1,10 @@
-"""Fashion-MNIST in pixels with DDPM's process: a UNet of less than a million parameters.
+"""Fashion-MNIST in pixels, with DDPM's process: a UNet for CPUs.
 
     apt-get install dataset-fashion-mnist
     diffjax train fashion_unet --workdir runs/fashion-unet
 
-The images are MNIST's file format, padded to 32x32; `--data.path` names another folder of them.
+The network has less than a million parameters. The images are files of MNIST's format, padded to
+32x32; `--data.path` names another folder of them.
 Hardware: two CPU cores, at about 0.8 seconds a step.
 Expected: not measured yet (`make fashion`).
 """

@@ -1,10 +1,10 @@
-"""ImageNet at 256x256 in latents of 32x32x4, class-conditional, with DiT-XL/2: 675 M parameters.
+"""ImageNet at 256x256 in latents of 32x32x4, with DiT-XL/2: 675 M parameters.
 
-    diffjax encode hf:VAE --data.config images.py --mirror --out latents
+    diffjax encode hf:AUTOENCODER --data.config images.py --mirror --out latents
     diffjax train imagenet256_dit_xl2 --data.path latents --workdir runs/imagenet256
 
-VAE is the folder of an autoencoder of the hub, as stabilityai/sd-vae-ft-ema; images.py is a
-configuration of a folder of images, as `folder` with data.size 256.
+AUTOENCODER is one of the hub, as stabilityai/sd-vae-ft-ema; images.py is a configuration of a
+folder of images, as `folder` with data.size 256. The network is class-conditional.
 Hardware: a TPU pod; DiT trained 7,000,000 steps of 256 images (arXiv:2212.09748, section 5.1).
 `diffjax dry-run imagenet256_dit_xl2 --target v5e:16x16 --x-shape 32,32,4 --classes 1000` estimates
 the step on 256 chips, without data.

@@ -42,7 +42,7 @@ class ModelInfo(NamedTuple):
     # The weights of an import or of an average, not trained since, as "ema", "raw", "unknown" or
     # "average of 0.1"; "" for others.
     imported: str = ""
-    autoencoder: str = ""  # checksum of what decodes x, a latent; "" for models of images
+    autoencoder: str = ""  # checksum of the autoencoder of latents; "" for models of images
 
     def to_dict(self) -> dict[str, Any]:
         """The model's description for JSON."""

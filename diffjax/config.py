@@ -58,15 +58,15 @@ class Data:
     """Data set and preprocessing."""
 
     source: Literal["tfds", "folder", "npz", "idx", "latents"] = "tfds"
-    """tensorflow-datasets, a folder of image files, an .npz file of arrays, a folder of MNIST's own
-    files (idx), or a folder of latents that `diffjax encode` has written."""
+    """tensorflow-datasets, a folder of image files, an .npz file of arrays, a folder of files in
+    MNIST's format (idx), or a folder of latents that `diffjax encode` has written."""
     name: str = "digits"
     """Data set of tfds: digits, or any image data set of its catalogue."""
     dir: str | None = None
     """Folder of prepared tfds data sets; None for the default of tfds."""
     path: str | None = None
-    """Path of the folder, whose sub-folders are the classes of images, or of the .npz file; a
-    relative path starts at the current directory."""
+    """Path of the folder or the .npz file; a relative path starts at the current directory. The
+    sub-folders of a folder of image files are the classes."""
     size: int | None = None
     """Crop images to their center and resize them to this many pixels a side; None to keep them."""
     pad: int = 0
@@ -135,7 +135,7 @@ class Diffusion:
     shift: float = 1.0
     """Shift of flow, which multiplies sigma/alpha; above 1 for large images, as 3."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule to no signal at level T; not for the predictions eps and edm."""
+    """Rescale the schedule to no signal at level T; refused with prediction eps or edm."""
     T: int = 1000
     """Number of noise levels."""
     prediction: Literal["eps", "x0", "v", "flow", "sit", "edm"] = "eps"
@@ -216,7 +216,7 @@ class Train:
     """Decays of the moving averages of the parameters, each 0 or more and below 1; sampling uses
     the first."""
     power_ema: tuple[float, ...] = ()
-    """Relative lengths of more averages, by a power function, each above 0 and below 0.288, as 0.05
+    """Relative lengths of averages by power functions (EDM2), each above 0 and below 0.288, as 0.05
     0.1; every save stores them, for `diffjax average`."""
     weighting: Literal["simple", "min_snr", "truncated_snr", "sigmoid", "edm"] = "simple"
     """Loss weighting over noise levels: simple (1 for what the network predicts); min_snr or

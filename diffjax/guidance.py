@@ -96,8 +96,8 @@ def guided_estimate(
     What bfloat16 loses in the difference, the scale would enlarge. scale: a number, one per sample
     [B], or a function of the level. rescale, 0 to 1: the share by which each sample's standard
     deviation is brought back to that of x0_to, which a large scale increases; equations 14 to 16 of
-    arXiv:2305.08891, on x0. channels: guide so many first ones of the last axis, and take the rest
-    of x0_to, as the code of DiT does with 3 of 4 (arXiv:2212.09748); None for all.
+    arXiv:2305.08891, on x0. channels: number of first channels of the last axis to guide, with the
+    others of x0_to, as DiT's sample code does with 3 of 4 (arXiv:2212.09748); None for all.
 
     Raises: ValueError for a rescale outside 0..1.
     """

@@ -82,7 +82,7 @@ def log_normal(
 ) -> Array:
     """Independent, with log(sigma/alpha) normal, rounded up to the next level.
 
-    On the path of `schedule.flow`, sigma is so logit-normal, with mean 0 and std 1 as in
+    On the path of `schedule.flow`, sigma is then logit-normal, with mean 0 and std 1 as in
     arXiv:2403.03206, section 3.1. EDM's lognormal sigma has mean -1.2 and std 1.2
     (arXiv:2206.00364, table 1).
 

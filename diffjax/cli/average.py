@@ -22,7 +22,7 @@ LARGEST_ERROR = 0.05  # of a profile, without a warning
 class Options:
     """Average the parameters of a run over a chosen length of its training.
 
-    The run stores averages at every save, where it is trained with --train.power-ema 0.05 0.1.
+    The run must have been trained with --train.power-ema, as 0.05 0.1, which stores averages.
     As in: diffjax average runs/cifar10 --length 0.12 --out runs/cifar10-0.12
     """
 

@@ -50,7 +50,7 @@ class ImageDataOptions(DataOptions):
 class Options:
     """Encode images to the moments of their latents, once, to train models of latents.
 
-    What was interrupted goes on where it was.
+    The same command again resumes.
     """
 
     autoencoder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="AUTOENCODER")]
@@ -61,9 +61,9 @@ class Options:
     batch: int = 64
     """Images at a time, over the devices of a process."""
     mirror: Flag = False
-    """Also encode the mirror of each image, for data.flip."""
+    """Also encode each image mirrored, for data.flip."""
     dtype: Dtype = "float32"
-    """Type of the stored moments; float16 takes half of the space, and rounds to 3 digits."""
+    """Type of the stored moments; float16 takes half the space, and rounds to 3 digits."""
     hosts: tyro.conf.OmitArgPrefixes[DistributedOptions] = field(default_factory=DistributedOptions)
 
 

@@ -114,7 +114,7 @@ class RealDataOptions(DataOptions):
 class Options:
     """Compare sampled images with real ones, and append a row to a file.
 
-    Of an autoencoder, held-out images and their reconstructions are compared. Each row has its
+    For an autoencoder, held-out images are compared with their reconstructions. Each row has its
     whole context.
     """
 

@@ -64,8 +64,9 @@ class BoundOptions:
 class Options:
     """Measure bits per dimension by probability flow and by variational bound.
 
-    Less is better; a uniform model of 8-bit images has 8. Those of a model of latents are of the
-    density of latents, which may be below 0. It needs diffrax: pip install 'diffjax[diffrax]'.
+    Less is better; a uniform model of 8-bit images has 8. For a model of latents
+    they are of the density of latents, and may be below 0. It needs diffrax: pip install
+    'diffjax[diffrax]'.
     """
 
     model: Model

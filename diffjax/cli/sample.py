@@ -80,7 +80,7 @@ class GuidanceOptions:
     """Share, 0 to 1, by which the standard deviation of x0 is brought back to that of the
     conditional estimate."""
     guidance_channels: Count = None
-    """Guide so many first channels of x only, as the code of DiT does with 3 of 4; None for all."""
+    """Number of first channels of x to guide, 3 of 4 in DiT's sample code; None for all."""
     negative: Text = None
     """Condition to guide away from, in place of no condition."""
     two_passes: Flag = False

@@ -68,7 +68,7 @@ def first_batches(
 ) -> list[dict[str, Any]]:
     """The first batches of a split, at most `limit` of them, in memory.
 
-    They are as those of `batch_stream`, but that latents are their mode. If the split has fewer
+    They are as those of `batch_stream`, except that latents are their mean. If the split has fewer
     than `batch` examples, there is one batch, of the largest multiple of `multiple` that it has.
 
     Raises: ValueError for fewer than `multiple` examples, unless `limit` is 0.
@@ -88,7 +88,7 @@ def first_batches(
 def first_examples(
     source: Any, num: int, conditioning: Conditioning = UNCONDITIONAL
 ) -> tuple[np.ndarray, Condition]:
-    """The first examples of a split: x (latents: the mode), conditions, [num, ...].
+    """The first examples of a split: x (latents: their mean), conditions, [num, ...].
 
     Raises: ValueError for fewer than `num` examples.
     """

@@ -49,11 +49,11 @@ class Manifest:
     dtype: str  # of the stored moments, float16 or float32
     mirrored: bool  # whether there are the moments of mirrored images
     splits: dict[str, int]  # examples, by the name of the split
-    shard: int  # records per shard, but for the last one of a split
+    shard: int  # records per shard; the last one of a split may have fewer
     fields: dict[str, Conditioning]  # what a network can be conditioned on
     data: dict[str, Any]  # configuration of the data that were encoded
     images: Shape  # [H, W, C] of the images
-    digest: str  # of some of the images, which tells data of one name apart
+    digest: str  # of some of the images, to distinguish data of the same name
     source: str  # of the autoencoder
     autoencoder: str  # checksum of the autoencoder's parameters
     scaling: float  # x = (latents - shift) * scaling
@@ -264,7 +264,7 @@ def scale_moments(moments: np.ndarray, scaling: float, shift: float) -> np.ndarr
 
 
 def draw(moments: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-    """Latents mean + std * noise of moments [..., 2c]; their mode without a generator."""
+    """Latents mean + std * noise of moments [..., 2c]; the mean without a generator."""
     mean, logvar = np.split(moments, 2, axis=-1)
     if rng is None:
         return mean

@@ -69,7 +69,7 @@ def read_reference(
 ) -> Reference:
     """Read the real images of a configuration and extract their features.
 
-    Those of latents are what the latents were made of.
+    For a configuration of latents, they are the images that were encoded.
 
     image_shape: the shape [H, W, C] that they must have. trained: models that were trained on them,
     whose classes they must have.

@@ -103,7 +103,7 @@ def default_scales(model: TrainedModel) -> list[float]:
 def check_same_data(models: Sequence[TrainedModel]) -> None:
     """Check that models have the same data, and different names.
 
-    Models of latents have the data that the latents were made of.
+    The data of a model of latents are the images that were encoded.
 
     Raises: ValueError for models of different data, or of one name, or for none.
     """

@@ -1,7 +1,7 @@
 """Encode a data set of images to the moments of latents, on all devices.
 
-A shard that is there is not encoded again, so that what was interrupted goes on. Of several
-processes each encodes its own shards.
+A shard that is there is not encoded again, so that an interrupted encoding resumes. With several
+processes, each encodes its own shards.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from diffjax.inference.autoencoder import TrainedAutoencoder, save_autoencoder
 
 SHARD = 10_000  # examples per shard
 SAMPLED = 10_000  # examples that the standard deviation is measured on, at most
-DIGESTED = 10  # images of each split that tell data of one name apart
+DIGESTED = 10  # images of each split, to distinguish data of the same name
 Dtype = Literal["float32", "float16"]
 Progress = Callable[[int], object]  # takes the number of images that were just done
 

@@ -193,7 +193,7 @@ def _check_network(network: DiTConfig, x_shape: tuple[int, ...]) -> None:
 
 
 def _without_copies(weights: Weights) -> dict[str, np.ndarray]:
-    """The tensors with the embedders of the first block alone, to which all others are equal."""
+    """The tensors without the copies of the first block's embedders in other blocks."""
     kept = {}
     for name, value in weights.tensors.items():
         match = COPY.fullmatch(name)
@@ -210,7 +210,7 @@ def _without_copies(weights: Weights) -> dict[str, np.ndarray]:
 def _without_padding(
     tensors: dict[str, np.ndarray], weights: Weights, rows: int
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors with a row for each class and the null label, and the number of classes."""
+    """The tensors with a row per class and the null label, and the number of classes."""
     name, classes = NAMES["label"] + ".weight", int(weights.metadata.get("classes", rows))
     table = tensors.get(name)
     if table is None or len(table) != rows + 1 or classes >= rows:

@@ -43,7 +43,7 @@ AUTOENCODERS = ("vae", "vqvae", "vq_model", "vqgan", "movq", "autoencoder")
 
 
 class Imported(NamedTuple):
-    """A model that was read from such a source."""
+    """A published model, as it was read."""
 
     info: ModelInfo
     params: Any
@@ -284,7 +284,7 @@ def unique(names: list[str]) -> tuple[str, ...]:
 
 
 def _load_pt(path: Path) -> Imported:
-    """A file of DiT or SiT, whose tensors have the same names: the file's name tells them apart."""
+    """Read a .pt file of DiT or SiT; its name must have one of these words."""
     file = read_pt(path)
     if not dit.is_meta(file.tensors):
         first = next(iter(file.tensors), "nothing")

@@ -3,7 +3,7 @@
 A file is a zip of ROOT/data.pkl, a pickle, and of ROOT/data/KEY, the raw bytes of each storage;
 before torch 1.6 it was these one after the other. The pickle is a program for a stack machine. It
 is interpreted here, by the opcodes that dictionaries of tensors need: names of classes and
-functions are looked up in a table of a few, none is imported, and nothing is called.
+functions are looked up in a short table; none is imported, and nothing is called.
 """
 
 import io
@@ -168,7 +168,7 @@ def _read_old(file: Any, size: int) -> tuple[Any, dict[str, bytes]]:
 
 
 class _Bounded:
-    """A file of which no more is read than there is, since memory for it would be taken first."""
+    """A file whose reads are cut to its size, so that a false count takes no memory."""
 
     def __init__(self, file: Any, size: int) -> None:
         self._file, self._size = file, size

@@ -56,7 +56,7 @@ class AutoencoderConfig(NetworkConfig):
     channels: tuple[int, ...] = (128, 256, 512, 512)
     """Width of each resolution; each resolution is half of the one before."""
     blocks: int = 2
-    """Residual blocks per resolution of the encoder; one more of the decoder."""
+    """Residual blocks per resolution of the encoder; the decoder has one more."""
     latent_channels: int = 4
     """Channels of the latents."""
     norm_groups: int = 32
@@ -64,17 +64,17 @@ class AutoencoderConfig(NetworkConfig):
     norm_epsilon: float = 1e-6
     """Constant that every norm adds to the variance."""
     middle_attention: bool = True
-    """Self-attention between the two blocks at the lowest resolution, with one head."""
+    """Put self-attention, with one head, between the two blocks in the middle."""
     quant_conv: bool = True
-    """A last linear map of the moments of each latent pixel."""
+    """End the encoder with a linear map of the moments at each place."""
     post_quant_conv: bool = True
-    """A first linear map of each latent pixel."""
+    """Begin the decoder with a linear map of the latents at each place."""
     scaling: float = 1.0
-    """Factor of latents for a diffusion model, which wants a standard deviation near 1."""
+    """Factor that gives latents a standard deviation near 1, for a diffusion model."""
     shift: float = 0.0
-    """Subtracted from latents before they are scaled: x = (latents - shift) * scaling."""
+    """Number to subtract from latents before scaling: x = (latents - shift) * scaling."""
     kl_weight: float = 1e-6
-    """Weight of the divergence of latents from normal ones, beside the error of images."""
+    """Weight of the KL divergence of latents in the loss, where the error of images has 1."""
 
     def check(self) -> None:
         """Check the values of the fields.
@@ -166,10 +166,10 @@ class Autoencoder(nn.Module):
         condition: Condition = None,
         keys: Array | None = None,
     ) -> Array:
-        """Reconstruct images [B, H, W, C], from the mode of their latents.
+        """Reconstruct images [B, H, W, C] from the mean of their latents.
 
         keys: one per image, [B], to reconstruct them from random latents. t and condition are not
-        used: they are there since networks have them.
+        used: all networks take them.
         """
         moments = self.encode(images)
         return self.decode(mode(moments) if keys is None else draw(moments, keys))

@@ -1,7 +1,7 @@
 """The diffusion transformer, DiT (arXiv:2212.09748), which is SiT's network too.
 
 It cuts x into patches, transforms these by blocks of attention that the time and the condition
-modulate, and puts them together again. It knows nothing of diffusion.
+modulate, and joins them again. It knows nothing of diffusion.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ class DiTConfig(NetworkConfig):
     width: int = 64
     """Channels of each patch in the blocks; a multiple of 4."""
     depth: int = 4
-    """Blocks."""
+    """Number of blocks."""
     heads: int = 4
-    """Attention heads; they must divide the width."""
+    """Number of attention heads; a divisor of the width."""
     patch: int = 2
-    """Side of a patch; it must divide the sides of x."""
+    """Side of a patch; a divisor of both sides of x."""
     mlp_ratio: int = 4
-    """Width of the hidden layer of each block's MLP, in units of the width."""
+    """Width of the hidden layer of each block's MLP, as a multiple of the width."""
     norm_epsilon: float = 1e-6
     """Constant that the norms before attention and at the end add to the variance."""
     mlp_norm_epsilon: float = 1e-6
-    """Constant that the norms before MLPs add to the variance: 1e-5 in diffusers."""
+    """Constant that the norms before MLPs add to the variance; 1e-5 in diffusers."""
     frequency_shift: float = 0.0
     """Shift of the frequencies in the embedding of the time: 0 for DiT and SiT, 1 for diffusers."""
     scan: bool = False
@@ -155,7 +155,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, embedding: Array, keys: Array | None, number: Array
     ) -> tuple[Array, None]:
-        """The block's output [B, N, D], and nothing for each round of a loop.
+        """The block's output [B, N, D], and None, since `nn.scan` expects a pair.
 
         x: [B, N, D]; embedding of time and condition: [B, D]; keys: [B] for dropout, or None;
         number: of the block, so that each drops its own units.

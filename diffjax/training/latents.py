@@ -53,7 +53,7 @@ def copy_autoencoder(source: Path, workdir: Path) -> None:
 
 
 def _space(autoencoder: TrainedAutoencoder) -> tuple[str, float, float]:
-    """The space of x of an autoencoder: the checksum of its parameters, and how x is scaled."""
+    """The space of an autoencoder's latents: checksum, scaling and shift."""
     return autoencoder.checksum, autoencoder.config.scaling, autoencoder.config.shift
 
 

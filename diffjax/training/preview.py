@@ -58,7 +58,7 @@ class ReconstructionPreview:
         return jax.jit(lambda params, x: self.network(params, x, None, None))
 
     def __call__(self, params: Any) -> Image:
-        """The grid: rows of images, and below each their reconstructions. params: replicated."""
+        """The grid: rows of images, each above its reconstructions. params: replicated."""
         params = parallel.on_mesh(self.mesh, params)
         both = self.images, np.asarray(self._reconstruct(params, self.images))
         num, titles = len(self.images), ("image", "reconstruction")

@@ -69,7 +69,7 @@ def build_training(info: ModelInfo) -> Training:
 
 
 def _objectives(info: ModelInfo, module: Any, network: Network) -> tuple[Objective, Objective]:
-    """The objective of training, and that of the held-out loss, which is deterministic."""
+    """The objective of training, and the deterministic one of the held-out loss."""
     config = info.config
     if config.is_autoencoder:
         return reconstruction_loss(module), reconstruction_loss(module)
