@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import naming
@@ -116,7 +117,7 @@ def test_variations_are_samples_from_noised_images(tiny_model, images):
     edited = Editor(model).vary(images, EditRequest(3), level=60, seed=2, eta=0.5)
     plan = sampler.ddim(model.schedule, [60, 40, 20], 0.5)
     keys = sampler.image_keys(jax.random.key(2), np.arange(11))
-    start = np.asarray(sampler.noise_to_level(plan, images, keys))
+    start = np.asarray(sampler.noise_to_level(plan, jnp.asarray(images), keys))
     request = Request(num=11, batch=16, seed=2, x=start)
     expected = Pipeline.for_model(model)(model.params, plan, request).x
     np.testing.assert_array_equal(edited, expected)
