@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.options import MultiprocessingOptions
 
 FOLDER = "checkpoints"
 QUARANTINE_DIR = "damaged"  # beside FOLDER
@@ -94,6 +95,8 @@ class Checkpoints:
             cleanup_tmp_directories=clean,
             create=not read_only,
             read_only=read_only,
+            # Two folders of a run save the same step at once: their processes meet apart.
+            multiprocessing_options=MultiprocessingOptions(barrier_sync_key_prefix=folder),
         )
         self._manager = ocp.CheckpointManager(self._home, options=options)
         # Orbax would ask the processes about a SIGTERM by the training step, where

@@ -103,12 +103,15 @@ def make_average(workdir: Path, length: float, step: int | None = None) -> Avera
 
 
 def _list_snapshots(stored: Checkpoints) -> list[_Snapshot]:
-    found = []
+    found = {}
     for step in stored.steps():
         config = stored.config(step)
         for i, length in enumerate(config["lengths"]):
-            found.append(_Snapshot(step, ema_key(i), config["updates"], length))
-    return found
+            # Between two saves all steps may be skipped: the averages are the same, and so is one.
+            found[config["updates"], length] = _Snapshot(
+                step, ema_key(i), config["updates"], length
+            )
+    return list(found.values())
 
 
 def _weighted_sum(

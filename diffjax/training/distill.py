@@ -55,8 +55,8 @@ FOREIGN_LEARNING_RATE = 1e-4  # for a teacher of another library, whose own rate
 # Defaults of a student's training that do not come from its teacher's.
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 2000, "warmup": 50, "decay": "cosine", "weighting": "truncated_snr",
-    "condition_dropout": 0.0, "ema": (0.999,), "power_ema": (), "eval_every": 1000,
-    "preview_every": 1000, "save_every": 200,
+    "times": "uniform", "times_mean": 0.0, "times_std": 1.0, "condition_dropout": 0.0,
+    "ema": (0.999,), "power_ema": (), "eval_every": 1000, "preview_every": 1000, "save_every": 200,
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------- methods

@@ -181,9 +181,11 @@ class Session:
 
     def close(self) -> None:
         """Wait until every save is on disk, and release the folders."""
-        if self.averages is not None:
-            self.averages.close()
-        self.checkpoints.close()
+        try:
+            if self.averages is not None:
+                self.averages.close()
+        finally:
+            self.checkpoints.close()
 
     def draw_curve(self) -> None:
         """Write the picture of the losses, on process 0."""

@@ -71,6 +71,13 @@ def test_an_average_is_a_run_of_its_own(stored, tmp_path, capsys):
     assert (tmp_path / "samples.png").exists()
 
 
+def test_saves_without_a_step_between_them_are_one(stored, tmp_path):
+    """Where all steps between two saves are skipped, the averages are the same."""
+    folder = shutil.copytree(stored, tmp_path / "run")
+    shutil.copytree(folder / "averages/20", folder / "averages/22")
+    assert is_same(make_average(folder, 0.08).params, make_average(stored, 0.08).params)
+
+
 def test_a_resumed_run_stores_the_same(probe_config, stored, tmp_path):
     """What a killed session has stored after its last checkpoint is not used."""
     folder = trained(probe_config, tmp_path / "run", "0.05 0.1", "--train.steps 10")

@@ -21,6 +21,7 @@ from diffjax.build import ModelInfo
 from diffjax.checkpoint import Checkpoints
 from diffjax.cli import main
 from diffjax.inference.model import describe_weights, load_model
+from diffjax.training.averages import make_average
 from diffjax.training.state import state_to_trees
 from diffjax.training.trainer import resume
 
@@ -228,8 +229,11 @@ def assert_trained_as(folder, expected):
 
 
 def test_two_processes_train_as_one(program, data_dir, tmp_path):
-    """Four devices each, under shard_map, and from its checkpoint on under pmap."""
-    arguments = ["--train.save-every", 3, "--workdir"]
+    """Four devices each, under shard_map, and from its checkpoint on under pmap.
+
+    Every step is saved twice at once: a checkpoint, and the averages of a length chosen afterwards.
+    """
+    arguments = ["--train.save-every", 1, "--train.power-ema", 0.1, "--workdir"]
     for steps, mode in ((3, "shard_map"), (6, "pmap")):
         options = [
             "--train.steps",
@@ -245,6 +249,10 @@ def test_two_processes_train_as_one(program, data_dir, tmp_path):
     main(["train", *map(str, alone), "--data.dir", str(data_dir)])
     assert_trained_as(tmp_path / "two", tmp_path / "one")
     assert [line["step"] for line in metrics(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
+    averages = [make_average(tmp_path / name, 0.12) for name in ("two", "one")]
+    assert [average.stored for average in averages] == [6, 6]
+    params = [average.params for average in averages]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6), *params)
     previews = (tmp_path / "two" / "previews").iterdir()
     assert [path.name for path in previews] == ["0000006.png"]
 

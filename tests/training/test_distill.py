@@ -287,6 +287,19 @@ def test_students_learn_with_every_condition(models):
         plan_chain(dropped, models["teacher"])
 
 
+def test_levels_of_students_are_uniform(models):
+    """A teacher's normal log(sigma/alpha) would hardly draw the noisiest of few levels."""
+    teacher = models["teacher"]
+    train = dataclasses.replace(
+        teacher.info.config.train, times="log_normal", times_mean=-1.2, times_std=1.2
+    )
+    config = dataclasses.replace(teacher.info.config, train=train)
+    edm = teacher._replace(info=teacher.info._replace(config=config))
+    for stage in plan_chain(default_options(DistillOptions(start=16), edm), edm):
+        stage.config.check()
+        assert stage.config.train.times == "uniform"
+
+
 def test_a_published_teacher_has_unknown_data(tmp_path):
     unet = UNetConfig(channels=4, norm_groups=1, multipliers=(1,), attention=(), heads=1)
     config = dataclasses.replace(CONFIG, network=unet)
