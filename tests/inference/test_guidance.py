@@ -6,7 +6,9 @@ from helpers import naming
 
 from diffjax import schedule
 from diffjax.config import Data, Distillation
+from diffjax.inference.autoencoder import TrainedAutoencoder
 from diffjax.inference.guidance import Guidance, can_be_guided, check_guidance
+from diffjax.nn.autoencoder import AutoencoderConfig
 from diffjax.nn.conditioning import ClassLabel
 
 CONSISTENT = Distillation(method="consistency", steps=4)
@@ -64,6 +66,20 @@ def test_a_worse_version_of_the_same_model_may_guide(tiny_model):
     model, guide = tiny_model("unconditional"), tiny_model("unconditional", seed=1)
     check_guidance(model, Guidance(2.0, guide_model=guide))
     check_guidance(tiny_model(dropout=0.0), Guidance(2.0, guide_model=tiny_model()))
+
+
+def test_a_guide_of_another_autoencoder_is_refused(tiny_model):
+    def of_latents(checksum, scaling):
+        model = tiny_model()
+        autoencoder = TrainedAutoencoder(AutoencoderConfig(scaling=scaling), {}, checksum, "z")
+        info = model.info._replace(autoencoder=checksum)
+        return model._replace(info=info, autoencoder=autoencoder)
+
+    model = of_latents("a", 1.0)
+    check_guidance(model, Guidance(2.0, guide_model=of_latents("a", 1.0)))
+    for guide in (of_latents("b", 1.0), of_latents("a", 2.0), tiny_model()):
+        with pytest.raises(ValueError, match=naming(guide.name, "autoencoder", model.name)):
+            check_guidance(model, Guidance(2.0, guide_model=guide))
 
 
 def test_a_negative_condition_needs_no_dropout(tiny_model):
