@@ -14,7 +14,7 @@ from diffjax.nn.dit import DiTConfig
 
 config = Config(
     data=Data(source="idx", path="/usr/share/datasets/fashion-mnist", pad=2),
-    network=DiTConfig(width=160, depth=6, heads=4, patch=4),
+    network=DiTConfig(width=160, depth=6, heads=4, patch=4, frequency_shift=1.0),
     diffusion=Diffusion(schedule="flow", prediction="flow"),
     train=Train(
         steps=4000,

@@ -15,7 +15,7 @@ from diffjax.nn.dit import DiTConfig
 
 config = Config(
     data=Data(source="latents", path="runs/fashion-latents"),
-    network=DiTConfig(width=160, depth=6, heads=4, patch=1),
+    network=DiTConfig(width=160, depth=6, heads=4, patch=1, frequency_shift=1.0),
     diffusion=Diffusion(schedule="flow", prediction="flow"),
     train=Train(
         steps=4000,
