@@ -80,7 +80,7 @@ def run(options: Options) -> None:
     """Measure what is missing, write after every row, print the summary."""
     with common.user_errors():
         models = [load_model(model, weights=options.weights) for model in options.models]
-        check_same_data(models)
+        check_same_data(models, [options.data.trained_on(m.info.config) for m in models])
         combinations = make_combinations(options.sweep, models)
         sweep_options = make_sweep_options(options.image, options.batch)
         out = Path(options.out)

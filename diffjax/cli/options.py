@@ -86,6 +86,17 @@ class DataOptions:
     """Folder or .npz file of the images, or folder of the latents, where they have moved since
     training."""
 
+    def trained_on(self, config: Config) -> Config:
+        """The configuration with the images of training: those that latents are of.
+
+        Latents may have moved; the path of images stays as it was.
+
+        Raises: ValueError for latents whose folder is not where it was.
+        """
+        if self.path and config.data.source == "latents" and (Path(self.path) / MANIFEST).is_file():
+            config = replace(config, data=replace(config.data, path=self.path))
+        return image_config(config)
+
     def locate(self, config: Config) -> Config:
         """The configuration with the images where they are now: those that latents are of.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffjax.build import image_config
+from diffjax.config import Config
 from diffjax.data import image_io
 from diffjax.data.files import atomic_path
 from diffjax.evaluation import frontier, quality, report
@@ -100,16 +101,19 @@ def default_scales(model: TrainedModel) -> list[float]:
     return [1.0, 2.0] if can_be_guided(model.info) else [1.0]
 
 
-def check_same_data(models: Sequence[TrainedModel]) -> None:
+def check_same_data(models: Sequence[TrainedModel], images: Sequence[Config] | None = None) -> None:
     """Check that models have the same data, and different names.
 
-    The data of a model of latents are the images that were encoded.
+    The data of a model of latents are the images that were encoded. images: the configurations of
+    the models' images; None to look for them where they were.
 
     Raises: ValueError for models of different data, or of one name, or for none.
     """
     if not models:
         raise ValueError("models is empty: use one model or more")
-    data = [_describe_images(model) for model in models]
+    if images is None:
+        images = [image_config(model.info.config) for model in models]
+    data = [_describe_images(*pair) for pair in zip(models, images, strict=True)]
     for model, other in zip(models, data, strict=True):
         if other != data[0]:
             raise ValueError(
@@ -125,9 +129,9 @@ def check_same_data(models: Sequence[TrainedModel]) -> None:
             )
 
 
-def _describe_images(model: TrainedModel) -> str:
+def _describe_images(model: TrainedModel, images: Config) -> str:
     size = "x".join(map(str, quality.image_shape(model)))
-    return f"{image_config(model.info.config).data} of {size}"
+    return f"{images.data} of {size}"
 
 
 # ------------------------------------------------------------------------------- measuring

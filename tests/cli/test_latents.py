@@ -1,5 +1,6 @@
 """A model of latents, from images to samples, edits and figures, by the programs."""
 
+import dataclasses
 import json
 import shutil
 
@@ -217,6 +218,9 @@ def test_real_images(place, tmp_path):
     (latents / "manifest.json").write_text(json.dumps(manifest))
     found = DataOptions(str(latents)).locate(config).data
     assert (found.source, found.path, found.conditions) == ("npz", "elsewhere", ("label",))
+    lost = dataclasses.replace(config, data=dataclasses.replace(config.data, path="lost"))
+    assert DataOptions(str(latents)).trained_on(lost).data.path == "elsewhere"
+    assert DataOptions(str(moved)).trained_on(config).data.path == str(place.images)
 
 
 def test_students(place, tmp_path):
