@@ -27,7 +27,7 @@ from diffjax.config import (
 from diffjax.interop import autoencoder_kl, dit, unet2d
 from diffjax.interop.files import WEIGHTS, Weights, read_json, read_weights, write_json, write_part
 from diffjax.interop.published import EMA_FIELDS, Published
-from diffjax.interop.schedulers import read_diffusion, scheduler_config, scheduler_notes
+from diffjax.interop.schedulers import FLOW, read_diffusion, scheduler_config, scheduler_notes
 from diffjax.interop.torch_file import read_pt
 from diffjax.nn.autoencoder import AutoencoderConfig
 from diffjax.nn.conditioning import ClassLabel, Conditioning
@@ -327,7 +327,8 @@ def save(
 
     Networks of pixels: config.json, weights and scheduler_config.json in the folder itself, for
     `UNet2DModel.from_pretrained(folder)` and `DDPMScheduler.from_pretrained(folder)`. Networks of
-    latents: the parts of a pipeline, for `DiTPipeline.from_pretrained(folder)`.
+    latents: the parts of a pipeline, for `DiTPipeline.from_pretrained(folder)`, which does not
+    run flow matching: then, and for a UNet, model_index.json is left out.
 
     Raises: ValueError for a network or a process that diffusers does not have.
     """
@@ -358,7 +359,8 @@ def save(
     if autoencoder is not None:
         config, values = autoencoder
         autoencoder_kl.save(folder / "vae", config, values, info.x_shape[0] * config.factor)
-    if latent and isinstance(network, DiTConfig):
+    is_flow = scheduler["_class_name"] == FLOW
+    if latent and isinstance(network, DiTConfig) and not is_flow:
         index = _dit_pipeline(_names(info.conditioning), scheduler["_class_name"])
         write_json(folder / "model_index.json", index)
 

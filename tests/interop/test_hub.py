@@ -125,6 +125,8 @@ def test_flow_matching_schedulers(folder, autoencoder):
     found = hub.load(folder)
     assert found.info.config.diffusion == expected
     hub.save(folder / "again", found.info, found.params, "ema", 0, autoencoder)
+    assert not (folder / "again" / "model_index.json").exists()
+    assert hub.load(folder / "again").autoencoder[0] == autoencoder[0]
     again = json.loads((folder / "again" / "scheduler" / "scheduler_config.json").read_text())
     assert again == FLOW
     for name in ("use_dynamic_shifting", "invert_sigmas"):
