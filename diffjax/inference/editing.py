@@ -171,7 +171,11 @@ class Editor:
                 raise ValueError(f"condition is None, and {self._model.name} needs one")
             condition = conditioning.nulls(len(x))
         request = Request(
-            num=len(x), batch=parallel.default_batch(len(x)), condition=condition, **fields
+            num=len(x),
+            batch=parallel.default_batch(len(x)),
+            condition=condition,
+            decode=False,
+            **fields,
         )
         hooks = Hooks(progress=edit.progress)
         return self._pipeline(self._model.params, plan, request, hooks).x

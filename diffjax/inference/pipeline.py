@@ -30,6 +30,8 @@ from diffjax.inference.model import TrainedModel
 from diffjax.parameterization import Parameterization
 from diffjax.sampler import Carry, Plan
 
+DECODED = 256  # images at a time, between x and uint8
+
 
 class NotFiniteError(FloatingPointError):
     """Samples that contain NaN or infinity."""
@@ -162,6 +164,7 @@ class Request:
     bound: Bound = field(default_factory=Clip)
     x: np.ndarray | None = None  # [num, ...] to start from, in place of noise
     inpaint: tuple[np.ndarray, np.ndarray] | None = None  # known x and mask, [num, ...] each
+    decode: bool = True  # latents, as part of the time; False where only x is needed
 
     def check(self, x_shape: tuple[int, ...]) -> None:
         """Check that all arrays are for `num` samples of a model's shape.
@@ -209,8 +212,9 @@ class Samples:
     condition: Condition  # [N, ...]
     nfe: int  # network evaluations per sample
     compile_seconds: float
-    batch_seconds: tuple[float, ...]  # of each batch, without compilation
+    batch_seconds: tuple[float, ...]  # of each batch with its decoding, without compilation
     codec: Codec
+    decoded: np.ndarray | None = None  # images of latents, uint8; None to decode x when asked
 
     @property
     def run_seconds(self) -> float:
@@ -220,7 +224,11 @@ class Samples:
     @cached_property
     def images(self) -> np.ndarray:
         """The samples decoded to images, uint8 [N, H, W, C]."""
-        return to_uint8(self.codec.decode(self.x))
+        if self.decoded is not None:
+            return self.decoded
+        firsts = range(0, len(self.x), DECODED)  # float32 images of all take much memory
+        parts = [to_uint8(self.codec.decode(self.x[i : i + DECODED])) for i in firsts]
+        return np.concatenate(parts)
 
 
 class Stopwatch:
@@ -266,6 +274,7 @@ class Pipeline:
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._evaluations: dict[Any, int] = {}  # of networks, by denoiser
         self._compile_seconds = 0.0
+        self._decodes: set[int] = set()  # batches that the decoder is compiled for
 
     @staticmethod
     def for_model(model: TrainedModel) -> "Pipeline":
@@ -290,10 +299,17 @@ class Pipeline:
         shared = self._replicated(params, request)
         job = _Job(specs, spec_index, shared, plan, request, Hooks() if hooks is None else hooks)
         nfe, compiled, xs, seconds = self._count_nfe(job), self._compile_seconds, [], []
+        decode, images = request.decode and bool(self._info.autoencoder), []
+        if decode:
+            self._compile_decoder(request.batch)
         for first in range(0, request.num, request.batch):
             x, batch_seconds = self._sample_batch(job, first)
             check_finite(x, plan.steps, first)
             xs.append(x)
+            if decode:
+                stopwatch = Stopwatch()
+                images.append(to_uint8(self._codec.decode(x)))
+                batch_seconds += stopwatch.seconds()
             seconds.append(batch_seconds)
         return Samples(
             x=np.concatenate(xs)[: request.num],
@@ -302,6 +318,7 @@ class Pipeline:
             compile_seconds=self._compile_seconds - compiled,
             batch_seconds=tuple(seconds),
             codec=self._codec,
+            decoded=np.concatenate(images)[: request.num] if decode else None,
         )
 
     @property
@@ -386,6 +403,14 @@ class Pipeline:
                     self._evaluations[key] = sampler.count_evaluations(build, x)
                 total += int(rows) * self._evaluations[key]
         return total
+
+    def _compile_decoder(self, batch: int) -> None:
+        """Decode a batch of zeros, once, whose seconds count as those of compilation."""
+        if batch not in self._decodes:
+            stopwatch = Stopwatch()
+            self._codec.decode(np.zeros((batch, *self._info.x_shape), np.float32))
+            self._compile_seconds += stopwatch.seconds()
+            self._decodes.add(batch)
 
     def _sample_batch(self, job: "_Job", first: int) -> tuple[np.ndarray, float]:
         """x of one batch on the host, and the seconds that it took, without compilation."""

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from diffjax.config import Distillation
 from diffjax.data.codec import Codec
 from diffjax.data.image_io import to_uint8
 from diffjax.devices import parallel
+from diffjax.inference import pipeline as pipeline_module
 from diffjax.inference.guidance import Guidance
 from diffjax.inference.pipeline import (
     Clip,
@@ -293,6 +295,46 @@ def test_samples_are_decoded_once(tiny_model):
     assert samples.images.dtype == np.uint8
     np.testing.assert_array_equal(samples.images, to_uint8(samples.x / 2))
     assert len(calls) == 1
+
+
+def test_images_are_decoded_in_chunks(tiny_model, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "DECODED", 2)
+    sizes = []
+
+    def decode(x):
+        sizes.append(len(x))
+        return x / 2
+
+    model = tiny_model("unconditional", codec=Codec(lambda images: 2 * images, decode, (-2, 2)))
+    samples = on_devices(model, 1)(model.params, plan_of(model), Request(num=5, batch=5, seed=0))
+    np.testing.assert_array_equal(samples.images, to_uint8(samples.x / 2))
+    assert sizes == [2, 2, 1]
+
+
+def test_times_of_latents_have_the_decoder_in_them(tiny_model, monkeypatch):
+    """The first decoding counts as compilation, once; without decoding, x alone is timed."""
+    now, calls = [0.0], []
+
+    def decode(x):
+        calls.append(len(x))
+        now[0] += 7.0 if len(calls) == 1 else 2.0
+        return x / 2
+
+    codec = Codec(lambda images: 2 * images, decode, None)
+    model = tiny_model("unconditional", codec=codec)
+    model = model._replace(info=model.info._replace(autoencoder="1234"))
+    monkeypatch.setattr(pipeline_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    pipeline = on_devices(model, 1)
+    request = Request(num=5, batch=2, seed=0)
+    bare = pipeline(model.params, plan_of(model), dataclasses.replace(request, decode=False))
+    assert (bare.batch_seconds, bare.compile_seconds, calls) == ((0.0,) * 3, 0.0, [])
+    for compiled in (7.0, 0.0):
+        samples = pipeline(model.params, plan_of(model), request)
+        assert (samples.batch_seconds, samples.compile_seconds) == ((2.0,) * 3, compiled)
+    assert calls == 7 * [2]
+    np.testing.assert_array_equal(samples.images, to_uint8(samples.x / 2))
+    np.testing.assert_array_equal(samples.images, bare.images)
+    np.testing.assert_array_equal(samples.x, bare.x)
 
 
 def test_thresholding_is_dynamic(tiny_model):
