@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from diffjax.config import Config
-from diffjax.data.batches import READ_AHEAD, THREADS
+from diffjax.data.batches import THREADS
 from diffjax.data.dataset import Dataset
 from diffjax.data.image_io import to_float
 from diffjax.data.latents import (
@@ -34,6 +34,7 @@ from diffjax.data.latents import (
 )
 from diffjax.devices.parallel import BatchMapper
 from diffjax.inference.autoencoder import TrainedAutoencoder, save_autoencoder
+from diffjax.interop import autoencoder_kl
 
 SHARD = 10_000  # examples per shard
 SAMPLED = 10_000  # examples that the standard deviation is measured on, at most
@@ -69,9 +70,14 @@ class Encoding:
 
     def shards(self) -> list[tuple[str, int]]:
         """The shards of this process that are not there yet, as (split, number)."""
-        every = [(name, n) for name in self.splits for n in range(self.manifest.shards(name))]
-        mine = every[jax.process_index() :: jax.process_count()]
-        return [each for each in mine if not (self.folder / self.manifest.name_of(*each)).exists()]
+        mine = self._every()[jax.process_index() :: jax.process_count()]
+        return [each for each in mine if self._is_missing(each)]
+
+    def _every(self) -> list[tuple[str, int]]:
+        return [(name, n) for name in self.splits for n in range(self.manifest.shards(name))]
+
+    def _is_missing(self, shard: tuple[str, int]) -> bool:
+        return not (self.folder / self.manifest.name_of(*shard)).exists()
 
     @property
     def images(self) -> int:
@@ -84,8 +90,9 @@ class Encoding:
         Raises: ValueError or OSError for images that cannot be read, or files not written.
         """
         stored, shards = read_manifest(self.folder), self.shards()
+        is_partial = stored is None or any(map(self._is_missing, self._every()))
         _wait("open")  # all have seen the folder as it was
-        if jax.process_index() == 0 and (shards or stored is None):
+        if jax.process_index() == 0 and is_partial:
             self.manifest.write(self.folder)
         _wait("begin")
         module = self.autoencoder.config.build(self.dataset.image_shape)
@@ -109,7 +116,9 @@ class Encoding:
     ) -> Iterator[np.ndarray]:
         """The records of a shard, in order."""
         source = grain.MapDataset.source(split)[rows.start : rows.stop]
-        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
+        # The next batch is read while one is encoded.
+        ahead = 2 * self.options.batch
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=ahead)
         examples = list[dict[str, Any]]()
         for example in source.to_iter_dataset(options):
             examples.append(example)
@@ -188,9 +197,11 @@ def open_encoding(
 
     config: of the data set, which is of images.
 
-    Raises: ValueError for images that the autoencoder does not take, and for a folder that has
-    other files, or latents of another autoencoder or of other images.
+    Raises: ValueError for an autoencoder that diffusers does not have, images that it does not
+    take, and for a folder that has other files, or latents of another autoencoder or of other
+    images.
     """
+    autoencoder_kl.check(autoencoder.config)
     shape = dataset.image_shape
     channels = autoencoder.image_channels
     if shape[-1] != channels:

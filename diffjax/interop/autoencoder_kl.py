@@ -94,6 +94,17 @@ def read(folder: Path) -> Published:
     return Published(config, (height, width, c["in_channels"]), UNCONDITIONAL, params)
 
 
+def check(config: AutoencoderConfig) -> None:
+    """Check that diffusers has such an autoencoder, as `save` does.
+
+    Raises: ValueError, naming the field.
+    """
+    if config.norm_epsilon != EPSILON:
+        raise ValueError(
+            f"network.norm_epsilon is {config.norm_epsilon}: {CLASS} of diffusers has {EPSILON}"
+        )
+
+
 def save(
     folder: Path, config: AutoencoderConfig, params: Any, sample_size: int | None = None
 ) -> None:
@@ -103,10 +114,7 @@ def save(
 
     Raises: ValueError for an autoencoder that diffusers does not have.
     """
-    if config.norm_epsilon != EPSILON:
-        raise ValueError(
-            f"network.norm_epsilon is {config.norm_epsilon}: {CLASS} of diffusers has {EPSILON}"
-        )
+    check(config)
     levels = len(config.channels)
     channels = np.shape(params["decoder"]["out"]["bias"])[0]
     settings = {

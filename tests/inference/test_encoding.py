@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,7 +209,44 @@ def test_processes_share_the_shards(encoded, autoencoder, images, tmp_path, monk
     assert content(tmp_path) == content(folder)
 
 
+def test_folder_is_partial_while_another_process_encodes(
+    encoded, autoencoder, images, tmp_path, monkeypatch
+):
+    """Process 0 says so also where it has nothing to encode itself."""
+    folder, manifest, _ = encoded
+    shutil.copytree(folder, tmp_path / "a")
+    name, seen = manifest.name_of("train", 1), []  # of process 1
+    (tmp_path / "a" / name).unlink()
+
+    def wait(_):
+        seen.append(read_manifest(tmp_path / "a").complete)
+        if len(seen) == 3:  # process 1 has encoded it
+            shutil.copy(folder / name, tmp_path / "a")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(encoding, "_wait", wait)
+    assert encode(autoencoder, images, tmp_path / "a") == manifest
+    assert seen == [True, False, False, True]  # open, begin, shards, end
+
+
+def test_two_batches_are_read_ahead(autoencoder, images, tmp_path, monkeypatch):
+    found, options = [], encoding.grain.ReadOptions
+    monkeypatch.setattr(
+        encoding.grain, "ReadOptions", lambda **given: (found.append(given), options(**given))[1]
+    )
+    encode(autoencoder, images, tmp_path / "a", EncodeOptions(batch=24))
+    assert {given["prefetch_buffer_size"] for given in found} == {48}
+
+
 # ------------------------------------------------------------------------------- mistakes
+
+
+def test_what_diffusers_does_not_have_is_refused_first(autoencoder, images, tmp_path):
+    """Not after all images are encoded."""
+    other = autoencoder._replace(config=dataclasses.replace(autoencoder.config, norm_epsilon=1e-5))
+    with pytest.raises(ValueError, match=naming("norm_epsilon", 1e-05)):
+        encode(other, images, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_other_latents_are_refused(encoded, autoencoder, images, tmp_path):
