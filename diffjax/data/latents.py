@@ -32,7 +32,7 @@ FORMAT = 1  # of folders; a number for each change of it
 MANIFEST, AUTOENCODER = "manifest.json", "autoencoder"
 TRAIN, HELD_OUT = "train", "held_out"  # the splits
 MOMENTS, MIRRORED = "moments", "mirrored"  # of an example, beside its fields
-OPEN_SHARDS = 64  # at most, at a time: what is open takes memory
+OPEN_SHARDS = 256  # at most, at a time: what is open takes memory
 # Records are read one by one, in any order.
 WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -174,15 +174,18 @@ class Shards:
 
     def _reader(self, number: int) -> ArrayRecordReader:
         with self._lock:  # threads read ahead
-            if number not in self._readers:
-                path = self._folder / self._manifest.name_of(self._split, number)
-                self._readers[number] = ArrayRecordReader(
-                    str(path), READER_OPTIONS, file_reader_buffer_size=BUFFER_BYTES
-                )
+            reader = self._readers.get(number)
+        if reader is None:  # opened outside of the lock, so that threads open shards at once
+            path = self._folder / self._manifest.name_of(self._split, number)
+            reader = ArrayRecordReader(
+                str(path), READER_OPTIONS, file_reader_buffer_size=BUFFER_BYTES
+            )
+        with self._lock:
+            reader = self._readers.setdefault(number, reader)  # another thread may have been first
             self._readers.move_to_end(number)
             if len(self._readers) > OPEN_SHARDS:
                 self._readers.popitem(last=False)  # closed when no thread reads it any more
-            return self._readers[number]
+            return reader
 
 
 # ------------------------------------------------------------------------------- the data set

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -152,6 +154,23 @@ def test_open_shards_are_limited(folder, opened, monkeypatch):
         assert train[i]["label"] == i % 3
     assert [path.split("train-")[1][4] for path in opened] == [*"012102"]
     assert len(train._source._readers) == 2
+
+
+def test_shards_are_opened_at_the_same_time(folder, monkeypatch):
+    """Two threads that open shards do not wait for each other."""
+    write(folder, manifest_of())
+    train, reader, both = load_latents(folder).train, latents.ArrayRecordReader, Barrier(2)
+
+    def opening(*args, **kwargs):
+        both.wait(timeout=10)
+        return reader(*args, **kwargs)
+
+    monkeypatch.setattr(latents, "ArrayRecordReader", opening)
+    with ThreadPoolExecutor(2) as threads:
+        assert [each["label"] for each in threads.map(train.__getitem__, (0, 7))] == [0, 1]
+        # Of one shard that both open, one reader is kept.
+        assert [each["label"] for each in threads.map(train.__getitem__, (14, 15))] == [2, 0]
+    assert sorted(train._source._readers) == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------- mistakes
