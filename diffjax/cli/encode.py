@@ -1,6 +1,7 @@
 """Encode a data set of images to latents."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,11 @@ from diffjax.cli.options import DataOptions, Flag, Folder
 from diffjax.config import Config, load_config
 from diffjax.data.latents import HELD_OUT, TRAIN, Manifest
 from diffjax.devices import parallel
-from diffjax.devices.distributed import DistributedOptions, initialize_distributed
+from diffjax.devices.distributed import (
+    DistributedOptions,
+    first_process_first,
+    initialize_distributed,
+)
 from diffjax.inference.autoencoder import TrainedAutoencoder, load_autoencoder
 from diffjax.inference.encoding import Dtype, EncodeOptions, Encoding, open_encoding
 
@@ -89,7 +94,7 @@ def open_images(options: Options, autoencoder: TrainedAutoencoder) -> Encoding:
     if options.batch < 1:
         raise ValueError(f"batch is {options.batch}: use 1 or more")
     config = options.data.read_config(autoencoder)
-    dataset = load_data(config)
+    dataset = first_process_first("data", partial(load_data, config))
     for note in dataset.notes if jax.process_index() == 0 else ():
         print(note)
     asked = EncodeOptions(

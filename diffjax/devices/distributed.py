@@ -1,9 +1,12 @@
 """Processes on several hosts that train one model."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,20 @@ def initialize_distributed(options: DistributedOptions) -> None:
         raise ValueError(
             f"distributed is {address}: the processes could not connect ({reason})"
         ) from error
+
+
+def first_process_first(name: str, prepare: Callable[[], Any]) -> Any:
+    """The result of a function, which process 0 calls before the others do.
+
+    What it writes may be on a disk that all share. name: of the wait, the same in all processes.
+    """
+    is_first = jax.process_index() == 0
+    if not is_first:
+        multihost_utils.sync_global_devices(name)
+    result = prepare()
+    if is_first and jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+    return result
 
 
 def _initialize_auto() -> None:

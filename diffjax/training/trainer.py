@@ -20,6 +20,7 @@ from diffjax.data.batches import batch_stream, first_batches
 from diffjax.data.codec import PIXELS
 from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
+from diffjax.devices.distributed import first_process_first
 from diffjax.inference.autoencoder import autoencoder_codec
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import NotFiniteError, describe_devices
@@ -292,7 +293,7 @@ def _open(
         training = _parallel(resumed.training, config, teacher)
         info = resumed.info._replace(config=config)
         return Session(info, workdir, resumed.state, training, checkpoints, report)
-    dataset = _load_data(config)
+    dataset: Dataset = first_process_first("data", partial(load_data, config))
     info = _model_info(config, dataset, teacher)
     for sentence in (_describe_data(info, dataset), *dataset.notes, *_warm_up(config, start)):
         report(sentence)
@@ -465,17 +466,6 @@ def _lock(workdir: Path, report: Report, lock: contextlib.ExitStack) -> None:
             error = ValueError(f"workdir is {workdir}, which process 0 could not lock")
     if error is not None:
         raise error
-
-
-def _load_data(config: Config) -> Dataset:
-    """The data set; process 0 prepares it first, on a disk that the others may share."""
-    is_first = jax.process_index() == 0
-    if not is_first:
-        multihost_utils.sync_global_devices("data")
-    dataset = load_data(config)
-    if is_first and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data")
-    return dataset
 
 
 def _model_info(config: Config, dataset: Dataset, teacher: TrainedModel | None) -> ModelInfo:

@@ -2,7 +2,12 @@ import jax
 import pytest
 from helpers import naming
 
-from diffjax.devices.distributed import DistributedOptions, initialize_distributed
+from diffjax.devices import distributed
+from diffjax.devices.distributed import (
+    DistributedOptions,
+    first_process_first,
+    initialize_distributed,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +36,21 @@ def test_address_is_passed_on(monkeypatch):
     initialize_distributed(DistributedOptions("auto"))
     initialize_distributed(DistributedOptions("10.0.0.1:1234", 4, 3))
     assert calls == [(), ("10.0.0.1:1234", 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "expected"),
+    [(0, 1, ["load"]), (0, 2, ["load", "wait"]), (1, 2, ["wait", "load"])],
+)
+def test_process_0_is_first(monkeypatch, index, count, expected):
+    calls = []
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "sync_global_devices", lambda name: calls.append("wait")
+    )
+    assert first_process_first("data", lambda: calls.append("load") or 5) == 5
+    assert calls == expected
 
 
 @pytest.mark.parametrize(
