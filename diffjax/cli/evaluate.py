@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from diffjax.build import ModelInfo, describe_model, image_config
+from diffjax.build import ModelInfo, describe_model
 from diffjax.cli import common
 from diffjax.cli.options import (
     Count,
@@ -102,12 +102,22 @@ class RealDataOptions(DataOptions):
     config: Annotated[str | None, tyro.conf.arg(metavar="CONFIG")] = None
     """Configuration of the real images, as cifar10; None for the model's own."""
 
-    def read_config(self, info: ModelInfo) -> Config:
+    def read_config(self, info: ModelInfo | None, source: str) -> Config:
         """The configuration of the real images.
 
-        Raises: ValueError for one that does not exist, or a path that it does not take.
+        info: of the model, None for one that does not name its images. source: the model's name.
+
+        Raises: ValueError for one that does not exist or is not known, or a path that it does not
+        take.
         """
-        return self.locate(info.config if self.config is None else load_config(self.config))
+        if self.config is not None:
+            return self.locate(load_config(self.config))
+        if info is None:
+            raise ValueError(
+                f"data.config is None, and {source} does not name its training images: name a"
+                " configuration"
+            )
+        return self.locate(info.config)
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ def run_sampler(options: Options) -> None:
         out = common.check_output(output_file(options), ".jsonl")
         report = options.report.check_report()
         reference = quality.read_reference(
-            options.data.read_config(model.info),
+            options.data.read_config(model.info, options.model),
             quality.image_shape(model),
             options.feature.to_library(),
             [model.info] if options.data.config is None else [],
@@ -216,17 +226,9 @@ def find_images(
     Raises: ValueError for a published autoencoder without a configuration, or images of other
     channels or sides.
     """
-    if autoencoder.info is not None:
-        info = autoencoder.info
-    elif options.data.config is None:
-        raise ValueError(
-            f"data.config is None, and {options.model} does not name its training images: name"
-            " a configuration"
-        )
-    else:
-        info = describe_model(load_config(options.data.config))
-    config = image_config(options.data.read_config(info))
-    shape = describe_model(config).x_shape if options.data.config else info.x_shape
+    info = autoencoder.info if options.data.config is None else None
+    config = options.data.read_config(info, options.model)
+    shape = describe_model(config).x_shape if info is None else info.x_shape
     if shape[-1] != autoencoder.image_channels:
         raise ValueError(
             f"{config.data} has images of {shape[-1]} channels, and the autoencoder takes"

@@ -67,7 +67,7 @@ def run(config):
 
 @pytest.fixture(scope="module")
 def collapsed(run):
-    """The same run, resumed with a large weight of the divergence, in another mode."""
+    """A copy of the run, resumed with a large weight of the divergence, in another mode."""
     folder = run.parent / "collapsed"
     shutil.copytree(run, folder)
     words = ["--network.kl-weight", "100", "--train.parallel", "jit", "--train.preview-every", "0"]
@@ -175,6 +175,18 @@ def test_evaluate(run, config, tmp_path, capsys):
     assert "PSNR" in capsys.readouterr().out
 
 
+def test_images_of_a_published_one_have_moved(run, config, tmp_path):
+    """Its configuration names a file that is not there, and the path the one that is."""
+    save_autoencoder(tmp_path / "theirs", load_autoencoder(run))
+    lost = tmp_path / "lost.py"
+    lost.write_text(OWN.format(path=str(tmp_path / "absent.npz")))
+    out, moved = tmp_path / "rows.jsonl", config.parent / "halves.npz"
+    words = ["evaluate", f"hf:{tmp_path / 'theirs'}", "--features", "pixels", "--num", "5"]
+    main([*words, "--data.config", str(lost), "--data.path", str(moved), "--out", str(out)])
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert (row["images"], row["image_size"]) == (5, "12x12x1")
+
+
 BAD = {
     "sample {run}": ("autoencoder",),
     "frontier {run}": ("autoencoder",),
@@ -201,5 +213,5 @@ BAD = {
 
 @pytest.mark.parametrize("command", BAD)
 def test_mistakes(command, run, config, capsys):
-    """What an autoencoder cannot do, or does not have, is told in one line."""
+    """A command or an option that an autoencoder has not is told in one line."""
     check_mistake(main, command, BAD[command], capsys, run=run, config=config)
