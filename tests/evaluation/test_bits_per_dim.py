@@ -133,7 +133,7 @@ def test_models_without_likelihood(digits_model):
 
 
 def test_density_of_latents(digits_model):
-    """Of standard normal latents both measures are the normal density: nothing is dequantised."""
+    """For standard normal latents both measures are the normal density."""
     model = digits_model("unconditional", dropout=0.0)
     sigma = jnp.asarray(model.schedule.sigma, jnp.float32)
 

@@ -219,7 +219,7 @@ def test_an_autoencoder_is_converted(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_a_pt_file_is_converted_with_an_autoencoder(folder, tmp_path, monkeypatch, capsys):
-    """Of DiT or of SiT, which have the same tensors: the file's name tells."""
+    """DiT and SiT have the same tensors: the file's name tells which it is."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dit, "SIZES", TINY)
     tensors = {name: stored(value, name) for name, value in meta_tensors(side=2).items()}

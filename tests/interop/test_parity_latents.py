@@ -216,7 +216,7 @@ def run_theirs(pipe, latents, labels, monkeypatch):
 
 
 def run_ours(source, latents, labels):
-    """The same of a source; diffusers' DDIM takes levels by their leading spacing."""
+    """Sample from a source at the levels of diffusers' DDIM, by leading spacing."""
     model = load_model(source)
     plan = sampler.ddim(model.schedule, schedule.leading(model.schedule, 10))
     request = Request(
@@ -236,7 +236,7 @@ def check_pipelines(name, ours, theirs):
 
 
 def test_whole_pipeline_here_and_back(diffusers, tmp_path, monkeypatch):
-    """The same initial latents, guided: theirs here, ours there, by way of a run folder."""
+    """Guided from the same latents: theirs here, ours there, through a run folder."""
     transformer = diffusers.DiTTransformer2DModel(
         **TINY_DIT | {"num_embeds_ada_norm": 1000, "out_channels": 8}
     )

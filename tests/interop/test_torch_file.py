@@ -369,7 +369,7 @@ def test_damaged_files(tmp_path):
 
 
 def test_torch_reads_the_same(tmp_path):
-    """Of every dtype, sliced, transposed, shared, empty; of state dictionaries and of others."""
+    """Tensors of every dtype, sliced, transposed, shared, empty, in any dictionary."""
     torch = pytest.importorskip("torch", reason="the parity extra is not installed")
     base = torch.from_numpy(100 * BASE.reshape(4, 6))
     kinds = [getattr(torch, dtype.name) for dtype in DTYPES.values()]
