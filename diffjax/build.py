@@ -20,7 +20,6 @@ from diffjax.config import (
     config_to_dict,
     dataclass_from_dict,
 )
-from diffjax.data.codec import PIXELS, Codec
 from diffjax.nn import registry
 from diffjax.nn.conditioning import (
     Conditioning,
@@ -160,11 +159,6 @@ def describe_model(config: Config) -> ModelInfo:
     shape, fields = tfds.describe_tfds(data.name, data.dir, data.size)
     shape = dataset.preprocessed_shape(shape, None, data.pad, grey=data.grey)
     return ModelInfo(config, shape, select(fields, data.conditions))
-
-
-def build_codec(config: Config) -> Codec:
-    """The map between images and x: the identity, for models of pixels."""
-    return PIXELS
 
 
 # ------------------------------------------------------------------------------- process

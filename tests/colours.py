@@ -15,6 +15,7 @@ from diffjax.build import ModelInfo, build_optimizer
 from diffjax.checkpoint import Checkpoints
 from diffjax.config import Config, Data, Diffusion
 from diffjax.data import image_io
+from diffjax.data.codec import PIXELS
 from diffjax.inference.model import TrainedModel
 from diffjax.nn import registry
 from diffjax.nn.conditioning import ClassLabel
@@ -83,7 +84,7 @@ def colour_model(params=None, *, fade=False, name="colours of x"):
         params=palette() if params is None else params,
         parameterization=build.build_parameterization(info.config),
         schedule=build.build_schedule(info.config),
-        codec=build.build_codec(info.config),
+        codec=PIXELS,
         weights="ema",
         step=7,
     )

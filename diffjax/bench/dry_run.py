@@ -25,7 +25,6 @@ from diffjax.bench.loops import NO_PRODUCTS, Products, uncounted
 from diffjax.build import (
     ModelInfo,
     abstract_params,
-    build_codec,
     build_module,
     build_network,
     build_parameterization,
@@ -34,6 +33,7 @@ from diffjax.build import (
     network_conditioning,
 )
 from diffjax.config import Config
+from diffjax.data.codec import PIXELS
 from diffjax.devices import parallel
 from diffjax.evaluation.results import cells_markdown
 from diffjax.inference.guidance import can_be_guided
@@ -225,7 +225,7 @@ def lower_sampler(info: ModelInfo, mesh: Mesh) -> Any:
     levels = build_schedule(config)
     plan = sampler.ddim(levels, schedule.trailing(levels, min(STEPS, schedule.length(levels))))
     pipeline = Pipeline(
-        info, build_network(info, module), build_parameterization(config), build_codec(config), mesh
+        info, build_network(info, module), build_parameterization(config), PIXELS, mesh
     )
     rows, *_ = sampler.segments(plan, jnp.float32)
     params = abstract_params(info, module)

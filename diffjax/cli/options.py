@@ -93,9 +93,7 @@ class DataOptions:
 
         Raises: ValueError for latents whose folder is not where it was.
         """
-        if self.path and config.data.source == "latents" and (Path(self.path) / MANIFEST).is_file():
-            config = replace(config, data=replace(config.data, path=self.path))
-        return image_config(config)
+        return image_config(self._moved(config) if self._has_latents(config) else config)
 
     def locate(self, config: Config) -> Config:
         """The configuration with the images where they are now: those that latents are of.
@@ -103,19 +101,23 @@ class DataOptions:
         Raises: ValueError for a path of data that are no folder or file, and for latents whose
         folder is not where it was.
         """
-        if self.path is None:
-            return image_config(config)
-        moved = replace(config, data=replace(config.data, path=self.path))
-        if config.data.source == "latents":
-            if (Path(self.path) / MANIFEST).is_file():
-                return image_config(moved)
-            return self.locate(image_config(config))
-        if config.data.source == "tfds":
+        images = self.trained_on(config)
+        if self.path is None or self._has_latents(config):
+            return images
+        if images.data.source == "tfds":
             raise ValueError(
-                f"data.path is {self.path!r}, and {config.data} is no folder or .npz file: leave"
+                f"data.path is {self.path!r}, and {images.data} is no folder or .npz file: leave"
                 " it out"
             )
-        return moved
+        return self._moved(images)
+
+    def _has_latents(self, config: Config) -> bool:
+        """Return whether the path is that of a configuration's latents, not of their images."""
+        is_latent = self.path is not None and config.data.source == "latents"
+        return is_latent and (Path(self.path or "") / MANIFEST).is_file()
+
+    def _moved(self, config: Config) -> Config:
+        return replace(config, data=replace(config.data, path=self.path))
 
 
 @dataclass(frozen=True)

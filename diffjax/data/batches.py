@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from diffjax.data.image_io import to_float
-from diffjax.data.latents import draw
+from diffjax.data.latents import MIRRORED, MOMENTS, draw
 from diffjax.nn.conditioning import UNCONDITIONAL, Condition, Conditioning
 
 READ_AHEAD = 16  # batches: a slow file or two delays no step
@@ -103,32 +103,30 @@ def first_examples(
 
 
 class _Random(NamedTuple):
-    """What is drawn at random for an example, keyed by (seed, index)."""
+    """The draws of training, keyed by (seed, index of the example)."""
 
     seed: int
     flip: bool
 
-    def x_of(self, example: dict[str, Any], index: int) -> np.ndarray:
-        """The image, mirrored or not, or latents drawn from the moments of either."""
-        if "moments" not in example and not self.flip:
-            return to_float(example["image"])
-        rng = np.random.default_rng((self.seed, index))
-        mirrored = self.flip and rng.random() < 0.5
-        if "moments" in example:
-            return draw(example["mirrored" if mirrored else "moments"], rng)
-        image = to_float(example["image"])
-        return image[:, ::-1] if mirrored else image
+
+def _x_of(example: dict[str, Any], random: _Random | None, index: int) -> np.ndarray:
+    """The image, or latents drawn from their moments, of either mirrored or not.
+
+    Without draws they are the image as it is, or the mean of its latents.
+    """
+    is_latent, rng, mirrored = MOMENTS in example, None, False
+    if random is not None and (is_latent or random.flip):
+        rng = np.random.default_rng((random.seed, index))
+        mirrored = random.flip and rng.random() < 0.5
+    if is_latent:
+        return draw(example[MIRRORED if mirrored else MOMENTS], rng)
+    image = to_float(example["image"])
+    return image[:, ::-1] if mirrored else image
 
 
 def _convert(
     conditioning: Conditioning, random: _Random | None, index: int, example: dict[str, Any]
 ) -> dict[str, Any]:
-    if random is not None:
-        x = random.x_of(example, index)
-    elif "moments" in example:
-        x = draw(example["moments"], None)
-    else:
-        x = to_float(example["image"])
-    converted = {"x": x, "index": np.uint32(index)}
+    converted = {"x": _x_of(example, random, index), "index": np.uint32(index)}
     condition = conditioning.read(example)
     return converted if condition is None else converted | {"condition": condition}

@@ -420,6 +420,15 @@ _SAMPLING_COLUMNS: dict[str, Column] = {
     "dtype": lambda row: row.dtype,
 }
 
+_DISTANCE_COLUMNS: dict[str, Column] = {  # beside FD
+    "KD": lambda row: f"{row.kd:.3g} ± {row.kd_error:.1g}",
+    "inception score": lambda row: _optional("{:.2f}", row.inception_score),
+    "precision": lambda row: f"{row.precision:.3f}",
+    "recall": lambda row: f"{row.recall:.3f}",
+    "class accuracy": lambda row: _optional("{:.1%}", row.class_accuracy),
+    "real class accuracy": lambda row: _optional("{:.1%}", row.real_class_accuracy),
+}
+
 _QUALITY_COLUMNS: dict[str, Column] = {
     "sampler": lambda row: row.sampler,
     "steps": lambda row: row.steps,
@@ -427,12 +436,7 @@ _QUALITY_COLUMNS: dict[str, Column] = {
     "guidance": lambda row: row.guided,
     "ms/image": lambda row: f"{row.ms_per_image:.3g} ± {row.spread:.0%}",
     "FD": lambda row: f"{row.fd:.4g}",
-    "KD": lambda row: f"{row.kd:.3g} ± {row.kd_error:.1g}",
-    "inception score": lambda row: _optional("{:.2f}", row.inception_score),
-    "precision": lambda row: f"{row.precision:.3f}",
-    "recall": lambda row: f"{row.recall:.3f}",
-    "class accuracy": lambda row: _optional("{:.1%}", row.class_accuracy),
-    "real class accuracy": lambda row: _optional("{:.1%}", row.real_class_accuracy),
+    **_DISTANCE_COLUMNS,
     "images": lambda row: f"{row.images} of {row.image_size}",
     "seed": lambda row: row.seed,
     "features": lambda row: row.extractor,
@@ -469,12 +473,7 @@ _RECONSTRUCTION_COLUMNS: dict[str, Column] = {
     "SSIM": lambda row: _optional("{:.4f}", row.ssim),
     "FD": lambda row: f"{row.fd:.4g}",
     "FD of the images": lambda row: f"{row.images_fd:.4g}",
-    "KD": lambda row: f"{row.kd:.3g} ± {row.kd_error:.1g}",
-    "inception score": lambda row: _optional("{:.2f}", row.inception_score),
-    "precision": lambda row: f"{row.precision:.3f}",
-    "recall": lambda row: f"{row.recall:.3f}",
-    "class accuracy": lambda row: _optional("{:.1%}", row.class_accuracy),
-    "real class accuracy": lambda row: _optional("{:.1%}", row.real_class_accuracy),
+    **_DISTANCE_COLUMNS,
     "images": lambda row: f"{row.images} of {row.image_size}, {row.data}",
     "std of latents": lambda row: f"{row.latent_std:.4g}",
     "scaling": lambda row: f"{row.scaling:.5g}",

@@ -11,7 +11,7 @@ from jax import Array
 
 from diffjax.build import ModelInfo
 from diffjax.checkpoint import latest_config, tree_sha256
-from diffjax.data.codec import Codec
+from diffjax.data.codec import PIXELS, Codec
 from diffjax.devices import parallel
 from diffjax.inference.weights import load_weights
 from diffjax.interop import autoencoder_kl, hub
@@ -31,6 +31,11 @@ class TrainedAutoencoder(NamedTuple):
     weights: str = "unknown"  # as in `model.TrainedModel`
     step: int = 0
     info: ModelInfo | None = None  # of its own training; None for a published one
+
+    @property
+    def space(self) -> tuple[str, float, float]:
+        """The space of its latents: checksum, scaling and shift."""
+        return self.checksum, self.config.scaling, self.config.shift
 
     @property
     def image_channels(self) -> int:
@@ -54,8 +59,7 @@ def load_autoencoder(
         if step is not None or weights not in ("ema", "raw"):
             given = f"weights is {weights!r}" if step is None else f"checkpoint is {step}"
             raise ValueError(f"{given}, and {source} has one set of weights: leave it out")
-        config, params = _load_published(source)
-        return TrainedAutoencoder(config, params, tree_sha256(params), str(source))
+        return published_autoencoder(*_load_published(source), source)
     found = load_weights(Path(source), step, weights)
     config = found.info.config.network
     if not isinstance(config, AutoencoderConfig):
@@ -64,6 +68,13 @@ def load_autoencoder(
     return TrainedAutoencoder(
         config, found.params, checksum, name, found.weights, found.step, found.info
     )
+
+
+def published_autoencoder(
+    config: AutoencoderConfig, params: Any, source: str | Path
+) -> TrainedAutoencoder:
+    """The autoencoder that was read from a published folder."""
+    return TrainedAutoencoder(config, params, tree_sha256(params), str(source))
 
 
 def is_autoencoder(source: str | Path) -> bool:
@@ -97,6 +108,11 @@ def save_autoencoder(folder: Path, autoencoder: TrainedAutoencoder) -> None:
     written.
     """
     autoencoder_kl.save(folder, autoencoder.config, jax.device_get(autoencoder.params))
+
+
+def codec_of(autoencoder: TrainedAutoencoder | None) -> Codec:
+    """The map between images and x: by an autoencoder, or the identity without one."""
+    return PIXELS if autoencoder is None else autoencoder_codec(autoencoder)
 
 
 def autoencoder_codec(autoencoder: TrainedAutoencoder, batch: int | None = None) -> Codec:

@@ -127,7 +127,10 @@ def _check_guide_model(model: TrainedModel, guide: TrainedModel) -> None:
             f"guide model {guide.name} was trained on {', '.join(theirs)}, and {model.name} on"
             f" {', '.join(ours)}: use models of the same data"
         )
-    if _latents(model) != _latents(guide):
+    ours, theirs = (
+        None if each.autoencoder is None else each.autoencoder.space for each in (model, guide)
+    )
+    if ours != theirs:
         raise ValueError(
             f"guide model {guide.name} was trained on latents of another autoencoder, scaling or"
             f" shift than {model.name}: use models of the same latents"
@@ -136,10 +139,3 @@ def _check_guide_model(model: TrainedModel, guide: TrainedModel) -> None:
         raise ValueError(
             f"guide model {guide.name} was trained on another noise schedule than {model.name}"
         )
-
-
-def _latents(model: TrainedModel) -> tuple[str | None, float | None, float | None]:
-    """The checksum of a model's autoencoder, and the scaling and shift of its latents."""
-    config = None if model.autoencoder is None else model.autoencoder.config
-    scaling, shift = (None, None) if config is None else (config.scaling, config.shift)
-    return model.info.autoencoder, scaling, shift

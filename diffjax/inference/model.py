@@ -8,7 +8,6 @@ import numpy as np
 
 from diffjax.build import (
     ModelInfo,
-    build_codec,
     build_module,
     build_network,
     build_parameterization,
@@ -21,8 +20,9 @@ from diffjax.denoiser import Network
 from diffjax.devices import parallel
 from diffjax.inference.autoencoder import (
     TrainedAutoencoder,
-    autoencoder_codec,
+    codec_of,
     load_autoencoder,
+    published_autoencoder,
 )
 from diffjax.inference.weights import load_weights
 from diffjax.interop import hub
@@ -128,8 +128,7 @@ def _load_imported(
             raise ValueError(
                 f"autoencoder is {autoencoder.source}, and {source} has its own: leave it out"
             )
-        config, values = found.autoencoder
-        autoencoder = TrainedAutoencoder(config, values, tree_sha256(values), str(source))
+        autoencoder = published_autoencoder(*found.autoencoder, source)
     if autoencoder is not None:
         latents = autoencoder.config.latent_channels
         if info.x_shape[-1] != latents:
@@ -177,7 +176,7 @@ def _model(
         params=params,
         parameterization=build_parameterization(config),
         schedule=build_schedule(config),
-        codec=build_codec(config) if autoencoder is None else autoencoder_codec(autoencoder),
+        codec=codec_of(autoencoder),
         weights=weights,
         step=step,
         notes=notes,

@@ -24,7 +24,7 @@ def keep_autoencoder(
         return None
     path = Path(info.config.data.path or "")
     manifest, found = complete_manifest(path), load_autoencoder(path / AUTOENCODER)
-    if (manifest.autoencoder, manifest.scaling, manifest.shift) != _space(found):
+    if (manifest.autoencoder, manifest.scaling, manifest.shift) != found.space:
         raise ValueError(
             f"{path / AUTOENCODER} is another autoencoder than the one that encoded {path}: encode"
             " the images again"
@@ -52,17 +52,10 @@ def copy_autoencoder(source: Path, workdir: Path) -> None:
     part.rename(workdir / AUTOENCODER)
 
 
-def _space(autoencoder: TrainedAutoencoder) -> tuple[str, float, float]:
-    """The space of an autoencoder's latents: checksum, scaling and shift."""
-    return autoencoder.checksum, autoencoder.config.scaling, autoencoder.config.shift
-
-
 def _check_same(
     path: Path, ours: TrainedAutoencoder, owner: str, theirs: TrainedAutoencoder
 ) -> None:
-    for name, a, b in zip(
-        ("weights", "scaling", "shift"), _space(ours), _space(theirs), strict=True
-    ):
+    for name, a, b in zip(("weights", "scaling", "shift"), ours.space, theirs.space, strict=True):
         if a != b:
             raise ValueError(
                 f"data.path is {path}, whose autoencoder has the {name} {a}, and that of {owner}"

@@ -17,11 +17,10 @@ from diffjax.checkpoint import FOLDER, Checkpoints, SaveError, latest_config
 from diffjax.config import Config, check_resume
 from diffjax.data import image_io
 from diffjax.data.batches import batch_stream, first_batches
-from diffjax.data.codec import PIXELS
 from diffjax.data.dataset import Dataset, UnreadableError
 from diffjax.devices import parallel
 from diffjax.devices.distributed import first_process_first
-from diffjax.inference.autoencoder import autoencoder_codec
+from diffjax.inference.autoencoder import codec_of
 from diffjax.inference.model import TrainedModel
 from diffjax.inference.pipeline import NotFiniteError, describe_devices
 from diffjax.nn.conditioning import difference, with_names
@@ -321,7 +320,7 @@ def _open(
     session.held_out = [training.place_batch(batch) for batch in held_out]
     preview = None
     if config.train.preview_every:  # on all processes, so that an error ends all of them
-        codec = PIXELS if autoencoder is None else autoencoder_codec(autoencoder)
+        codec = codec_of(autoencoder)
         preview = make_preview(info, functions.network, dataset.held_out, codec)
     if jax.process_index() == 0:
         session.preview = preview
@@ -415,12 +414,7 @@ def _check_same_data(workdir: Path, stored: ModelInfo, info: ModelInfo) -> None:
             f"data has x of {info.x_shape}, and {workdir} was trained on {stored.x_shape}: use"
             " another run folder"
         )
-    if info.autoencoder != stored.autoencoder:
-        ours, theirs = (each.autoencoder[:8] or "none" for each in (info, stored))
-        raise ValueError(
-            f"data has latents of the autoencoder {ours}, and {workdir} was trained on those of"
-            f" {theirs}: use the same latents, or another run folder"
-        )
+    _check_same_latents(info, stored, f"{workdir}", "use the same latents, or another run folder")
     clause = difference(info.conditioning, stored.conditioning)
     if clause:
         raise ValueError(
@@ -472,13 +466,17 @@ def _model_info(config: Config, dataset: Dataset, teacher: TrainedModel | None) 
     info = model_info(config, dataset)
     if teacher is None:
         return info
-    if info.autoencoder != teacher.info.autoencoder:
-        ours, theirs = (each.autoencoder[:8] or "none" for each in (info, teacher.info))
-        raise ValueError(
-            f"data has latents of the autoencoder {ours}, and {teacher.name} was trained on those"
-            f" of {theirs}: use its data"
-        )
+    _check_same_latents(info, teacher.info, teacher.name, "use its data")
     return student_info(info, teacher)
+
+
+def _check_same_latents(info: ModelInfo, trained: ModelInfo, owner: str, remedy: str) -> None:
+    if info.autoencoder != trained.autoencoder:
+        ours, theirs = (each.autoencoder[:8] or "none" for each in (info, trained))
+        raise ValueError(
+            f"data has latents of the autoencoder {ours}, and {owner} was trained on those of"
+            f" {theirs}: {remedy}"
+        )
 
 
 def _describe_data(info: ModelInfo, dataset: Dataset) -> str:

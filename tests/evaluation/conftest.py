@@ -6,6 +6,7 @@ import pytest
 
 from diffjax import build
 from diffjax.config import Config, Data, Diffusion, Distillation, Train
+from diffjax.data.codec import PIXELS
 from diffjax.evaluation.results import QualityRow
 from diffjax.inference.model import TrainedModel
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Fields, Vector
@@ -45,7 +46,7 @@ def digits_model():
             params={"scale": jnp.full((8, 8, 1), 0.5), "shift": jnp.float32(0.3)},
             parameterization=build.build_parameterization(config),
             schedule=build.build_schedule(config),
-            codec=build.build_codec(config),
+            codec=PIXELS,
             weights="ema",
             step=7,
         )

@@ -11,6 +11,7 @@ import pytest
 
 from diffjax import build
 from diffjax.config import Config, Data, Diffusion, Distillation, Train
+from diffjax.data.codec import PIXELS
 from diffjax.inference.model import TrainedModel
 from diffjax.nn import registry
 from diffjax.nn.conditioning import UNCONDITIONAL, ClassLabel, Conditioning, Fields, Vector
@@ -69,7 +70,7 @@ def tiny_model():
             params=build.init_params(info, module, jax.random.key(seed)),
             parameterization=build.build_parameterization(config),
             schedule=build.build_schedule(config),
-            codec=build.build_codec(config) if codec is None else codec,
+            codec=PIXELS if codec is None else codec,
             weights="ema",
             step=7,
         )
